@@ -1,0 +1,49 @@
+# Every target installs what it needs on first use. `make demo` and `make test` are the two to begin with.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+CARGO ?= cargo
+json = $(if $(JSON),--json)
+
+.PHONY: help setup build demo up test lint e2e e2e-fast e2e-random bench bench-transfer peers-handoff
+
+help: ## this list
+	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
+
+setup:
+	@scripts/setup.sh
+
+build: setup ## all binaries, into target/debug
+	$(CARGO) build --workspace
+
+demo: build ## four mock engines, three modes, one table (JSON=1: ends in a JSON line)
+	target/debug/baton demo $(json)
+
+up: build ## the same fleet, until Ctrl-C, with a curl line that works
+	target/debug/baton up
+
+test: build ## unit, property, protocol and integration tests, and the end-to-end suite on mock engines
+	$(CARGO) test --workspace
+	scripts/python-tests.sh
+
+lint: setup ## formatting, clippy, dependency rules
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets -- -D warnings
+	scripts/check-deps.sh
+
+e2e: build ## acceptance suite on real vLLM with SmolLM2 and real etcd (JSON=1: ends in a JSON line)
+	tests/e2e/run.sh smollm2 $(json)
+
+e2e-fast: build ## acceptance suite on mock engines
+	target/debug/baton-e2e --engine mock $(json)
+
+e2e-random: build ## acceptance suite on real vLLM with a small random-weight model
+	tests/e2e/run.sh random $(json)
+
+bench: setup ## what tokenising and proxying add to TTFT
+	$(CARGO) run --release -p baton-bench-overhead -- $(json)
+
+bench-transfer: setup ## block transfer between two processes on loopback
+	$(CARGO) run --release -p baton-kv-transfer --example transfer_bench
+
+peers-handoff: setup ## handoff beside vLLM's own NixlConnector on the same engines
+	benches/peers/handoff/run.sh
