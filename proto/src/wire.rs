@@ -1,1 +1,703 @@
-//! Frames between agents.
+//! Frames between agents, version 1.
+//!
+//! Frames travel on bidirectional QUIC streams, one stream per pull or probe; the states in which each frame may
+//! come are told in `baton_kv_transfer::protocol`. The ALPN protocol [`ALPN`] names the major version of the whole
+//! exchange; a peer that speaks another is refused while connecting. [`VERSION`] is also in every frame.
+//!
+//! # Layout
+//! ```text
+//! offset  bytes  field
+//!      0      2  magic, "BK"
+//!      2      1  version
+//!      3      1  kind
+//!      4      2  length of the body, little-endian
+//!      6      2  zero
+//!      8   4-80  body: the kind's archived struct (rkyv, little-endian, no relative pointers, no padding)
+//! ```
+//! A body has exactly its kind's length, so every frame has a fixed size and none exceeds [`MAX_FRAME`] bytes.
+//! Bodies are checked on access, in aligned memory.
+//!
+//! | kind | frame | from | body | then |
+//! |---|---|---|---|---|
+//! | 1 | [`Frame::Pull`] | puller | [`PullHeader`] | |
+//! | 2 | [`Frame::Accepted`] | holder | [`Accepted`] | |
+//! | 3 | [`Frame::Refused`] | holder | [`WireError`] | end of stream |
+//! | 4 | [`Frame::Block`] | holder | [`BlockHeader`] | the block's bytes, raw |
+//! | 5 | [`Frame::Credit`] | puller | bytes granted in all, 64 bit | |
+//! | 6 | [`Frame::Again`] | puller | index of the block, 32 bit | |
+//! | 7 | [`Frame::Finish`] | puller | [`WireError`], code 0 for success | end of stream |
+//! | 8 | [`Frame::Probe`] | puller | [`Probe`] | |
+//! | 9 | [`Frame::ProbeReply`] | holder | [`ProbeReply`] | that many zero bytes, end of stream |
+//!
+//! KV bytes are never part of a frame: they follow the [`Frame::Block`] that announces them.
+
+use std::fmt;
+
+use rkyv::util::Align;
+use rkyv::{Archive, Deserialize, Serialize, rancor};
+
+use crate::block_hash::BlockHash;
+use crate::connector::Layout;
+use crate::ids::{Epoch, TransferId};
+
+/// Version of the frames that this build writes and accepts.
+pub const VERSION: u8 = 1;
+
+/// ALPN protocol of connections between agents.
+pub const ALPN: &[u8] = b"baton-kv/1";
+
+/// Bytes before a frame's body.
+pub const PREFIX: usize = 8;
+
+/// Largest body, in bytes: that of [`Frame::Pull`].
+pub const MAX_BODY: usize = 80;
+
+/// Largest frame, in bytes.
+pub const MAX_FRAME: usize = PREFIX + MAX_BODY;
+
+const MAGIC: [u8; 2] = *b"BK";
+
+/// Names what has to be equal on both sides of a transfer: the facts of a worker's layout, and the lengths of its
+/// pieces in order. Where the pieces lie may differ.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct LayoutFingerprint([u8; 16]);
+
+impl LayoutFingerprint {
+    /// The fingerprint that consists of these bytes.
+    pub const fn from_bytes(bytes: [u8; 16]) -> Self {
+        Self(bytes)
+    }
+
+    /// Its bytes.
+    pub const fn as_bytes(&self) -> &[u8; 16] {
+        &self.0
+    }
+
+    /// The fingerprint of a layout.
+    pub fn of(layout: &Layout) -> Self {
+        let mut hasher = blake3::Hasher::new_derive_key("baton 2026-11 layout fingerprint v1");
+        let mut text = |text: &str| {
+            hasher.update(&(text.len() as u64).to_le_bytes());
+            hasher.update(text.as_bytes());
+        };
+        for (name, value) in &layout.facts {
+            text(name);
+            text(value);
+        }
+        hasher.update(&u64::MAX.to_le_bytes());
+        for piece in &layout.pieces {
+            hasher.update(&piece.len.to_le_bytes());
+        }
+        let mut bytes = [0; 16];
+        bytes.copy_from_slice(&hasher.finalize().as_bytes()[..16]);
+        Self(bytes)
+    }
+}
+
+impl fmt::Display for LayoutFingerprint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:032x}", u128::from_be_bytes(self.0))
+    }
+}
+
+impl fmt::Debug for LayoutFingerprint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "LayoutFingerprint({self})")
+    }
+}
+
+/// Why a transfer did not succeed. The number travels; the snake_case name is for metrics and messages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(u16)]
+pub enum ErrorCode {
+    /// The peer broke the protocol.
+    Protocol = 1,
+    /// The peer speaks another version; the detail is the version that is spoken here.
+    Version = 2,
+    /// No such hold.
+    UnknownTransfer = 3,
+    /// The epoch asked for is over; the detail is the current one.
+    StaleEpoch = 4,
+    /// The hold's lease ran out.
+    LeaseExpired = 5,
+    /// The KV of the two sides lies differently inside a block; the detail is the holder's block size in bytes.
+    LayoutMismatch = 6,
+    /// The blocks were computed from other tokens or keys than asked for; the detail is the number of blocks held.
+    ContentMismatch = 7,
+    /// The blocks asked for are not all held; the detail is the number of blocks held.
+    Range = 8,
+    /// Too many transfers at once.
+    Busy = 9,
+    /// The deadline passed.
+    Deadline = 10,
+    /// The puller does not want the blocks any more.
+    Cancelled = 11,
+    /// Blocks arrived twice with bytes that do not match their checksum; the detail is how many.
+    CorruptBlock = 12,
+    /// The hold was released already: its blocks were pulled, or given up.
+    Released = 13,
+    /// A fault of the side that says so.
+    Internal = 14,
+}
+
+impl ErrorCode {
+    /// All codes.
+    pub const ALL: [Self; 14] = [
+        Self::Protocol,
+        Self::Version,
+        Self::UnknownTransfer,
+        Self::StaleEpoch,
+        Self::LeaseExpired,
+        Self::LayoutMismatch,
+        Self::ContentMismatch,
+        Self::Range,
+        Self::Busy,
+        Self::Deadline,
+        Self::Cancelled,
+        Self::CorruptBlock,
+        Self::Released,
+        Self::Internal,
+    ];
+
+    /// The code with this number.
+    pub fn from_number(number: u16) -> Option<Self> {
+        Self::ALL.into_iter().find(|code| *code as u16 == number)
+    }
+
+    /// Its name, for metrics.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Protocol => "protocol",
+            Self::Version => "version",
+            Self::UnknownTransfer => "unknown_transfer",
+            Self::StaleEpoch => "stale_epoch",
+            Self::LeaseExpired => "lease_expired",
+            Self::LayoutMismatch => "layout_mismatch",
+            Self::ContentMismatch => "content_mismatch",
+            Self::Range => "range",
+            Self::Busy => "busy",
+            Self::Deadline => "deadline",
+            Self::Cancelled => "cancelled",
+            Self::CorruptBlock => "corrupt_block",
+            Self::Released => "released",
+            Self::Internal => "internal",
+        }
+    }
+}
+
+impl fmt::Display for ErrorCode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// An [`ErrorCode`] and the number that goes with it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{code} ({detail})")]
+pub struct WireError {
+    /// What went wrong.
+    pub code: ErrorCode,
+    /// See the code; 0 where it says nothing.
+    pub detail: u64,
+}
+
+impl WireError {
+    /// This error, with its detail.
+    pub const fn new(code: ErrorCode, detail: u64) -> Self {
+        Self { code, detail }
+    }
+}
+
+impl From<ErrorCode> for WireError {
+    fn from(code: ErrorCode) -> Self {
+        Self { code, detail: 0 }
+    }
+}
+
+/// Asks for a run of held blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PullHeader {
+    /// Names the hold.
+    pub transfer_id: TransferId,
+    /// The holder's epoch when it held.
+    pub epoch: Epoch,
+    /// Of the puller's layout.
+    pub layout: LayoutFingerprint,
+    /// Hash of the last block asked for; it vouches for all blocks before it.
+    pub last_hash: BlockHash,
+    /// The first block asked for, counted from the prompt's start.
+    pub first_block: u32,
+    /// Blocks asked for; at least 1.
+    pub blocks: u32,
+    /// The worker's tensor-parallel rank, equal on both sides.
+    pub rank: u32,
+    /// When the puller gives up, in milliseconds from now.
+    pub deadline_ms: u32,
+    /// Bytes of KV that the holder may send before it needs a [`Frame::Credit`].
+    pub credit: u64,
+}
+
+/// The holder sends what was asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Accepted {
+    /// Bytes of KV in each block.
+    pub block_bytes: u64,
+}
+
+/// The bytes of one block follow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BlockHeader {
+    /// Counted from the first block of the pull.
+    pub index: u32,
+    /// XXH3-64 of the block's bytes as they were when the hold was taken.
+    pub checksum: u64,
+}
+
+/// Measures the path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Probe {
+    /// Bytes that the holder should send.
+    pub bytes: u32,
+}
+
+/// The holder's answer to a [`Probe`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ProbeReply {
+    /// Bytes that follow; fewer than asked for where the holder limits probes.
+    pub bytes: u32,
+    /// Largest UDP payload, in bytes, that the holder has found the path to the puller to carry so far.
+    pub mtu: u16,
+}
+
+/// Any frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Frame {
+    /// Puller: opens a pull.
+    Pull(PullHeader),
+    /// Holder: blocks will follow.
+    Accepted(Accepted),
+    /// Holder: none will.
+    Refused(WireError),
+    /// Holder: the bytes of a block follow.
+    Block(BlockHeader),
+    /// Puller: KV bytes granted since the pull began, those of [`PullHeader::credit`] included. Never shrinks.
+    Credit(u64),
+    /// Puller: a block's bytes did not match its checksum; send it again. At most once per block.
+    Again(u32),
+    /// Puller: needs nothing more of this hold for its rank; `None` after success.
+    Finish(Option<WireError>),
+    /// Puller: opens a probe.
+    Probe(Probe),
+    /// Holder: zeroes follow.
+    ProbeReply(ProbeReply),
+}
+
+/// Bytes that are no frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum FrameError {
+    /// They do not begin with the magic, or a reserved field is not zero.
+    #[error("not a frame")]
+    Magic,
+    /// A version other than [`VERSION`].
+    #[error("frame of version {0}, and {VERSION} is spoken here")]
+    Version(u8),
+    /// An unknown kind.
+    #[error("frame of unknown kind {0}")]
+    Kind(u8),
+    /// Not the length that the kind has.
+    #[error("frame of kind {kind} with a body of {len} bytes")]
+    Length {
+        /// The frame's kind.
+        kind: u8,
+        /// The length in its prefix.
+        len: u16,
+    },
+    /// A field that may not hold what it holds.
+    #[error("frame of kind {0} with an invalid body")]
+    Body(u8),
+}
+
+impl From<FrameError> for WireError {
+    fn from(error: FrameError) -> Self {
+        match error {
+            FrameError::Version(_) => Self::new(ErrorCode::Version, u64::from(VERSION)),
+            _ => ErrorCode::Protocol.into(),
+        }
+    }
+}
+
+/// A frame as it travels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Encoded {
+    bytes: [u8; MAX_FRAME],
+    len: usize,
+}
+
+impl AsRef<[u8]> for Encoded {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes[..self.len]
+    }
+}
+
+#[derive(Archive, Serialize, Deserialize)]
+struct RawPull {
+    transfer_id: [u8; 16],
+    layout: [u8; 16],
+    last_hash: [u8; 16],
+    epoch: u64,
+    credit: u64,
+    first_block: u32,
+    blocks: u32,
+    rank: u32,
+    deadline_ms: u32,
+}
+
+#[derive(Archive, Serialize, Deserialize)]
+struct RawAccepted {
+    block_bytes: u64,
+}
+
+#[derive(Archive, Serialize, Deserialize)]
+struct RawError {
+    detail: u64,
+    code: u16,
+    zero: [u8; 6],
+}
+
+#[derive(Archive, Serialize, Deserialize)]
+struct RawBlock {
+    checksum: u64,
+    index: u32,
+    zero: u32,
+}
+
+#[derive(Archive, Serialize, Deserialize)]
+struct RawCredit {
+    granted: u64,
+}
+
+#[derive(Archive, Serialize, Deserialize)]
+struct RawAgain {
+    index: u32,
+}
+
+#[derive(Archive, Serialize, Deserialize)]
+struct RawProbe {
+    bytes: u32,
+}
+
+#[derive(Archive, Serialize, Deserialize)]
+struct RawProbeReply {
+    bytes: u32,
+    mtu: u16,
+    zero: u16,
+}
+
+const PULL: u8 = 1;
+const ACCEPTED: u8 = 2;
+const REFUSED: u8 = 3;
+const BLOCK: u8 = 4;
+const CREDIT: u8 = 5;
+const AGAIN: u8 = 6;
+const FINISH: u8 = 7;
+const PROBE: u8 = 8;
+const PROBE_REPLY: u8 = 9;
+
+/// Length of the body of a kind.
+const fn body_len(kind: u8) -> Option<usize> {
+    Some(match kind {
+        PULL => size_of::<ArchivedRawPull>(),
+        ACCEPTED => size_of::<ArchivedRawAccepted>(),
+        REFUSED | FINISH => size_of::<ArchivedRawError>(),
+        BLOCK => size_of::<ArchivedRawBlock>(),
+        CREDIT => size_of::<ArchivedRawCredit>(),
+        AGAIN => size_of::<ArchivedRawAgain>(),
+        PROBE => size_of::<ArchivedRawProbe>(),
+        PROBE_REPLY => size_of::<ArchivedRawProbeReply>(),
+        _ => return None,
+    })
+}
+
+fn raw_error(error: Option<WireError>) -> RawError {
+    let (code, detail) = error.map_or((0, 0), |error| (error.code as u16, error.detail));
+    RawError { detail, code, zero: [0; 6] }
+}
+
+/// `Some(None)` where the number is 0, `None` where it may not be what it is. A number that this build does not
+/// know stands for [`ErrorCode::Internal`] with that number as its detail.
+fn wire_error(raw: &RawError) -> Option<Option<WireError>> {
+    if raw.zero != [0; 6] {
+        return None;
+    }
+    if raw.code == 0 {
+        return Some(None);
+    }
+    Some(Some(match ErrorCode::from_number(raw.code) {
+        Some(code) => WireError::new(code, raw.detail),
+        None => WireError::new(ErrorCode::Internal, u64::from(raw.code)),
+    }))
+}
+
+macro_rules! archive {
+    ($kind:expr, $raw:expr) => {{
+        let body = rkyv::to_bytes::<rancor::Panic>(&$raw).expect("memory for a header");
+        Encoded::new($kind, &body)
+    }};
+}
+
+macro_rules! unarchive {
+    ($kind:expr, $raw:ty, $archived:ty, $body:expr) => {{
+        let mut aligned = Align([0u8; MAX_BODY]);
+        aligned[..$body.len()].copy_from_slice($body);
+        let archived = rkyv::access::<$archived, rancor::Failure>(&aligned[..$body.len()])
+            .map_err(|_| FrameError::Body($kind))?;
+        rkyv::deserialize::<$raw, rancor::Failure>(archived).map_err(|_| FrameError::Body($kind))?
+    }};
+}
+
+impl Encoded {
+    fn new(kind: u8, body: &[u8]) -> Self {
+        debug_assert_eq!(Some(body.len()), body_len(kind));
+        let mut bytes = [0; MAX_FRAME];
+        bytes[..2].copy_from_slice(&MAGIC);
+        bytes[2] = VERSION;
+        bytes[3] = kind;
+        bytes[4..6].copy_from_slice(&(body.len() as u16).to_le_bytes());
+        bytes[PREFIX..PREFIX + body.len()].copy_from_slice(body);
+        Self { bytes, len: PREFIX + body.len() }
+    }
+}
+
+impl Frame {
+    /// The frame as it travels.
+    pub fn encode(&self) -> Encoded {
+        match *self {
+            Frame::Pull(pull) => archive!(
+                PULL,
+                RawPull {
+                    transfer_id: *pull.transfer_id.as_bytes(),
+                    layout: *pull.layout.as_bytes(),
+                    last_hash: *pull.last_hash.as_bytes(),
+                    epoch: pull.epoch.0,
+                    credit: pull.credit,
+                    first_block: pull.first_block,
+                    blocks: pull.blocks,
+                    rank: pull.rank,
+                    deadline_ms: pull.deadline_ms,
+                }
+            ),
+            Frame::Accepted(Accepted { block_bytes }) => archive!(ACCEPTED, RawAccepted { block_bytes }),
+            Frame::Refused(error) => archive!(REFUSED, raw_error(Some(error))),
+            Frame::Block(BlockHeader { index, checksum }) => {
+                archive!(BLOCK, RawBlock { checksum, index, zero: 0 })
+            }
+            Frame::Credit(granted) => archive!(CREDIT, RawCredit { granted }),
+            Frame::Again(index) => archive!(AGAIN, RawAgain { index }),
+            Frame::Finish(error) => archive!(FINISH, raw_error(error)),
+            Frame::Probe(Probe { bytes }) => archive!(PROBE, RawProbe { bytes }),
+            Frame::ProbeReply(ProbeReply { bytes, mtu }) => {
+                archive!(PROBE_REPLY, RawProbeReply { bytes, mtu, zero: 0 })
+            }
+        }
+    }
+
+    /// Reads the frame at the start of `bytes`: it and its length, or `None` where more bytes are needed to tell.
+    /// An error is told as soon as the prefix shows it.
+    pub fn decode(bytes: &[u8]) -> Result<Option<(Frame, usize)>, FrameError> {
+        let seen = bytes.len().min(MAGIC.len());
+        if bytes[..seen] != MAGIC[..seen] {
+            return Err(FrameError::Magic);
+        }
+        let Some((prefix, rest)) = bytes.split_first_chunk::<PREFIX>() else {
+            return Ok(None);
+        };
+        let [_, _, version, kind, len @ .., zero_a, zero_b] = *prefix;
+        if version != VERSION {
+            return Err(FrameError::Version(version));
+        }
+        if (zero_a, zero_b) != (0, 0) {
+            return Err(FrameError::Magic);
+        }
+        let len = u16::from_le_bytes(len);
+        let expected = body_len(kind).ok_or(FrameError::Kind(kind))?;
+        if usize::from(len) != expected {
+            return Err(FrameError::Length { kind, len });
+        }
+        match rest.get(..expected) {
+            Some(body) => Ok(Some((Self::decode_body(kind, body)?, PREFIX + expected))),
+            None => Ok(None),
+        }
+    }
+
+    fn decode_body(kind: u8, body: &[u8]) -> Result<Frame, FrameError> {
+        let invalid = FrameError::Body(kind);
+        Ok(match kind {
+            PULL => {
+                let raw = unarchive!(kind, RawPull, ArchivedRawPull, body);
+                Frame::Pull(PullHeader {
+                    transfer_id: TransferId::from_bytes(raw.transfer_id),
+                    epoch: Epoch(raw.epoch),
+                    layout: LayoutFingerprint::from_bytes(raw.layout),
+                    last_hash: BlockHash::from_bytes(raw.last_hash),
+                    first_block: raw.first_block,
+                    blocks: raw.blocks,
+                    rank: raw.rank,
+                    deadline_ms: raw.deadline_ms,
+                    credit: raw.credit,
+                })
+            }
+            ACCEPTED => {
+                let raw = unarchive!(kind, RawAccepted, ArchivedRawAccepted, body);
+                Frame::Accepted(Accepted { block_bytes: raw.block_bytes })
+            }
+            REFUSED => {
+                let raw = unarchive!(kind, RawError, ArchivedRawError, body);
+                Frame::Refused(wire_error(&raw).flatten().ok_or(invalid)?)
+            }
+            BLOCK => {
+                let raw = unarchive!(kind, RawBlock, ArchivedRawBlock, body);
+                Frame::Block(BlockHeader { index: raw.index, checksum: raw.checksum })
+            }
+            CREDIT => Frame::Credit(unarchive!(kind, RawCredit, ArchivedRawCredit, body).granted),
+            AGAIN => Frame::Again(unarchive!(kind, RawAgain, ArchivedRawAgain, body).index),
+            FINISH => {
+                let raw = unarchive!(kind, RawError, ArchivedRawError, body);
+                Frame::Finish(wire_error(&raw).ok_or(invalid)?)
+            }
+            PROBE => Frame::Probe(Probe { bytes: unarchive!(kind, RawProbe, ArchivedRawProbe, body).bytes }),
+            PROBE_REPLY => {
+                let raw = unarchive!(kind, RawProbeReply, ArchivedRawProbeReply, body);
+                Frame::ProbeReply(ProbeReply { bytes: raw.bytes, mtu: raw.mtu })
+            }
+            _ => return Err(FrameError::Kind(kind)),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::connector::Piece;
+
+    fn pull() -> PullHeader {
+        PullHeader {
+            transfer_id: TransferId::from_bytes([0xa1; 16]),
+            epoch: Epoch(0x0102_0304_0506_0708),
+            layout: LayoutFingerprint::from_bytes([0xb2; 16]),
+            last_hash: BlockHash::from_bytes([0xc3; 16]),
+            first_block: 9,
+            blocks: 10,
+            rank: 11,
+            deadline_ms: 12,
+            credit: 13,
+        }
+    }
+
+    fn every_kind() -> Vec<Frame> {
+        let mut frames = vec![
+            Frame::Pull(pull()),
+            Frame::Accepted(Accepted { block_bytes: 1 << 40 }),
+            Frame::Block(BlockHeader { index: 7, checksum: u64::MAX }),
+            Frame::Credit(u64::MAX - 1),
+            Frame::Again(3),
+            Frame::Finish(None),
+            Frame::Probe(Probe { bytes: 5 }),
+            Frame::ProbeReply(ProbeReply { bytes: 6, mtu: 65_507 }),
+        ];
+        for code in ErrorCode::ALL {
+            frames.push(Frame::Refused(WireError::new(code, 77)));
+            frames.push(Frame::Finish(Some(WireError::new(code, 78))));
+        }
+        frames
+    }
+
+    #[test]
+    fn every_frame_survives_and_no_prefix_of_it_is_a_frame() {
+        for frame in every_kind() {
+            let encoded = frame.encode();
+            let bytes = encoded.as_ref();
+            let mut more = bytes.to_vec();
+            more.extend_from_slice(b"payload");
+            assert_eq!(Frame::decode(&more), Ok(Some((frame, bytes.len()))));
+            for cut in 0..bytes.len() {
+                assert_eq!(Frame::decode(&bytes[..cut]), Ok(None), "{frame:?} cut at {cut}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_largest_frame_is_as_large_as_stated() {
+        let largest = every_kind().iter().map(|frame| frame.encode().as_ref().len()).max();
+        assert_eq!(largest, Some(MAX_FRAME));
+    }
+
+    /// What version 1 looks like on the wire. A change here is a new version.
+    #[test]
+    fn version_1_to_the_byte() {
+        let mut expected = b"BK\x01\x01\x50\x00\x00\x00".to_vec();
+        expected.extend([0xa1; 16]);
+        expected.extend([0xb2; 16]);
+        expected.extend([0xc3; 16]);
+        expected.extend([8, 7, 6, 5, 4, 3, 2, 1]);
+        expected.extend(13u64.to_le_bytes());
+        for number in [9u32, 10, 11, 12] {
+            expected.extend(number.to_le_bytes());
+        }
+        assert_eq!(Frame::Pull(pull()).encode().as_ref(), expected);
+
+        let block = Frame::Block(BlockHeader { index: 0x0a0b, checksum: 0x11 }).encode();
+        assert_eq!(block.as_ref(), b"BK\x01\x04\x10\0\0\0\x11\0\0\0\0\0\0\0\x0b\x0a\0\0\0\0\0\0");
+        let refused = Frame::Refused(WireError::new(ErrorCode::StaleEpoch, 6)).encode();
+        assert_eq!(refused.as_ref(), b"BK\x01\x03\x10\0\0\0\x06\0\0\0\0\0\0\0\x04\0\0\0\0\0\0\0");
+        assert_eq!(Frame::Again(2).encode().as_ref(), b"BK\x01\x06\x04\0\0\0\x02\0\0\0");
+    }
+
+    #[test]
+    fn names_and_numbers_of_errors_are_each_their_own() {
+        let mut names: Vec<_> = ErrorCode::ALL.iter().map(|code| code.name()).collect();
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), ErrorCode::ALL.len());
+        for (i, code) in ErrorCode::ALL.into_iter().enumerate() {
+            assert_eq!((code as u16, ErrorCode::from_number(i as u16 + 1)), (i as u16 + 1, Some(code)));
+        }
+        assert_eq!(ErrorCode::from_number(0), None);
+    }
+
+    #[test]
+    fn broken_frames_are_refused() {
+        let good = Frame::Finish(None).encode();
+        let with = |at: usize, value: u8| {
+            let mut bytes = good.as_ref().to_vec();
+            bytes[at] = value;
+            Frame::decode(&bytes)
+        };
+        assert_eq!(with(0, b'X'), Err(FrameError::Magic));
+        assert_eq!(with(2, 2), Err(FrameError::Version(2)));
+        assert_eq!(with(3, 0), Err(FrameError::Kind(0)));
+        assert_eq!(with(4, 15), Err(FrameError::Length { kind: FINISH, len: 15 }));
+        assert_eq!(with(7, 1), Err(FrameError::Magic));
+        assert_eq!(with(PREFIX + 10, 1), Err(FrameError::Body(FINISH)));
+        let mut refused_for_nothing = good.as_ref().to_vec();
+        refused_for_nothing[3] = REFUSED;
+        assert_eq!(Frame::decode(&refused_for_nothing), Err(FrameError::Body(REFUSED)));
+        assert_eq!(
+            with(PREFIX + 9, 1),
+            Ok(Some((Frame::Finish(Some(WireError::new(ErrorCode::Internal, 256))), 24)))
+        );
+    }
+
+    #[test]
+    fn the_fingerprint_covers_facts_and_piece_lengths_but_not_places() {
+        let layout = |dtype: &str, lens: &[u32], offset: u64| Layout {
+            facts: BTreeMap::from([("dtype".to_owned(), dtype.to_owned())]),
+            pieces: lens.iter().map(|len| Piece { storage: 0, offset, stride: 1 << 20, len: *len }).collect(),
+        };
+        let one = LayoutFingerprint::of(&layout("bf16", &[8, 8], 0));
+        assert_eq!(one, LayoutFingerprint::of(&layout("bf16", &[8, 8], 4096)));
+        assert_ne!(one, LayoutFingerprint::of(&layout("f16", &[8, 8], 0)));
+        assert_ne!(one, LayoutFingerprint::of(&layout("bf16", &[16], 0)));
+    }
+}

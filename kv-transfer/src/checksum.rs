@@ -1,0 +1,147 @@
+//! Checksums of blocks: XXH3-64 over a block's bytes in the order in which they travel.
+//!
+//! They are made when a hold is taken and travel with the blocks, so they cover everything between: a change of the
+//! source's memory, the gather, the wire and the scatter.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+
+use baton_kernels::{BlockMemory, Guard, MemoryError};
+use tokio::sync::Notify;
+use xxhash_rust::xxh3::{Xxh3, xxh3_128};
+
+/// The checksums of a hold's blocks, in order, as they become known. A pull may begin while they are being made: it
+/// waits for the checksum of each block before it sends the block.
+#[derive(Debug)]
+pub struct Checksums {
+    values: Box<[AtomicU64]>,
+    /// How many of `values` are made.
+    made: AtomicUsize,
+    abandoned: AtomicBool,
+    progress: Notify,
+}
+
+impl Checksums {
+    /// For a hold of this many blocks; none is known yet.
+    pub fn pending(blocks: usize) -> Arc<Self> {
+        Arc::new(Self {
+            values: (0..blocks).map(|_| AtomicU64::new(0)).collect(),
+            made: AtomicUsize::new(0),
+            abandoned: AtomicBool::new(false),
+            progress: Notify::new(),
+        })
+    }
+
+    /// Makes them all, in order, from a worker's memory: 0.1 s or less for each GiB; call it where blocking is fine, once,
+    /// and hand it the guard of the hold, so that the blocks stay. On an error nobody waits for the rest any more:
+    /// pulls of these blocks end with `internal`.
+    pub fn make(
+        &self,
+        memory: &Arc<dyn BlockMemory>,
+        block_ids: &[u32],
+        guard: &Guard,
+    ) -> Result<(), MemoryError> {
+        for block in block_ids.iter().take(self.values.len()) {
+            match of_block(memory, *block, guard) {
+                Ok(checksum) => self.push(checksum),
+                Err(error) => {
+                    self.abandon();
+                    return Err(error);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Blocks.
+    pub fn len(&self) -> usize {
+        self.values.len()
+    }
+
+    /// Whether there are no blocks.
+    pub fn is_empty(&self) -> bool {
+        self.values.is_empty()
+    }
+
+    /// Adds the checksum of the next block. One thread at a time; more than there are blocks are ignored.
+    pub fn push(&self, checksum: u64) {
+        let next = self.made.load(Ordering::Relaxed);
+        if let Some(slot) = self.values.get(next) {
+            slot.store(checksum, Ordering::Relaxed);
+            self.made.store(next + 1, Ordering::Release);
+            self.progress.notify_waiters();
+        }
+    }
+
+    /// Says that the rest will not be made.
+    pub fn abandon(&self) {
+        self.abandoned.store(true, Ordering::Release);
+        self.progress.notify_waiters();
+    }
+
+    /// The checksum of a block, where it is known.
+    pub fn get(&self, block: usize) -> Option<u64> {
+        (block < self.made.load(Ordering::Acquire)).then(|| self.values[block].load(Ordering::Relaxed))
+    }
+
+    /// The checksum of a block, once it is known; `None` where it will not be made.
+    ///
+    /// # Cancel safety
+    /// Safe to drop.
+    pub async fn wait(&self, block: usize) -> Option<u64> {
+        loop {
+            let progress = self.progress.notified();
+            tokio::pin!(progress);
+            progress.as_mut().enable();
+            if let Some(checksum) = self.get(block) {
+                return Some(checksum);
+            }
+            if block >= self.values.len() || self.abandoned.load(Ordering::Acquire) {
+                return None;
+            }
+            progress.await;
+        }
+    }
+}
+
+/// The checksum of a block as it is in memory now.
+pub fn of_block(memory: &Arc<dyn BlockMemory>, block: u32, guard: &Guard) -> Result<u64, MemoryError> {
+    let mut hasher = Xxh3::new();
+    for piece in memory.clone().read(block, guard.clone())? {
+        hasher.update(&piece);
+    }
+    Ok(hasher.digest())
+}
+
+/// The digest of a run of blocks, from their checksums in order: XXH3-128 over them, 64-bit little-endian each.
+pub fn digest(checksums: &[u64]) -> u128 {
+    let bytes: Vec<u8> = checksums.iter().flat_map(|checksum| checksum.to_le_bytes()).collect();
+    xxh3_128(&bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn waiters_get_each_checksum_once_made_and_none_once_abandoned() {
+        let checksums = Checksums::pending(3);
+        let waiter = tokio::spawn({
+            let checksums = checksums.clone();
+            async move { (checksums.wait(1).await, checksums.wait(2).await, checksums.wait(3).await) }
+        });
+        for checksum in [7, 8] {
+            tokio::task::yield_now().await;
+            checksums.push(checksum);
+        }
+        tokio::task::yield_now().await;
+        checksums.abandon();
+        assert_eq!(waiter.await.unwrap(), (Some(8), None, None));
+        assert_eq!((checksums.get(0), checksums.get(2)), (Some(7), None));
+    }
+
+    #[test]
+    fn the_digest_depends_on_the_order() {
+        assert_ne!(digest(&[1, 2]), digest(&[2, 1]));
+    }
+}

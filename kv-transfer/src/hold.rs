@@ -1,0 +1,372 @@
+//! Holds: blocks of finished requests that stay until they were pulled.
+//!
+//! # Two-phase release
+//! A hold *ends* by the first of: every rank's puller said it is finished with it, its lease ran out, it was released
+//! by order, or its epoch was dropped. From then on it opens for nobody, and copies in flight are told to stop. But its
+//! blocks are *released* (given back to the engine) only when no copy of them is in flight: when every [`Guard`] that
+//! was handed out for it is dropped, including those inside buffers kept for retransmission. The two steps never
+//! swap, however late the second one comes.
+//!
+//! The table reads no clock and does no I/O: `now` comes in, and [`HoldTable::poll`] says what to release. When a guard is
+//! dropped or a puller finishes on another thread, the table's `wake` is called, after which `poll` has news.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use baton_kernels::{BlockMemory, Guard};
+use baton_proto::wire::{ErrorCode, LayoutFingerprint, PullHeader, WireError};
+use baton_proto::{BlockHash, Epoch, TransferId};
+use tokio_util::sync::CancellationToken;
+
+use crate::checksum::Checksums;
+
+/// Ended transfers that a table remembers, to tell why a late pull is refused.
+const REMEMBERED: usize = 1024;
+
+/// Called when a table has news, from any thread and with no lock held; should do little more than notify.
+pub type Wake = Arc<dyn Fn() + Send + Sync>;
+
+/// Blocks to hold.
+pub struct Hold {
+    /// The engine's request id.
+    pub request_id: String,
+    /// Names the handoff.
+    pub transfer_id: TransferId,
+    /// Hash of each block, from the prompt's start.
+    pub hashes: Vec<BlockHash>,
+    /// The blocks, in order; as many as hashes, and at least one.
+    pub block_ids: Vec<u32>,
+    /// The workers' part, by rank; at least one.
+    pub ranks: Vec<RankHold>,
+}
+
+/// One worker's part of a hold.
+pub struct RankHold {
+    /// Where the blocks lie.
+    pub memory: Arc<dyn BlockMemory>,
+    /// Of the worker's layout.
+    pub layout: LayoutFingerprint,
+    /// Of all blocks of the hold, in order; may still be in the making.
+    pub checksums: Arc<Checksums>,
+}
+
+/// A hold that cannot be taken. Its blocks are free to go.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum HoldError {
+    /// The id is in use.
+    #[error("transfer {0} is held already")]
+    DuplicateTransfer(TransferId),
+    /// The request has a hold.
+    #[error("request {0:?} has a hold already")]
+    DuplicateRequest(String),
+    /// Too many.
+    #[error("{0} holds are live, and no more are taken")]
+    Full(usize),
+    /// Counts that must agree do not.
+    #[error("a hold of {blocks} blocks with {hashes} hashes for {ranks} ranks")]
+    Shape {
+        /// Block ids.
+        blocks: usize,
+        /// Hashes.
+        hashes: usize,
+        /// Ranks.
+        ranks: usize,
+    },
+}
+
+/// Why a hold ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HoldEnd {
+    /// Every rank's puller finished with it.
+    Finished,
+    /// Its lease ran out.
+    Expired,
+    /// By [`HoldTable::release`].
+    Released,
+    /// By [`HoldTable::drop_epoch`].
+    Dropped,
+}
+
+impl HoldEnd {
+    /// What a pull of such a hold is told.
+    pub fn code(self) -> ErrorCode {
+        match self {
+            Self::Finished | Self::Released => ErrorCode::Released,
+            Self::Expired => ErrorCode::LeaseExpired,
+            Self::Dropped => ErrorCode::StaleEpoch,
+        }
+    }
+}
+
+/// A hold whose blocks nobody reads any more, and nobody will.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ReleasedHold {
+    /// The engine's request id.
+    pub request_id: String,
+    /// Named the handoff.
+    pub transfer_id: TransferId,
+    /// Why it ended.
+    pub end: HoldEnd,
+}
+
+/// A run of held blocks, opened for one puller.
+#[derive(Clone)]
+pub struct HeldBlocks {
+    /// Where they lie.
+    pub memory: Arc<dyn BlockMemory>,
+    /// Their ids, in order.
+    pub block_ids: Vec<u32>,
+    /// Of all blocks of the hold.
+    pub checksums: Arc<Checksums>,
+    /// Index of the first of `block_ids` in `checksums`.
+    pub first_block: usize,
+    /// The right to read them.
+    pub claim: Claim,
+}
+
+/// The right to read held blocks for one puller.
+#[derive(Clone)]
+pub struct Claim {
+    copy: Arc<Copy>,
+    rank: usize,
+}
+
+impl Claim {
+    /// To be kept by everything that reads the blocks: none of them is released while it or a clone of it lives. The
+    /// claim itself is such a clone.
+    pub fn guard(&self) -> Guard {
+        self.copy.clone()
+    }
+
+    /// Says that the puller needs nothing more of the hold.
+    pub fn finish(&self) {
+        let shared = &self.copy.shared;
+        if !shared.finished[self.rank].swap(true, Ordering::AcqRel) {
+            (shared.wake)();
+        }
+    }
+
+    /// Cancelled when the hold ends: stop reading, and drop all guards. Ask [`Self::end`] why.
+    pub fn ended(&self) -> &CancellationToken {
+        &self.copy.shared.ended
+    }
+
+    /// Why the hold ended, once it did.
+    pub fn end(&self) -> Option<HoldEnd> {
+        self.copy.shared.end.get().copied()
+    }
+}
+
+/// Part of a hold that others share.
+struct Shared {
+    /// Live [`Copy`]s.
+    copies: AtomicUsize,
+    /// By rank.
+    finished: Box<[AtomicBool]>,
+    end: std::sync::OnceLock<HoldEnd>,
+    ended: CancellationToken,
+    wake: Wake,
+}
+
+impl Shared {
+    fn copy(self: &Arc<Self>) -> Arc<Copy> {
+        self.copies.fetch_add(1, Ordering::Relaxed);
+        Arc::new(Copy { shared: self.clone() })
+    }
+}
+
+/// What guards are clones of.
+struct Copy {
+    shared: Arc<Shared>,
+}
+
+impl Drop for Copy {
+    fn drop(&mut self) {
+        if self.shared.copies.fetch_sub(1, Ordering::AcqRel) == 1 {
+            (self.shared.wake)();
+        }
+    }
+}
+
+struct Entry {
+    hold: Hold,
+    expires: Instant,
+    shared: Arc<Shared>,
+}
+
+/// All holds of one agent. See the module.
+pub struct HoldTable {
+    epoch: Epoch,
+    max_holds: usize,
+    wake: Wake,
+    /// Live and ended ones, until released. Ordered, so that releases come in an order that tests can repeat.
+    entries: BTreeMap<TransferId, Entry>,
+    requests: BTreeSet<String>,
+    remembered: VecDeque<(TransferId, HoldEnd)>,
+}
+
+impl HoldTable {
+    /// An empty table of an epoch, for at most `max_holds` holds at a time.
+    pub fn new(epoch: Epoch, max_holds: usize, wake: Wake) -> Self {
+        Self {
+            epoch,
+            max_holds,
+            wake,
+            entries: BTreeMap::new(),
+            requests: BTreeSet::new(),
+            remembered: VecDeque::new(),
+        }
+    }
+
+    /// The epoch whose holds open.
+    pub fn epoch(&self) -> Epoch {
+        self.epoch
+    }
+
+    /// Holds that are not released yet, ended ones included.
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// Holds blocks for `lease` from `now`. The guard is for making the checksums: drop it when they are made.
+    pub fn insert(&mut self, now: Instant, hold: Hold, lease: Duration) -> Result<Guard, HoldError> {
+        let (blocks, hashes, ranks) = (hold.block_ids.len(), hold.hashes.len(), hold.ranks.len());
+        let checksums_fit = hold.ranks.iter().all(|rank| rank.checksums.len() == blocks);
+        if blocks == 0 || blocks != hashes || ranks == 0 || !checksums_fit {
+            return Err(HoldError::Shape { blocks, hashes, ranks });
+        }
+        if self.entries.contains_key(&hold.transfer_id) {
+            return Err(HoldError::DuplicateTransfer(hold.transfer_id));
+        }
+        if self.requests.contains(&hold.request_id) {
+            return Err(HoldError::DuplicateRequest(hold.request_id));
+        }
+        if self.entries.len() >= self.max_holds {
+            return Err(HoldError::Full(self.entries.len()));
+        }
+        let shared = Arc::new(Shared {
+            copies: AtomicUsize::new(0),
+            finished: (0..ranks).map(|_| AtomicBool::new(false)).collect(),
+            end: std::sync::OnceLock::new(),
+            ended: CancellationToken::new(),
+            wake: self.wake.clone(),
+        });
+        let guard = shared.copy();
+        self.requests.insert(hold.request_id.clone());
+        self.entries.insert(hold.transfer_id, Entry { hold, expires: now + lease, shared });
+        Ok(guard)
+    }
+
+    /// Opens the blocks that a pull asks for, or says why not. Everything that can be wrong with a pull is found here,
+    /// before any byte moves.
+    pub fn open(&self, now: Instant, pull: &PullHeader) -> Result<HeldBlocks, WireError> {
+        if pull.epoch != self.epoch {
+            return Err(WireError::new(ErrorCode::StaleEpoch, self.epoch.0));
+        }
+        let Some(entry) = self.entries.get(&pull.transfer_id) else {
+            let ended = self.remembered.iter().rev().find(|(id, _)| *id == pull.transfer_id);
+            return Err(ended.map_or(ErrorCode::UnknownTransfer, |(_, end)| end.code()).into());
+        };
+        if let Some(end) = entry.shared.end.get() {
+            return Err(end.code().into());
+        }
+        if now >= entry.expires {
+            return Err(ErrorCode::LeaseExpired.into());
+        }
+        let hold = &entry.hold;
+        let rank_number = pull.rank as usize;
+        let Some(rank) = hold.ranks.get(rank_number) else {
+            return Err(ErrorCode::LayoutMismatch.into());
+        };
+        if rank.layout != pull.layout {
+            let block_bytes = rank.memory.block_bytes() as u64;
+            return Err(WireError::new(ErrorCode::LayoutMismatch, block_bytes));
+        }
+        let held = hold.block_ids.len();
+        let (first, blocks) = (pull.first_block as usize, pull.blocks as usize);
+        let Some(end) = first.checked_add(blocks).filter(|end| blocks > 0 && *end <= held) else {
+            return Err(WireError::new(ErrorCode::Range, held as u64));
+        };
+        if hold.hashes[end - 1] != pull.last_hash {
+            return Err(WireError::new(ErrorCode::ContentMismatch, held as u64));
+        }
+        if entry.shared.finished[rank_number].load(Ordering::Acquire) {
+            return Err(ErrorCode::Released.into());
+        }
+        Ok(HeldBlocks {
+            memory: rank.memory.clone(),
+            block_ids: hold.block_ids[first..end].to_vec(),
+            checksums: rank.checksums.clone(),
+            first_block: first,
+            claim: Claim { copy: entry.shared.copy(), rank: rank_number },
+        })
+    }
+
+    /// Ends a hold by order. `false` where there is none, or it ended already. Its blocks are released by a later
+    /// [`Self::poll`].
+    pub fn release(&mut self, transfer_id: TransferId) -> bool {
+        self.entries.get(&transfer_id).is_some_and(|entry| end(entry, HoldEnd::Released))
+    }
+
+    /// Ends all holds and opens none of this epoch any more: the engine or the agent is another one from now on. The
+    /// holds' blocks are released by later [`Self::poll`]s, when no copy of them is in flight.
+    pub fn drop_epoch(&mut self, next: Epoch) {
+        self.epoch = next;
+        for entry in self.entries.values() {
+            end(entry, HoldEnd::Dropped);
+        }
+    }
+
+    /// Ends what is to end at `now`, and returns the holds that are released with this call: ended, and with no copy
+    /// in flight. In order of transfer id.
+    pub fn poll(&mut self, now: Instant) -> Vec<ReleasedHold> {
+        let mut released = Vec::new();
+        for entry in self.entries.values() {
+            if entry.shared.finished.iter().all(|finished| finished.load(Ordering::Acquire)) {
+                end(entry, HoldEnd::Finished);
+            } else if now >= entry.expires {
+                end(entry, HoldEnd::Expired);
+            }
+            let Some(end) = entry.shared.end.get().copied() else { continue };
+            // An ended hold opens for nobody, so its count only falls.
+            if entry.shared.copies.load(Ordering::Acquire) == 0 {
+                let Hold { request_id, transfer_id, .. } = &entry.hold;
+                released.push(ReleasedHold {
+                    request_id: request_id.clone(),
+                    transfer_id: *transfer_id,
+                    end,
+                });
+            }
+        }
+        for ReleasedHold { request_id, transfer_id, end } in &released {
+            self.entries.remove(transfer_id);
+            self.requests.remove(request_id);
+            if self.remembered.len() == REMEMBERED {
+                self.remembered.pop_front();
+            }
+            self.remembered.push_back((*transfer_id, *end));
+        }
+        released
+    }
+
+    /// When [`Self::poll`] has to be called at the latest, unless woken before.
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        let live = self.entries.values().filter(|entry| entry.shared.end.get().is_none());
+        live.map(|entry| entry.expires).min()
+    }
+}
+
+fn end(entry: &Entry, end: HoldEnd) -> bool {
+    let first = entry.shared.end.set(end).is_ok();
+    if first {
+        entry.shared.ended.cancel();
+    }
+    first
+}

@@ -1,0 +1,305 @@
+//! What the endpoint's users see.
+
+use std::future::Future;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use baton_kernels::BlockMemory;
+use baton_proto::wire::{LayoutFingerprint, PullHeader, WireError};
+use baton_proto::{BlockHash, EngineId, Epoch, TransferId};
+
+use crate::hold::HeldBlocks;
+use crate::tls::{Identity, TlsError};
+
+/// Whose blocks an endpoint serves: an agent's session, on top of its [`crate::HoldTable`].
+pub trait Source: Send + Sync + 'static {
+    /// Opens the blocks that a pull asks for. Called on the endpoint's threads: must not block for longer than a
+    /// mutex is held.
+    fn open(&self, pull: &PullHeader) -> Result<HeldBlocks, WireError>;
+
+    /// A pull that was opened is over. Same threads.
+    fn served(&self, report: SendReport) {
+        let _ = report;
+    }
+}
+
+/// What became of a pull that was served.
+#[derive(Clone, Debug)]
+pub struct SendReport {
+    /// Names the handoff.
+    pub transfer_id: TransferId,
+    /// The workers' rank.
+    pub rank: u32,
+    /// The first block asked for, counted from the prompt's start.
+    pub first_block: u32,
+    /// Checksums of the blocks asked for that were sent at least once, in order; see [`crate::checksum::digest`].
+    pub checksums: Vec<u64>,
+    /// KV bytes given to the connection, repetitions included.
+    pub bytes: u64,
+    /// Blocks that were asked for again.
+    pub repeated: u32,
+    /// From the request to the end.
+    pub elapsed: Duration,
+    /// `Ok` where the puller said that it has all it needs.
+    pub result: Result<(), WireError>,
+}
+
+/// Caps of an endpoint.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// Pulls that this endpoint runs at once; more wait for their turn, up to their deadline.
+    pub max_pulls: usize,
+    /// Pulls that it serves at once, over all peers; more are refused with `busy`.
+    pub max_served: usize,
+    /// Pulls that it serves at once for one peer; more wait at the peer.
+    pub max_served_per_peer: u32,
+    /// Connections, both directions; new ones are refused above it.
+    pub max_connections: usize,
+    /// KV bytes that may be under way to this endpoint in one pull. Also the connection's window: no peer can make it
+    /// buffer more than this for each connection, so at most `max_connections` times this in all.
+    pub window_bytes: u64,
+    /// Longest deadline that a served pull may have.
+    pub max_deadline: Duration,
+    /// Threads of the endpoint.
+    pub threads: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            max_pulls: 16,
+            max_served: 64,
+            max_served_per_peer: 16,
+            max_connections: 1024,
+            window_bytes: 8 << 20,
+            max_deadline: Duration::from_secs(600),
+            threads: 2,
+        }
+    }
+}
+
+/// How an endpoint is set up.
+#[derive(Clone, Debug)]
+pub struct EndpointConfig {
+    /// UDP address to listen on; port 0 for any.
+    pub listen: SocketAddr,
+    /// Certificates.
+    pub identity: Identity,
+    /// Caps.
+    pub limits: Limits,
+}
+
+/// An endpoint that cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum BindError {
+    /// The socket.
+    #[error("transfer.listen {addr}: {error}")]
+    Socket {
+        /// The address asked for.
+        addr: SocketAddr,
+        /// Why.
+        error: std::io::Error,
+    },
+    /// The certificates.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// Its threads.
+    #[error("threads of the transfer endpoint: {0}")]
+    Threads(std::io::Error),
+}
+
+/// Another agent.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Peer {
+    /// Its engine; its certificate has to carry this name.
+    pub engine_id: EngineId,
+    /// host:port of its endpoint.
+    pub address: String,
+}
+
+/// Blocks to fetch.
+#[derive(Clone, Debug)]
+pub struct PullRequest {
+    /// Who holds them.
+    pub peer: Peer,
+    /// Names the handoff.
+    pub transfer_id: TransferId,
+    /// The peer's epoch when it held them.
+    pub epoch: Epoch,
+    /// Of this worker's layout.
+    pub layout: LayoutFingerprint,
+    /// The first block to fetch, counted from the prompt's start.
+    pub first_block: u32,
+    /// Hash of the last block to fetch.
+    pub last_hash: BlockHash,
+    /// The worker's tensor-parallel rank.
+    pub rank: u32,
+    /// From now; at most 2^32 ms.
+    pub deadline: Duration,
+}
+
+/// A pull that came to its end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PullReport {
+    /// KV bytes received, repetitions included.
+    pub bytes: u64,
+    /// From the call to the last byte.
+    pub elapsed: Duration,
+    /// The connection's round trip as measured at the end.
+    pub rtt: Duration,
+    /// Blocks that arrived corrupt, repetitions included.
+    pub corrupt: u32,
+    /// Indices into the block ids of blocks that arrived corrupt twice: they do not hold what they should. Empty when
+    /// all went well.
+    pub failed: Vec<usize>,
+    /// Checksums of all blocks, in order, as the holder sent them.
+    pub checksums: Vec<u64>,
+}
+
+/// A pull that did not come to its end: none of its blocks may be used.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PullError {
+    /// The peer's address does not resolve, or no connection came about.
+    #[error("peer {peer} at {address}: {reason}")]
+    Unreachable {
+        /// The peer's engine id.
+        peer: EngineId,
+        /// Its address.
+        address: String,
+        /// Why.
+        reason: String,
+    },
+    /// The connection broke during the pull.
+    #[error("connection lost: {0}")]
+    ConnectionLost(String),
+    /// The peer refused or stopped.
+    #[error("refused by the peer: {0}")]
+    Refused(WireError),
+    /// This side stopped: deadline, cancel, a broken protocol.
+    #[error("{0}")]
+    Stopped(WireError),
+    /// Blocks that cannot be written.
+    #[error("memory: {0}")]
+    Memory(String),
+}
+
+impl PullError {
+    /// A snake_case name for metrics.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Unreachable { .. } => "unreachable",
+            Self::ConnectionLost(_) => "connection_lost",
+            Self::Refused(error) | Self::Stopped(error) => error.code.name(),
+            Self::Memory(_) => "memory",
+        }
+    }
+}
+
+/// What a path was found to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PathReport {
+    /// Round trip, smoothed.
+    pub rtt: Duration,
+    /// Bytes that the peer sent for this measurement.
+    pub bytes: u64,
+    /// From the request to the last of them.
+    pub elapsed: Duration,
+    /// Largest UDP payload the peer has found the path to carry, in bytes.
+    pub mtu: u16,
+}
+
+/// Running totals of an endpoint.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// KV bytes given to connections.
+    pub sent_bytes: u64,
+    /// KV bytes received.
+    pub received_bytes: u64,
+    /// Blocks that arrived corrupt.
+    pub corrupt_blocks: u64,
+    /// Connections open now.
+    pub connections: u64,
+}
+
+/// Serves pulls of what a [`Source`] holds and pulls from others, on threads of its own. Clones are one endpoint;
+/// when the last is dropped, its connections close.
+#[derive(Clone)]
+pub struct Endpoint {}
+
+impl Endpoint {
+    /// Opens the socket and starts to serve.
+    pub fn bind(config: EndpointConfig, source: Arc<dyn Source>) -> Result<Self, BindError> {
+        let _ = (config, source);
+        todo!()
+    }
+
+    /// Where it listens.
+    pub fn local_addr(&self) -> SocketAddr {
+        todo!()
+    }
+
+    /// Starts to fetch blocks into `memory`: block `i` of the run goes to `block_ids[i]`.
+    pub fn pull(&self, request: PullRequest, memory: Arc<dyn BlockMemory>, block_ids: Vec<u32>) -> Pull {
+        let _ = (request, memory, block_ids);
+        todo!()
+    }
+
+    /// Connects to a peer, unless connected, and waits until the path's MTU is known, so that a first pull is fast.
+    pub async fn warm(&self, peer: &Peer) -> Result<PathReport, PullError> {
+        let _ = peer;
+        todo!()
+    }
+
+    /// Measures the path from a peer to here with at most `bytes` bytes (1 MiB at most; the peer sends fewer where it
+    /// limits probes).
+    pub async fn probe(&self, peer: &Peer, bytes: u32) -> Result<PathReport, PullError> {
+        let _ = (peer, bytes);
+        todo!()
+    }
+
+    /// Running totals.
+    pub fn stats(&self) -> Stats {
+        todo!()
+    }
+
+    /// Closes all connections and waits, at most a second, until the peers were told. Pulls in both directions end.
+    pub async fn close(&self) {
+        todo!()
+    }
+}
+
+/// A pull under way; resolves when it is over and nothing is written to the memory any more.
+///
+/// Dropping it cancels the pull. The drop waits for the write at hand (some microseconds): when it returns, nothing is
+/// written any more either.
+#[must_use = "a pull that is dropped is cancelled"]
+pub struct Pull {}
+
+impl Pull {
+    /// Cancels the pull from elsewhere.
+    pub fn canceller(&self) -> Canceller {
+        todo!()
+    }
+}
+
+impl Future for Pull {
+    type Output = Result<PullReport, PullError>;
+
+    fn poll(self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<Self::Output> {
+        todo!()
+    }
+}
+
+/// Cancels a [`Pull`], which then resolves soon, with `Stopped(cancelled)` unless it was over already.
+#[derive(Clone, Debug)]
+pub struct Canceller {}
+
+impl Canceller {
+    /// Cancels.
+    pub fn cancel(&self) {
+        todo!()
+    }
+}
