@@ -1,0 +1,137 @@
+//! `baton-e2e`: runs the acceptance suite and prints its lines.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::{Context as _, ensure};
+use baton_e2e::bed::Bed;
+use baton_e2e::fleets;
+use baton_e2e::report::{Line, Report};
+use baton_e2e::scenarios::Scenario;
+use clap::{Parser, ValueEnum};
+
+/// Shows what Baton promises, on a fleet of its own on loopback.
+#[derive(Parser)]
+#[command(version)]
+struct Options {
+    /// What serves as engine.
+    #[arg(long, value_enum)]
+    engine: Engine,
+    /// What vLLM serves: SmolLM2-135M, or a small model with random weights.
+    #[arg(long, value_enum, default_value = "smollm2")]
+    model: ModelName,
+    /// Folder with vllm-0.32.0/ and models/, as scripts/install-vllm.sh and tests/e2e/models.py fill it.
+    #[arg(long, env = "BATON_CACHE")]
+    cache: Option<PathBuf>,
+    /// Folder to import `baton_connector` from.
+    #[arg(long, default_value = "agent/connector")]
+    connector: PathBuf,
+    /// Keep configs and logs in this folder.
+    #[arg(long)]
+    dir: Option<PathBuf>,
+    /// Only these scenarios, by name; a prefix will do.
+    #[arg(long, num_args = 1..)]
+    only: Vec<String>,
+    /// End in one JSON line: {line: {figure…, ok}}.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Engine {
+    Mock,
+    Vllm,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum ModelName {
+    Smollm2,
+    Random,
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let options = Options::parse();
+    match run(&options).await {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("baton-e2e: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+#[allow(clippy::print_stdout, reason = "the report is what this program is for")]
+async fn run(options: &Options) -> anyhow::Result<bool> {
+    let scenarios = chosen(&options.only)?;
+    let (mut spec, scale) = match options.engine {
+        Engine::Mock => fleets::mock(),
+        Engine::Vllm => {
+            let cache = cache(options.cache.clone())?;
+            let python = cache.join("vllm-0.32.0/bin/python");
+            ensure!(python.exists(), "{} is not there: run scripts/install-vllm.sh", python.display());
+            let (dir, fast) = match options.model {
+                ModelName::Smollm2 => ("smollm2-float32", false),
+                ModelName::Random => ("random", true),
+            };
+            let model = cache.join("models").join(dir);
+            ensure!(
+                model.join("config.json").exists(),
+                "{} has no model: start the suite with tests/e2e/run.sh",
+                model.display()
+            );
+            fleets::vllm(&python, &options.connector, model, dir, fast)
+        }
+    };
+    spec.dir.clone_from(&options.dir);
+    let started = Instant::now();
+    let mut bed = Bed::start(spec, scale).await?;
+    println!("fleet up after {:.0} s", started.elapsed().as_secs_f64());
+
+    let mut report = Report::default();
+    for scenario in scenarios {
+        let started = Instant::now();
+        let lines = scenario.run(&mut bed).await;
+        for line in &lines {
+            println!("{line}");
+        }
+        println!("     {} took {:.1} s", scenario.name(), started.elapsed().as_secs_f64());
+        report.lines.extend(lines);
+    }
+    let mut stopped = Line::new("shutdown");
+    let result = bed.shutdown().await;
+    stopped.check(result.is_ok(), || format!("{:#}", result.unwrap_err()));
+    println!("{stopped}");
+    report.lines.push(stopped);
+    println!(
+        "{} in {:.0} s",
+        if report.ok() { "all lines hold" } else { "FAILED" },
+        started.elapsed().as_secs_f64()
+    );
+    if options.json {
+        println!("{}", report.to_json());
+    }
+    Ok(report.ok())
+}
+
+fn chosen(only: &[String]) -> anyhow::Result<Vec<Scenario>> {
+    for name in only {
+        let known = Scenario::ALL.iter().any(|scenario| scenario.name().starts_with(name.as_str()));
+        let names: Vec<&str> = Scenario::ALL.iter().map(|scenario| scenario.name()).collect();
+        ensure!(known, "--only {name}: no such scenario; there are {}", names.join(", "));
+    }
+    let wanted = |scenario: &Scenario| {
+        only.is_empty() || only.iter().any(|name| scenario.name().starts_with(name.as_str()))
+    };
+    Ok(Scenario::ALL.into_iter().filter(wanted).collect())
+}
+
+fn cache(given: Option<PathBuf>) -> anyhow::Result<PathBuf> {
+    if let Some(cache) = given {
+        return Ok(cache);
+    }
+    let home = std::env::home_dir().context("no home directory: name the cache with --cache")?;
+    Ok(home.join(".cache/baton"))
+}

@@ -1,0 +1,307 @@
+//! The coordinator's HTTP is the engine's: errors, event streams and parameters come through unchanged, and a
+//! client that goes away takes its work with it.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use baton_fleet::{Client, Part};
+use serde_json::{Map, Value, json};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+use crate::ask::Ask;
+use crate::bed::Bed;
+use crate::report::Line;
+
+pub(super) async fn run(bed: &mut Bed) -> anyhow::Result<Vec<Line>> {
+    let mut lines = Vec::new();
+    for (name, result) in [
+        ("http.errors", errors(bed).await),
+        ("http.sse", sse(bed).await),
+        ("http.parameters", parameters(bed).await),
+        ("http.disconnect", disconnect(bed).await),
+    ] {
+        lines.push(result.unwrap_or_else(|error| Line::failed(name, &error)));
+    }
+    Ok(lines)
+}
+
+/// Each bad request gets the status that the engine gives it, in OpenAI's shape.
+async fn errors(bed: &Bed) -> anyhow::Result<Line> {
+    let mut line = Line::new("http.errors");
+    let model = bed.model();
+    let endless = "word ".repeat(200_000);
+    let chat = "/v1/chat/completions";
+    let cases = [
+        ("unknown model", "/v1/completions", json!({"model": "no-such-model", "prompt": "x"})),
+        (
+            "unknown model, chat",
+            chat,
+            json!({"model": "no-such-model", "messages": [{"role": "user", "content": "x"}]}),
+        ),
+        ("no prompt", "/v1/completions", json!({"model": model})),
+        ("no messages", chat, json!({"model": model})),
+        ("prompt of a wrong type", "/v1/completions", json!({"model": model, "prompt": {"a": 1}})),
+        ("messages of a wrong type", chat, json!({"model": model, "messages": "hello"})),
+        (
+            "max_tokens of a wrong type",
+            "/v1/completions",
+            json!({"model": model, "prompt": "x", "max_tokens": "many"}),
+        ),
+        (
+            "max_tokens below zero",
+            "/v1/completions",
+            json!({"model": model, "prompt": "x", "max_tokens": -1}),
+        ),
+        (
+            "temperature below zero",
+            "/v1/completions",
+            json!({"model": model, "prompt": "x", "temperature": -1}),
+        ),
+        (
+            "prompt beyond the context",
+            "/v1/completions",
+            json!({"model": model, "prompt": endless, "max_tokens": 1}),
+        ),
+        ("no object", "/v1/completions", json!([1, 2])),
+    ];
+    let mut bodies: Vec<(&str, &str, Vec<u8>)> =
+        cases.iter().map(|(name, path, body)| (*name, *path, body.to_string().into_bytes())).collect();
+    bodies.push(("malformed JSON", "/v1/completions", b"{\"model\": \"x\", \"prompt\": ".to_vec()));
+    bodies.push(("empty body", chat, Vec::new()));
+    bodies.push(("invalid UTF-8", "/v1/completions", b"{\"prompt\": \"\xff\xfe\"}".to_vec()));
+    bodies.push(("unknown path", "/v1/nothing", b"{}".to_vec()));
+    for policy in ["colocated", "disaggregated"] {
+        for (name, path, body) in &bodies {
+            let (theirs, _) = raw_post(&bed.plain(), path, body, policy).await?;
+            let (ours, reply) = raw_post(&bed.coordinator(), path, body, policy).await?;
+            line.check(ours == theirs, || {
+                format!("{name} ({policy}): HTTP {ours}, the engine says {theirs}")
+            });
+            let error = &serde_json::from_slice::<Value>(&reply).unwrap_or_default()["error"];
+            let shaped = error["message"].as_str().is_some_and(|message| !message.is_empty())
+                && error["type"].is_string()
+                && error["code"] == ours
+                && error.get("param").is_some();
+            line.check(shaped || *path == "/v1/nothing", || {
+                format!("{name} ({policy}): not OpenAI's shape: {}", String::from_utf8_lossy(&reply))
+            });
+        }
+    }
+    line.figure("cases", bodies.len() * 2);
+    Ok(line)
+}
+
+/// POSTs bytes as they are and returns status and body. The fleet's own client sends well-formed JSON only.
+async fn raw_post(server: &Client, path: &str, body: &[u8], policy: &str) -> anyhow::Result<(u16, Vec<u8>)> {
+    let address = server.base().trim_start_matches("http://");
+    let mut stream = tokio::net::TcpStream::connect(address).await?;
+    let head = format!(
+        "POST {path} HTTP/1.1\r\nhost: {address}\r\ncontent-type: application/json\r\nx-baton-policy: {policy}\r\n\
+         content-length: {}\r\nconnection: close\r\n\r\n",
+        body.len()
+    );
+    stream.write_all(head.as_bytes()).await?;
+    // A server may answer, and stop reading, before it has the whole body.
+    let _ = stream.write_all(body).await;
+    let mut answer = Vec::new();
+    tokio::time::timeout(Duration::from_secs(60), stream.read_to_end(&mut answer))
+        .await
+        .with_context(|| format!("POST {path}: no answer"))??;
+    let end = answer.windows(4).position(|w| w == b"\r\n\r\n").context("no end of the headers")?;
+    let status = std::str::from_utf8(&answer[..end])?.split(' ').nth(1).context("no status")?.parse()?;
+    // Chunked or not: the JSON object is from the first to the last brace.
+    let body = &answer[end + 4..];
+    let from = body.iter().position(|b| *b == b'{').unwrap_or(0);
+    let to = body.iter().rposition(|b| *b == b'}').map_or(body.len(), |at| at + 1);
+    Ok((status, body[from..to].to_vec()))
+}
+
+/// Streams come through event by event.
+async fn sse(bed: &mut Bed) -> anyhow::Result<Line> {
+    let mut line = Line::new("http.sse");
+    let (mut events, mut streams) = (0, 0);
+    for policy in ["colocated", "disaggregated"] {
+        for chat in [false, true] {
+            let ask = bed.fresh_ask(100).await?;
+            let ask = if chat {
+                let messages = json!([{"role": "user", "content": ask.body["prompt"]}]);
+                Ask::chat(bed.model(), messages, bed.scale.answer_tokens)
+            } else {
+                ask
+            };
+            let ask = ask.streamed();
+            let name = format!("{policy} {}", ask.path());
+            // An engine may put two tokens into one event when it is busy: that is its own doing, and passes.
+            const TRIES: usize = 4;
+            let mut outcome = Err(String::new());
+            for _ in 0..TRIES {
+                let theirs = stream(&bed.plain(), &ask, policy).await?;
+                let ours = stream(&bed.coordinator(), &ask, policy).await?;
+                outcome = same_events(&ours, &theirs);
+                if outcome.is_ok() {
+                    events += ours.len();
+                    streams += 1;
+                    break;
+                }
+            }
+            line.check(outcome.is_ok(), || format!("{name}: {}", outcome.unwrap_err()));
+        }
+    }
+    line.figure("streams", streams).figure("events", events);
+    Ok(line)
+}
+
+async fn stream(server: &Client, ask: &Ask, policy: &str) -> anyhow::Result<Vec<Value>> {
+    let streamed = server.stream(ask.path(), &ask.wire_body(), &[("x-baton-policy", policy)]).await?;
+    ensure!(streamed.done, "{}: the stream ended without [DONE]", server.base());
+    Ok(streamed.events.into_iter().map(|event| comparable(event.data)).collect())
+}
+
+fn same_events(ours: &[Value], theirs: &[Value]) -> Result<(), String> {
+    let at = ours.iter().zip(theirs).take_while(|(a, b)| a == b).count();
+    if at == ours.len() && at == theirs.len() {
+        return Ok(());
+    }
+    let show = |events: &[Value]| events.get(at).map_or("the end".into(), Value::to_string);
+    Err(format!("event {at}: {} instead of {}", show(ours), show(theirs)))
+}
+
+/// An answer without what differs between any two requests: ids and times. Numbers are rounded to what float32 keeps.
+fn comparable(value: Value) -> Value {
+    match value {
+        Value::Object(fields) => {
+            let mut kept = Map::new();
+            for (key, value) in fields {
+                if !matches!(key.as_str(), "id" | "created" | "system_fingerprint" | "request_id") {
+                    kept.insert(key, comparable(value));
+                }
+            }
+            Value::Object(kept)
+        }
+        Value::Array(values) => values.into_iter().map(comparable).collect(),
+        Value::Number(number) if number.is_f64() => {
+            json!((number.as_f64().unwrap_or_default() * 100.0).round() / 100.0)
+        }
+        other => other,
+    }
+}
+
+/// vLLM's own parameters reach the engine in both modes, and do there what they do on a plain engine.
+async fn parameters(bed: &mut Bed) -> anyhow::Result<Line> {
+    let mut line = Line::new("http.parameters");
+    let ask = bed.fresh_ask(80).await?;
+    let word = ask.body["prompt"].as_str().unwrap_or_default().split(' ').nth(4).unwrap_or("and").to_owned();
+    let plain = ask.send(&bed.plain(), &[]).await?;
+    let (first, other) = (plain.tokens[0], plain.tokens[0] + 1);
+    let cases = [
+        ("logprobs", json!({"logprobs": 3})),
+        ("n", json!({"n": 2})),
+        ("echo", json!({"echo": true})),
+        ("stop", json!({"stop": [word], "ignore_eos": false})),
+        ("stop_token_ids", json!({"stop_token_ids": [first], "min_tokens": 1})),
+        ("allowed_token_ids", json!({"allowed_token_ids": [other]})),
+        ("logit_bias", json!({"logit_bias": {(other.to_string()): 100}})),
+        ("bad_words", json!({"bad_words": [" and"]})),
+        ("repetition_penalty", json!({"repetition_penalty": 1.5})),
+        ("min_tokens", json!({"min_tokens": 5, "ignore_eos": false})),
+        ("seed", json!({"seed": 7, "temperature": 0.9, "top_k": 20, "min_p": 0.02})),
+        ("truncate_prompt_tokens", json!({"truncate_prompt_tokens": 16})),
+        ("cache_salt", json!({"cache_salt": "tenant-a"})),
+        ("prompt_logprobs", json!({"prompt_logprobs": 1})),
+        ("return_tokens_as_token_ids", json!({"logprobs": 1, "return_tokens_as_token_ids": true})),
+        ("skip_special_tokens", json!({"skip_special_tokens": false})),
+        ("max_completion_tokens of a chat", json!({"max_completion_tokens": 3})),
+        ("user", json!({"user": "somebody"})),
+        ("list of prompts", json!({"prompt": ["One.", "Two."]})),
+    ];
+    for policy in ["colocated", "disaggregated"] {
+        for (name, extra) in &cases {
+            let ask = if name.ends_with("chat") {
+                Ask::chat(bed.model(), json!([{"role": "user", "content": word}]), bed.scale.answer_tokens)
+            } else {
+                ask.clone()
+            };
+            let mut body = ask.wire_body();
+            for (key, value) in extra.as_object().into_iter().flatten() {
+                body[key] = value.clone();
+            }
+            let headers = [("x-baton-policy", policy)];
+            let theirs = bed.plain().post(ask.path(), &body, &[]).await?;
+            let ours = bed.coordinator().post(ask.path(), &body, &headers).await?;
+            line.check(ours.status == theirs.status, || {
+                format!("{name} ({policy}): HTTP {}, the engine says {}", ours.status, theirs.status)
+            });
+            let (ours, theirs) = (comparable(ours.json()?), comparable(theirs.json()?));
+            let same = ours["choices"] == theirs["choices"] && ours["error"] == theirs["error"];
+            line.check(same, || {
+                format!(
+                    "{name} ({policy}): {} instead of {}",
+                    excerpt(&ours["choices"]),
+                    excerpt(&theirs["choices"])
+                )
+            });
+            if *name == "allowed_token_ids" {
+                let only = ours["choices"][0]["token_ids"]
+                    .as_array()
+                    .is_some_and(|ids| ids.iter().all(|id| *id == other));
+                line.check(only, || format!("{name} ({policy}): other tokens than {other} came"));
+            }
+        }
+    }
+    line.figure("cases", cases.len() * 2);
+    bed.settled().await?;
+    Ok(line)
+}
+
+fn excerpt(value: &Value) -> String {
+    value.to_string().chars().take(300).collect()
+}
+
+/// A client that goes away, while prefill runs or while tokens come, leaves nothing running.
+async fn disconnect(bed: &mut Bed) -> anyhow::Result<Line> {
+    const LONG_ANSWER: u32 = 4000;
+    let mut line = Line::new("http.disconnect");
+    let mut most = 0.0f64;
+    for policy in ["colocated", "disaggregated"] {
+        let ask = bed.fresh_ask(100).await?.with("max_tokens", LONG_ANSWER).streamed();
+        let before = bed.counters().await?;
+        let coordinator = bed.coordinator();
+        let headers = [("x-baton-policy", policy)];
+        let mut stream = coordinator.open_stream(ask.path(), &ask.wire_body(), &headers).await?;
+        ensure!(stream.next().await?.is_some(), "no first event");
+        drop(stream);
+        bed.settled().await.with_context(|| format!("{policy}, while tokens came"))?;
+        let after = bed.counters().await?;
+        let generated: f64 =
+            [0, 1].iter().map(|&i| after.engine(&before, i, "vllm:generation_tokens_total")).sum();
+        most = most.max(generated);
+        line.check(generated < f64::from(LONG_ANSWER) / 2.0, || {
+            format!("{policy}: {generated} of {LONG_ANSWER} tokens were still generated")
+        });
+    }
+    // During the prefill leg: the decode engine never hears of it, and no hold stays.
+    let ask = bed.fresh_ask(bed.scale.longest).await?;
+    let before = bed.counters().await?;
+    let (coordinator, sent) = (bed.coordinator(), ask.clone());
+    let request =
+        tokio::spawn(async move { sent.send(&coordinator, &[("x-baton-policy", "disaggregated")]).await });
+    let prefill = bed
+        .until("an engine runs the prefill", async || {
+            for i in [Bed::PREFILL, Bed::DECODE] {
+                if bed.fleet.metrics(Part::Engine(i)).await?.sum("vllm:num_requests_running", &[]) > 0.0 {
+                    return Ok(Ok(()));
+                }
+            }
+            Ok(Err("nothing runs".into()))
+        })
+        .await;
+    request.abort();
+    prefill?;
+    bed.settled().await.context("after a disconnect during prefill")?;
+    let after = bed.counters().await?;
+    let pulls: f64 = [0, 1].iter().map(|&i| after.agent(&before, i, "baton_agent_pulls_total", &[])).sum();
+    line.check(pulls == 0.0, || format!("{pulls} pulls followed a disconnect during prefill"));
+    line.figure("most_tokens_generated", most).figure("of", LONG_ANSWER);
+    bed.empty_caches().await?;
+    Ok(line)
+}
