@@ -1,0 +1,238 @@
+"""The scheduler's half of the connector: turns the plans in requests into holds and pulls.
+
+A plan is carried out only while every worker's memory is registered with the agent in the very session (epoch)
+that this side has: otherwise a hold could reach an agent that cannot tell the workers when it ends. Workers name
+their epoch in the output of a step whenever it differs from what the scheduler last believed. After a new session
+nobody has spoken yet, so the first request with a plan waits for one empty step, about a millisecond.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from . import plan as plans
+from . import protocol
+from .link import LOST, Link
+from .plan import HoldPlan, Plan, PullPlan
+from .protocol import Cancel, Content, ContentKeys, Hold, MultimodalItem, Pull
+from .worker import NEVER, WantedHold, WantedPull
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+logger = logging.getLogger("vllm.baton")
+
+# Steps for which a request with a plan waits to hear from the workers; they answer after one or two.
+MOST_WAITS = 8
+# Between two log lines about plans that cannot be carried out: clients can send any number of them.
+LOG_EVERY_S = 1.0
+
+
+@dataclass
+class StepPlan:
+    """What one step asks of the workers."""
+
+    pulls: list[WantedPull] = field(default_factory=list)
+    holds: list[WantedHold] = field(default_factory=list)
+    # The epoch that the scheduler believes each rank to be in; a worker that is in another one says so.
+    believed: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass
+class _Planned:
+    plan: Plan | None
+    waits: int = 0
+    # The pull was handed to the workers, or will never be.
+    settled: bool = False
+    pulling: bool = False
+
+
+class Scheduler:
+    """State of the scheduler's half. All hooks run on the engine's thread."""
+
+    def __init__(self, link: Link, tp_size: int, block_size: int) -> None:
+        self.link = link
+        self._block_size = block_size
+        self._ranks: dict[int, int] = dict.fromkeys(range(tp_size), 0)
+        self._requests: dict[str, _Planned] = {}
+        self._step = StepPlan()
+        self._logged = float("-inf")
+
+    def matched_tokens(self, request: Request, computed: int) -> tuple[int | None, bool]:
+        """How many tokens beyond the first `computed` come from elsewhere; None: ask again next step."""
+        if not request.kv_transfer_params:
+            return 0, False
+        planned = self._planned(request)
+        plan = planned.plan
+        if plan is None or planned.settled:
+            return 0, False
+        wanted = 0
+        if isinstance(plan, PullPlan):
+            wanted = self._wanted(request, plan, computed)
+            if wanted == 0:
+                return 0, False
+        self._listen()
+        if not self._ready():
+            # A hold waits too: when it is made, at the request's end, it is too late to ask.
+            if self.link.epoch and NEVER not in self._ranks.values() and planned.waits < MOST_WAITS:
+                planned.waits += 1
+                return None, False
+            self._log("plan of %s is not carried out: no session with the agent", request.request_id)
+            planned.settled = isinstance(plan, PullPlan)
+            return 0, False
+        return wanted, wanted > 0
+
+    def _wanted(self, request: Request, plan: PullPlan, computed: int) -> int:
+        prompt = request.num_prompt_tokens
+        if request.num_tokens != prompt:
+            # Preempted after its first tokens: the source is gone by now.
+            return 0
+        if not _is_plain(request) or prompt != plan.num_tokens:
+            self._log("pull of %d tokens does not fit the prompt of %s (%d)", plan.num_tokens, request.request_id, prompt)
+            return 0
+        # The step that computes the last token, which is needed in any case, takes a few more along: up to
+        # one block, that is sooner done than a transfer.
+        missing = prompt - computed
+        return missing if missing > self._block_size else 0
+
+    def allocated(self, request: Request, block_ids: list[int], external: int) -> None:
+        """The request has its blocks; `external` tokens of them are to be pulled."""
+        if external == 0:
+            return
+        planned = self._requests.get(request.request_id)
+        if planned is None or planned.settled or not isinstance(planned.plan, PullPlan):
+            return
+        plan = planned.plan
+        planned.settled = True
+        planned.pulling = True
+        first = (plan.num_tokens - external) // self._block_size
+        wanted = block_ids[first : -(-plan.num_tokens // self._block_size)]
+        try:
+            frame = protocol.frame(
+                Pull(
+                    request_id=request.request_id,
+                    transfer_id=plan.transfer_id,
+                    source=plan.source,
+                    deadline_ms=plan.deadline_ms,
+                    content=_content(request),
+                    first_block=first,
+                    block_ids=wanted,
+                )
+            )
+        except protocol.ProtocolError as error:
+            self._log("pull for %s: %s", request.request_id, error)
+            # The workers report it as failed.
+            frame = b""
+        self._step.pulls.append(WantedPull(request.request_id, frame, wanted, plan.deadline_ms / 1000))
+
+    def take_step(self) -> StepPlan:
+        """What this step asks of the workers."""
+        self._listen()
+        step, self._step = self._step, StepPlan()
+        step.believed = self._ranks
+        return step
+
+    def heard(self, epochs: dict[int, int]) -> None:
+        """Workers said which epoch they are in."""
+        # A new dict: the old one may be on its way to the workers.
+        self._ranks = {rank: epochs.get(rank, epoch) for rank, epoch in self._ranks.items()}
+
+    def received(self, request_id: str) -> None:
+        """The pull for this request is over."""
+        planned = self._requests.get(request_id)
+        if planned is not None:
+            planned.pulling = False
+
+    def finished(self, request: Request, block_ids: list[int], normally: bool) -> tuple[bool, dict[str, Any] | None]:
+        """The request is over. True: its blocks stay until the workers report it as sent."""
+        if not request.kv_transfer_params:
+            return False, None
+        planned = self._planned(request)
+        self._requests.pop(request.request_id, None)
+        if planned.pulling:
+            self.link.send(protocol.frame(Cancel(request_id=request.request_id)))
+        plan = planned.plan
+        if not normally or not isinstance(plan, HoldPlan) or not _is_plain(request):
+            return False, None
+        prompt = request.num_prompt_tokens
+        blocks = block_ids[: -(-prompt // self._block_size)]
+        computed = request.num_computed_tokens - getattr(request, "num_in_flight_tokens", 0)
+        if computed < prompt or len(blocks) * self._block_size < prompt:
+            self._log("hold of %s is not made: its prompt was not computed to the end", request.request_id)
+            return False, None
+        self._listen()
+        if not self._ready():
+            self._log("hold of %s is not made: no session with the agent", request.request_id)
+            return False, None
+        hold = Hold(
+            request_id=request.request_id,
+            transfer_id=plan.transfer_id,
+            lease_ms=plan.lease_ms,
+            content=_content(request),
+            block_ids=blocks,
+        )
+        try:
+            if not self.link.send(protocol.frame(hold)):
+                return False, None
+        except protocol.ProtocolError as error:
+            self._log("hold of %s is not made: %s", request.request_id, error)
+            return False, None
+        epoch = self.link.epoch
+        self._step.holds.append(WantedHold(request.request_id, epoch))
+        return True, plans.held(plan.transfer_id, epoch, prompt)
+
+    def close(self) -> None:
+        self.link.close()
+
+    def _listen(self) -> None:
+        """Notices where a session ended or began; the scheduler is sent nothing else."""
+        # Behind the end of one session the next may be ready.
+        while events := self.link.poll():
+            for event in events:
+                if event is not LOST:
+                    logger.error("unexpected message from the Baton agent: %s", type(event).__name__)
+
+    def _planned(self, request: Request) -> _Planned:
+        planned = self._requests.get(request.request_id)
+        if planned is None:
+            try:
+                planned = _Planned(plans.read(request.kv_transfer_params))
+            except plans.PlanError as error:
+                self._log("plan of %s is ignored: %s", request.request_id, error)
+                planned = _Planned(None)
+            self._requests[request.request_id] = planned
+        return planned
+
+    def _ready(self) -> bool:
+        epoch = self.link.epoch
+        return epoch != 0 and all(rank == epoch for rank in self._ranks.values())
+
+    def _log(self, text: str, *args: object) -> None:
+        now = time.monotonic()
+        if now - self._logged >= LOG_EVERY_S:
+            self._logged = now
+            logger.warning(text, *args)
+
+
+def _is_plain(request: Request) -> bool:
+    """Whether tokens and keys tell all that the prompt's KV was computed from."""
+    return request.prompt_token_ids is not None and getattr(request, "prompt_embeds", None) is None
+
+
+def _content(request: Request) -> Content:
+    lora = request.lora_request
+    items = [
+        MultimodalItem(feature.identifier, feature.mm_position.offset, feature.mm_position.length)
+        for feature in getattr(request, "mm_features", None) or ()
+    ]
+    return Content(
+        tokens=protocol.token_bytes(request.prompt_token_ids),
+        keys=ContentKeys(
+            lora=lora.lora_name if lora is not None else None,
+            salt=request.cache_salt or None,
+            multimodal=sorted(items, key=lambda item: item.offset),
+        ),
+    )

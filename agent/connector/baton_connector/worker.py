@@ -1,0 +1,180 @@
+"""The worker's half of the connector: asks the agent for blocks, and tells the engine when they are there, and
+when held ones may go.
+
+Everything runs on the engine's thread, twice a step: `begin_step` with what the scheduler wants, `end_step` for
+what is done. vLLM asserts that it knows each request that is reported, so each pull and each hold is reported
+exactly once, whatever the agent says or fails to say.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from .link import LOST, Link
+from .protocol import PullDone, Released
+
+logger = logging.getLogger("vllm.baton")
+
+# The epoch of a worker whose memory cannot be shared.
+NEVER = -1
+# Releases that came ahead of their hold; the scheduler's word is at most one step behind the agent's.
+MAX_EARLY = 4096
+# How long past its deadline a pull may stay unanswered before a line is logged.
+OVERDUE_S = 5.0
+
+
+@dataclass
+class WantedPull:
+    """Blocks to fetch, as the scheduler hands them to the workers."""
+
+    request_id: str
+    # Empty where the request is too large for a message.
+    frame: bytes
+    block_ids: list[int]
+    deadline_s: float
+
+
+@dataclass
+class WantedHold:
+    """A hold that the scheduler has sent to the agent, and in which epoch."""
+
+    request_id: str
+    epoch: int
+
+
+@dataclass
+class Done:
+    """What the engine is to be told after a step."""
+
+    sent: set[str] = field(default_factory=set)
+    received: set[str] = field(default_factory=set)
+    bad_blocks: set[int] = field(default_factory=set)
+
+
+class Worker:
+    """State of one worker rank. `link` is absent where its memory cannot be shared: then every pull fails at
+    once, and no hold is made."""
+
+    def __init__(self, link: Link | None) -> None:
+        self.link = link
+        self._pulls: dict[str, WantedPull] = {}
+        self._holds: set[str] = set()
+        self._early: dict[str, None] = {}
+        self._done = Done()
+        self._overdue_s = 0.0
+
+    @property
+    def epoch(self) -> int:
+        """The epoch in which this worker's memory is registered; 0 while it is not, NEVER if it cannot be."""
+        return self.link.epoch if self.link is not None else NEVER
+
+    @property
+    def waits(self) -> bool:
+        """Whether a pull is unanswered."""
+        return bool(self._pulls)
+
+    def begin_step(self, pulls: Iterable[WantedPull], holds: Iterable[WantedHold]) -> None:
+        """Takes up what the scheduler wants."""
+        self._listen()
+        epoch = self.epoch
+        for hold in holds:
+            if hold.request_id in self._early:
+                del self._early[hold.request_id]
+                self._done.sent.add(hold.request_id)
+            elif hold.epoch != epoch:
+                # The session of this hold is over: a closed connection means that nobody copies.
+                self._done.sent.add(hold.request_id)
+            else:
+                self._holds.add(hold.request_id)
+        for pull in pulls:
+            if self.link is not None and pull.frame and self.link.send(pull.frame):
+                self._pulls[pull.request_id] = pull
+                self._overdue_s = max(self._overdue_s, time.monotonic() + pull.deadline_s + OVERDUE_S)
+            else:
+                self._fail(pull)
+
+    def end_step(self) -> Done:
+        """What was done since the last call."""
+        self._listen()
+        if self._pulls and time.monotonic() > self._overdue_s:
+            # Its blocks cannot be given back before the agent answers or hangs up: it may still write to them.
+            self._overdue_s = float("inf")
+            logger.error(
+                "the Baton agent has not answered %d pulls in time; their requests wait for it: restart the agent "
+                "if it hangs",
+                len(self._pulls),
+            )
+        done, self._done = self._done, Done()
+        return done
+
+    def close(self) -> None:
+        if self.link is not None:
+            self.link.close()
+
+    def _fail(self, pull: WantedPull) -> None:
+        self._done.received.add(pull.request_id)
+        self._done.bad_blocks.update(pull.block_ids)
+
+    def _listen(self) -> None:
+        if self.link is None:
+            return
+        # Behind the end of one session the next may be ready.
+        while events := self.link.poll():
+            for event in events:
+                if isinstance(event, PullDone):
+                    self._pull_done(event)
+                elif isinstance(event, Released):
+                    for request_id in event.request_ids:
+                        self._release(request_id)
+                elif event is LOST:
+                    self._lost()
+                else:
+                    logger.error("unexpected message from the Baton agent: %s", type(event).__name__)
+
+    def _pull_done(self, message: PullDone) -> None:
+        pull = self._pulls.pop(message.request_id, None)
+        if pull is None:
+            logger.error("the Baton agent ended a pull for %r, which is not waiting for one", message.request_id[:80])
+            return
+        if not self._pulls:
+            self._overdue_s = 0.0
+        failed = set(message.failed_blocks)
+        if message.error or failed:
+            logger.warning(
+                "pull for %s: %s; %d of %d blocks are computed here",
+                pull.request_id,
+                message.error[:200] or "failed",
+                len(failed),
+                len(pull.block_ids),
+            )
+        if not failed.issubset(pull.block_ids) or (message.error and not failed):
+            # It names no block, or one that it was not given: then none is known to be good.
+            failed = set(pull.block_ids)
+        self._done.received.add(pull.request_id)
+        self._done.bad_blocks |= failed
+
+    def _release(self, request_id: str) -> None:
+        if request_id in self._holds:
+            self._holds.remove(request_id)
+            self._done.sent.add(request_id)
+            return
+        if len(self._early) >= MAX_EARLY:
+            del self._early[next(iter(self._early))]
+        self._early[request_id] = None
+
+    def _lost(self) -> None:
+        """The agent copies nothing any more: pulls have failed, and held blocks are free."""
+        if self._pulls or self._holds:
+            logger.warning(
+                "the Baton agent hung up with %d pulls and %d holds open", len(self._pulls), len(self._holds)
+            )
+        for pull in self._pulls.values():
+            self._fail(pull)
+        self._pulls.clear()
+        self._overdue_s = 0.0
+        self._done.sent |= self._holds
+        self._holds.clear()
+        self._early.clear()

@@ -1,0 +1,36 @@
+"""A link without a socket: tests say what comes in, and see what went out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from baton_connector import protocol
+from baton_connector.link import LOST
+
+
+class FakeLink:
+    def __init__(self, epoch: int = 5) -> None:
+        self.epoch = epoch
+        self.sent: list[Any] = []
+        self._events: list[object] = []
+
+    def come(self, *events: object) -> None:
+        self._events += events
+
+    def lose(self) -> None:
+        self.epoch = 0
+        self._events.append(LOST)
+
+    def poll(self) -> list[object]:
+        events, self._events = self._events, []
+        return events
+
+    def send(self, frame: bytes) -> bool:
+        if self.epoch == 0:
+            return False
+        self.sent.append(msgspec.msgpack.decode(frame[4:], type=protocol.ToAgent))
+        return True
+
+    def close(self) -> None:
+        self.epoch = 0
