@@ -259,7 +259,7 @@ fn excerpt(value: &Value) -> String {
 
 /// A client that goes away, while prefill runs or while tokens come, leaves nothing running.
 async fn disconnect(bed: &mut Bed) -> anyhow::Result<Line> {
-    const LONG_ANSWER: u32 = 4000;
+    const LONG_ANSWER: u32 = 3000;
     let mut line = Line::new("http.disconnect");
     let mut most = 0.0f64;
     for policy in ["colocated", "disaggregated"] {

@@ -10,7 +10,7 @@ use crate::relay::{Relay, Weather};
 use crate::report::Line;
 
 /// Every how many datagrams one has a flipped byte.
-const FLIP_EVERY: u64 = 40;
+const FLIP_EVERY: u64 = 12;
 
 /// One byte, and then every byte, of what the prompt wrote to the prefill engine's memory changes after the
 /// hold: the blocks are found out on arrival and computed anew.
