@@ -1,0 +1,292 @@
+//! KV events as vLLM 0.32 publishes them: three ZMQ frames (topic, sequence number, msgpack batch) on a PUB socket, and a
+//! ROUTER socket that replays batches from a bounded buffer.
+
+use std::collections::VecDeque;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use bytes::Bytes;
+use serde::Serialize;
+use serde::ser::SerializeSeq;
+use tokio::sync::mpsc;
+use zeromq::{PubSocket, RouterSendHalf, RouterSocket, Socket, SocketRecv, SocketSend, ZmqMessage};
+
+/// A change of the prefix cache.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum KvEvent {
+    /// Full blocks were cached.
+    Stored(BlockStored),
+    /// A block was evicted.
+    Removed {
+        /// Its hash.
+        block_hash: u64,
+    },
+    /// Nothing is cached any more.
+    Cleared,
+}
+
+/// Full blocks of one request that were cached together.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BlockStored {
+    /// Hashes of the blocks, in order.
+    pub block_hashes: Vec<u64>,
+    /// Hash of the block before them; `None` where they begin the prompt.
+    pub parent_block_hash: Option<u64>,
+    /// The tokens of all the blocks.
+    pub token_ids: Vec<u32>,
+    /// Tokens in a block.
+    pub block_size: u32,
+    /// LoRA adapter: its number and its name.
+    pub lora: Option<(u32, String)>,
+    /// For each block, its extra keys.
+    pub extra_keys: Vec<Option<Vec<String>>>,
+}
+
+#[derive(Serialize)]
+struct StoredForm<'a> {
+    r#type: &'static str,
+    block_hashes: &'a [u64],
+    parent_block_hash: Option<u64>,
+    token_ids: &'a [u32],
+    block_size: u32,
+    lora_id: Option<u32>,
+    medium: &'static str,
+    lora_name: Option<&'a str>,
+    extra_keys: &'a [Option<Vec<String>>],
+    group_idx: u32,
+    kv_cache_spec_kind: &'static str,
+}
+
+#[derive(Serialize)]
+struct RemovedForm {
+    r#type: &'static str,
+    block_hashes: [u64; 1],
+    medium: &'static str,
+    group_idx: u32,
+}
+
+#[derive(Serialize)]
+struct ClearedForm {
+    r#type: &'static str,
+}
+
+impl Serialize for KvEvent {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            KvEvent::Stored(stored) => StoredForm {
+                r#type: "BlockStored",
+                block_hashes: &stored.block_hashes,
+                parent_block_hash: stored.parent_block_hash,
+                token_ids: &stored.token_ids,
+                block_size: stored.block_size,
+                lora_id: stored.lora.as_ref().map(|(id, _)| *id),
+                medium: "GPU",
+                lora_name: stored.lora.as_ref().map(|(_, name)| name.as_str()),
+                extra_keys: &stored.extra_keys,
+                group_idx: 0,
+                kv_cache_spec_kind: "full_attention",
+            }
+            .serialize(serializer),
+            KvEvent::Removed { block_hash } => RemovedForm {
+                r#type: "BlockRemoved",
+                block_hashes: [*block_hash],
+                medium: "GPU",
+                group_idx: 0,
+            }
+            .serialize(serializer),
+            KvEvent::Cleared => ClearedForm { r#type: "AllBlocksCleared" }.serialize(serializer),
+        }
+    }
+}
+
+/// The events of one engine step.
+struct Batch<'a> {
+    ts: f64,
+    events: &'a [KvEvent],
+}
+
+impl Serialize for Batch<'_> {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut batch = serializer.serialize_seq(Some(3))?;
+        batch.serialize_element(&self.ts)?;
+        batch.serialize_element(self.events)?;
+        batch.serialize_element(&0u32)?;
+        batch.end()
+    }
+}
+
+/// A batch in its wire form, for data-parallel rank 0. `ts` is in seconds since the Unix epoch.
+pub fn encode_batch(ts: f64, events: &[KvEvent]) -> Vec<u8> {
+    rmp_serde::to_vec_named(&Batch { ts, events }).expect("events have a msgpack form")
+}
+
+/// Where and how events are published.
+#[derive(Clone, Debug)]
+pub struct PublisherConfig {
+    /// Address of the PUB socket, to bind.
+    pub endpoint: String,
+    /// Address of the replay ROUTER, to bind.
+    pub replay_endpoint: Option<String>,
+    /// First frame of each message.
+    pub topic: String,
+    /// Batches that can be replayed.
+    pub buffer_steps: usize,
+}
+
+/// The sockets could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum PublisherError {
+    /// An address cannot be bound.
+    #[error("cannot bind {option} {endpoint}: {source}; give a free address such as tcp://127.0.0.1:5557")]
+    Bind {
+        /// The option with the address.
+        option: &'static str,
+        /// The address.
+        endpoint: String,
+        /// Why not.
+        source: zeromq::ZmqError,
+    },
+}
+
+/// Batches that wait to be published; past them the engine waits, as vLLM's does.
+pub const QUEUE: usize = 100_000;
+
+/// Publishes batches until the sender is dropped.
+pub async fn publisher(
+    config: PublisherConfig,
+) -> Result<(mpsc::Sender<Vec<KvEvent>>, impl Future<Output = ()>), PublisherError> {
+    let mut publish = PubSocket::new();
+    bind(&mut publish, "--kv-events-endpoint", &config.endpoint).await?;
+    let replay = match &config.replay_endpoint {
+        None => None,
+        Some(endpoint) => {
+            let mut router = RouterSocket::new();
+            bind(&mut router, "--kv-replay-endpoint", endpoint).await?;
+            Some(router.split())
+        }
+    };
+    let (sender, receiver) = mpsc::channel(QUEUE);
+    Ok((sender, run(config, publish, replay, receiver)))
+}
+
+async fn bind(socket: &mut impl Socket, option: &'static str, endpoint: &str) -> Result<(), PublisherError> {
+    let address = endpoint.replace("://*:", "://0.0.0.0:");
+    let bound = socket.bind(&address).await;
+    bound.map(drop).map_err(|source| PublisherError::Bind { option, endpoint: endpoint.to_owned(), source })
+}
+
+async fn run(
+    config: PublisherConfig,
+    mut publish: PubSocket,
+    replay: Option<(RouterSendHalf, zeromq::RouterRecvHalf)>,
+    mut batches: mpsc::Receiver<Vec<KvEvent>>,
+) {
+    let topic = Bytes::from(config.topic.into_bytes());
+    let mut buffer: VecDeque<(u64, Bytes)> = VecDeque::new();
+    let mut sequence = 0u64;
+    let (mut answers, mut requests) = replay.unzip();
+    loop {
+        tokio::select! {
+            batch = batches.recv() => {
+                let Some(events) = batch else { return };
+                let ts = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |t| t.as_secs_f64());
+                let payload = Bytes::from(encode_batch(ts, &events));
+                let number = Bytes::copy_from_slice(&sequence.to_be_bytes());
+                let message = frames([topic.clone(), number, payload.clone()]);
+                if let Err(error) = publish.send(message).await {
+                    tracing::warn!(%error, sequence, "cannot publish a KV event batch");
+                }
+                if buffer.len() == config.buffer_steps {
+                    buffer.pop_front();
+                }
+                if config.buffer_steps > 0 {
+                    buffer.push_back((sequence, payload));
+                }
+                sequence += 1;
+            }
+            request = receive(&mut requests) => match (request, &mut answers) {
+                (Ok(request), Some(answers)) => {
+                    if let Err(error) = answer(answers, request, &topic, &buffer).await {
+                        tracing::warn!(%error, "cannot answer a replay request");
+                    }
+                }
+                (Err(error), _) => tracing::warn!(%error, "cannot read a replay request"),
+                (Ok(_), None) => {}
+            },
+        }
+    }
+}
+
+async fn receive(requests: &mut Option<zeromq::RouterRecvHalf>) -> zeromq::ZmqResult<ZmqMessage> {
+    match requests {
+        Some(requests) => requests.recv().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Sends the batches from the wanted sequence number on, and the end marker (sequence −1, no payload).
+async fn answer(
+    answers: &mut RouterSendHalf,
+    request: ZmqMessage,
+    topic: &Bytes,
+    buffer: &VecDeque<(u64, Bytes)>,
+) -> zeromq::ZmqResult<()> {
+    let frames_in = request.into_vec();
+    let [client, _, start] = frames_in.as_slice() else {
+        tracing::warn!(
+            frames = frames_in.len(),
+            "a replay request has the client, an empty frame and a number"
+        );
+        return Ok(());
+    };
+    // As in vLLM, any length is a big-endian number; more than 64 bits lie behind every batch.
+    let start = start
+        .iter()
+        .fold(0u64, |value, byte| value.checked_mul(256).map_or(u64::MAX, |v| v | u64::from(*byte)));
+    for (number, payload) in buffer {
+        if *number >= start {
+            let number = Bytes::copy_from_slice(&number.to_be_bytes());
+            let message = [client.clone(), Bytes::new(), topic.clone(), number, payload.clone()];
+            answers.send(frames(message)).await?;
+        }
+    }
+    let end = Bytes::copy_from_slice(&(-1i64).to_be_bytes());
+    answers.send(frames([client.clone(), Bytes::new(), Bytes::new(), end, Bytes::new()])).await
+}
+
+fn frames<const N: usize>(frames: [Bytes; N]) -> ZmqMessage {
+    let mut frames = frames.into_iter();
+    let mut message = ZmqMessage::from(frames.next().expect("a message has a frame"));
+    for frame in frames {
+        message.push_back(frame);
+    }
+    message
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn batches_have_vllms_form() {
+        let stored = BlockStored {
+            block_hashes: vec![7, u64::MAX],
+            parent_block_hash: None,
+            token_ids: vec![1, 2, 3, 4],
+            block_size: 2,
+            lora: None,
+            extra_keys: vec![Some(vec!["salt".into()]), None],
+        };
+        let events = [KvEvent::Stored(stored), KvEvent::Removed { block_hash: 7 }, KvEvent::Cleared];
+        let value: serde_json::Value = rmp_serde::from_slice(&encode_batch(1.5, &events)).unwrap();
+        assert_eq!(
+            value,
+            serde_json::json!([1.5, [
+                {"type": "BlockStored", "block_hashes": [7, u64::MAX], "parent_block_hash": null,
+                 "token_ids": [1, 2, 3, 4], "block_size": 2, "lora_id": null, "medium": "GPU", "lora_name": null,
+                 "extra_keys": [["salt"], null], "group_idx": 0, "kv_cache_spec_kind": "full_attention"},
+                {"type": "BlockRemoved", "block_hashes": [7], "medium": "GPU", "group_idx": 0},
+                {"type": "AllBlocksCleared"},
+            ], 0])
+        );
+    }
+}
