@@ -138,11 +138,13 @@ pub enum ErrorCode {
     Released = 13,
     /// A fault of the side that says so.
     Internal = 14,
+    /// The peer sent nothing for too long.
+    Stalled = 15,
 }
 
 impl ErrorCode {
     /// All codes.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
         Self::Protocol,
         Self::Version,
         Self::UnknownTransfer,
@@ -157,6 +159,7 @@ impl ErrorCode {
         Self::CorruptBlock,
         Self::Released,
         Self::Internal,
+        Self::Stalled,
     ];
 
     /// The code with this number.
@@ -181,6 +184,7 @@ impl ErrorCode {
             Self::CorruptBlock => "corrupt_block",
             Self::Released => "released",
             Self::Internal => "internal",
+            Self::Stalled => "stalled",
         }
     }
 }

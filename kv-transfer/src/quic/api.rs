@@ -1,13 +1,8 @@
 //! What the endpoint's users see.
 
-use std::future::Future;
 use std::net::SocketAddr;
-use std::pin::Pin;
-use std::sync::Arc;
-use std::task::{Context, Poll};
 use std::time::Duration;
 
-use baton_kernels::BlockMemory;
 use baton_proto::wire::{LayoutFingerprint, PullHeader, WireError};
 use baton_proto::{BlockHash, EngineId, Epoch, TransferId};
 
@@ -56,11 +51,13 @@ pub struct Limits {
     pub max_served: usize,
     /// Pulls that it serves at once for one peer; more wait at the peer.
     pub max_served_per_peer: u32,
-    /// Connections, both directions; new ones are refused above it.
+    /// Connections in each direction; more are refused.
     pub max_connections: usize,
-    /// KV bytes that may be under way to this endpoint in one pull. Also the connection's window: no peer can make it
-    /// buffer more than this for each connection, so at most `max_connections` times this in all.
+    /// KV bytes that may be under way to this endpoint in one pull, and on one connection. Pulls read at once what
+    /// arrives, so this much is buffered only for connections that lose packets: at worst `max_connections` times this.
     pub window_bytes: u64,
+    /// How long the holder may send nothing in a pull before it counts as gone.
+    pub stall: Duration,
     /// Longest deadline that a served pull may have.
     pub max_deadline: Duration,
     /// Threads of the endpoint.
@@ -75,6 +72,7 @@ impl Default for Limits {
             max_served_per_peer: 16,
             max_connections: 1024,
             window_bytes: 8 << 20,
+            stall: Duration::from_secs(2),
             max_deadline: Duration::from_secs(600),
             threads: 2,
         }
@@ -178,7 +176,7 @@ pub enum PullError {
     /// The peer refused or stopped.
     #[error("refused by the peer: {0}")]
     Refused(WireError),
-    /// This side stopped: deadline, cancel, a broken protocol.
+    /// This side stopped: deadline, cancel, a silent peer, a broken protocol.
     #[error("{0}")]
     Stopped(WireError),
     /// Blocks that cannot be written.
@@ -222,84 +220,4 @@ pub struct Stats {
     pub corrupt_blocks: u64,
     /// Connections open now.
     pub connections: u64,
-}
-
-/// Serves pulls of what a [`Source`] holds and pulls from others, on threads of its own. Clones are one endpoint;
-/// when the last is dropped, its connections close.
-#[derive(Clone)]
-pub struct Endpoint {}
-
-impl Endpoint {
-    /// Opens the socket and starts to serve.
-    pub fn bind(config: EndpointConfig, source: Arc<dyn Source>) -> Result<Self, BindError> {
-        let _ = (config, source);
-        todo!()
-    }
-
-    /// Where it listens.
-    pub fn local_addr(&self) -> SocketAddr {
-        todo!()
-    }
-
-    /// Starts to fetch blocks into `memory`: block `i` of the run goes to `block_ids[i]`.
-    pub fn pull(&self, request: PullRequest, memory: Arc<dyn BlockMemory>, block_ids: Vec<u32>) -> Pull {
-        let _ = (request, memory, block_ids);
-        todo!()
-    }
-
-    /// Connects to a peer, unless connected, and waits until the path's MTU is known, so that a first pull is fast.
-    pub async fn warm(&self, peer: &Peer) -> Result<PathReport, PullError> {
-        let _ = peer;
-        todo!()
-    }
-
-    /// Measures the path from a peer to here with at most `bytes` bytes (1 MiB at most; the peer sends fewer where it
-    /// limits probes).
-    pub async fn probe(&self, peer: &Peer, bytes: u32) -> Result<PathReport, PullError> {
-        let _ = (peer, bytes);
-        todo!()
-    }
-
-    /// Running totals.
-    pub fn stats(&self) -> Stats {
-        todo!()
-    }
-
-    /// Closes all connections and waits, at most a second, until the peers were told. Pulls in both directions end.
-    pub async fn close(&self) {
-        todo!()
-    }
-}
-
-/// A pull under way; resolves when it is over and nothing is written to the memory any more.
-///
-/// Dropping it cancels the pull. The drop waits for the write at hand (some microseconds): when it returns, nothing is
-/// written any more either.
-#[must_use = "a pull that is dropped is cancelled"]
-pub struct Pull {}
-
-impl Pull {
-    /// Cancels the pull from elsewhere.
-    pub fn canceller(&self) -> Canceller {
-        todo!()
-    }
-}
-
-impl Future for Pull {
-    type Output = Result<PullReport, PullError>;
-
-    fn poll(self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<Self::Output> {
-        todo!()
-    }
-}
-
-/// Cancels a [`Pull`], which then resolves soon, with `Stopped(cancelled)` unless it was over already.
-#[derive(Clone, Debug)]
-pub struct Canceller {}
-
-impl Canceller {
-    /// Cancels.
-    pub fn cancel(&self) {
-        todo!()
-    }
 }

@@ -1,8 +1,18 @@
 //! The protocol over QUIC: [`Endpoint`] serves pulls of what a [`Source`] holds, and pulls from others.
 
 mod api;
+mod endpoint;
+mod gate;
+mod peers;
+mod probe;
+mod pull;
+mod serve;
+mod socket;
+mod transport;
 
 pub use api::{
-    BindError, Canceller, Endpoint, EndpointConfig, Limits, PathReport, Peer, Pull, PullError, PullReport,
-    PullRequest, SendReport, Source, Stats,
+    BindError, EndpointConfig, Limits, PathReport, Peer, PullError, PullReport, PullRequest, SendReport,
+    Source, Stats,
 };
+pub use endpoint::Endpoint;
+pub use pull::{Canceller, Pull};

@@ -1,0 +1,300 @@
+//! The puller's side of one pull.
+
+use std::collections::{BTreeSet, VecDeque};
+use std::time::{Duration, Instant};
+
+use baton_proto::wire::{Accepted, BlockHeader, Encoded, ErrorCode, Frame, PullHeader, WireError};
+use bytes::Bytes;
+use xxhash_rust::xxh3::Xxh3;
+
+use super::StreamEnd;
+use super::inbox::Inbox;
+
+/// What a receiver needs to know.
+#[derive(Clone, Debug)]
+pub struct ReceiverConfig {
+    /// What to ask for. Its credit is the window: KV bytes that may be under way at any time.
+    pub pull: PullHeader,
+    /// Bytes of a block here; the holder's have to be equal.
+    pub block_bytes: u64,
+    /// When to give up.
+    pub deadline: Instant,
+    /// How long the peer may send nothing.
+    pub stall: Duration,
+}
+
+/// Does the puller's part of one pull.
+#[derive(Debug)]
+pub struct Receiver {
+    pull: PullHeader,
+    block_bytes: u64,
+    deadline: Instant,
+    stall: Duration,
+    /// When something arrived last.
+    heard: Instant,
+    state: State,
+    inbox: Inbox,
+    outbox: VecDeque<ReceiverAction>,
+    /// First block that was never received in full.
+    next: u32,
+    /// Blocks asked for again and not received since.
+    again: BTreeSet<u32>,
+    granted: u64,
+    corrupt: u32,
+    failed: Vec<usize>,
+    bytes: u64,
+    checksums: Vec<u64>,
+}
+
+enum State {
+    Asking,
+    BetweenBlocks,
+    InBlock { header: BlockHeader, offset: u64, hasher: Box<Xxh3> },
+    Done,
+}
+
+impl std::fmt::Debug for State {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Asking => f.write_str("Asking"),
+            Self::BetweenBlocks => f.write_str("BetweenBlocks"),
+            Self::InBlock { header, offset, .. } => write!(f, "InBlock({}, {offset})", header.index),
+            Self::Done => f.write_str("Done"),
+        }
+    }
+}
+
+/// What to do for a [`Receiver`].
+#[derive(Debug)]
+pub enum ReceiverAction {
+    /// Send a frame.
+    Send(Encoded),
+    /// Write KV bytes to memory, before the next call of [`Receiver::poll`].
+    Write {
+        /// Block, counted from the first of the pull.
+        index: u32,
+        /// Where within the block.
+        offset: usize,
+        /// The bytes.
+        bytes: Bytes,
+    },
+    /// It is over; the last action. Finish the stream's sending side, and read it no further.
+    Done(Result<Received, Stop>),
+}
+
+/// A pull that came to its end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Received {
+    /// KV bytes, repetitions included.
+    pub bytes: u64,
+    /// Blocks that arrived corrupt, repetitions included.
+    pub corrupt: u32,
+    /// Blocks that arrived corrupt twice, in ascending order.
+    pub failed: Vec<usize>,
+    /// As the holder sent them, in order of blocks.
+    pub checksums: Vec<u64>,
+}
+
+/// Why a pull did not come to its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// The holder refused, or stopped.
+    ByPeer(WireError),
+    /// This side did.
+    Here(WireError),
+    /// The connection is gone.
+    Lost,
+}
+
+impl Receiver {
+    /// Asks.
+    pub fn new(now: Instant, config: ReceiverConfig) -> Self {
+        let ReceiverConfig { pull, block_bytes, deadline, stall } = config;
+        Self {
+            pull,
+            block_bytes,
+            deadline,
+            stall,
+            heard: now,
+            state: State::Asking,
+            inbox: Inbox::default(),
+            outbox: VecDeque::from([ReceiverAction::Send(Frame::Pull(pull).encode())]),
+            next: 0,
+            again: BTreeSet::new(),
+            granted: pull.credit,
+            corrupt: 0,
+            failed: Vec::new(),
+            bytes: 0,
+            checksums: vec![0; pull.blocks as usize],
+        }
+    }
+
+    /// Whether the holder has answered.
+    pub fn answered(&self) -> bool {
+        !matches!(self.state, State::Asking)
+    }
+
+    /// Bytes arrived. Call [`Self::poll`] until it has nothing more before handing over others.
+    pub fn handle_bytes(&mut self, now: Instant, bytes: Bytes) {
+        self.heard = now;
+        self.inbox.push(bytes);
+    }
+
+    /// Nothing more will arrive.
+    pub fn handle_end(&mut self, end: StreamEnd) {
+        match end.code() {
+            Some(code) => self.stop(Stop::ByPeer(code.into())),
+            None => self.stop(Stop::Lost),
+        }
+    }
+
+    /// This side does not want, or cannot use, the blocks any more.
+    pub fn cancel(&mut self, error: WireError) {
+        self.stop(Stop::Here(error));
+    }
+
+    /// To be called at [`Self::poll_timeout`] or later.
+    pub fn handle_timeout(&mut self, now: Instant) {
+        if now >= self.deadline {
+            self.stop(Stop::Here(ErrorCode::Deadline.into()));
+        } else if now >= self.heard + self.stall {
+            self.stop(Stop::Here(ErrorCode::Stalled.into()));
+        }
+    }
+
+    /// When [`Self::handle_timeout`] is due; `None` when all is over.
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        let over = matches!(self.state, State::Done);
+        (!over).then(|| self.deadline.min(self.heard + self.stall))
+    }
+
+    /// The next thing to do.
+    pub fn poll(&mut self) -> Option<ReceiverAction> {
+        loop {
+            if let Some(action) = self.outbox.pop_front() {
+                return Some(action);
+            }
+            match self.advance() {
+                Ok(true) => {}
+                Ok(false) => return None,
+                Err(error) => self.stop(Stop::Here(error)),
+            }
+        }
+    }
+
+    /// Looks at what arrived, up to the next action. `false` where nothing can be done.
+    fn advance(&mut self) -> Result<bool, WireError> {
+        match &mut self.state {
+            State::Done => Ok(false),
+            State::Asking => match self.inbox.frame()? {
+                None => Ok(false),
+                Some(Frame::Accepted(Accepted { block_bytes })) if block_bytes == self.block_bytes => {
+                    self.state = State::BetweenBlocks;
+                    Ok(true)
+                }
+                Some(Frame::Accepted(Accepted { block_bytes })) => {
+                    Err(WireError::new(ErrorCode::LayoutMismatch, block_bytes))
+                }
+                Some(Frame::Refused(error)) => {
+                    self.stop(Stop::ByPeer(error));
+                    Ok(true)
+                }
+                Some(_) => Err(ErrorCode::Protocol.into()),
+            },
+            State::BetweenBlocks => match self.inbox.frame()? {
+                None => Ok(false),
+                Some(Frame::Block(header)) => {
+                    let fresh = header.index == self.next && self.next < self.pull.blocks;
+                    if !fresh && !self.again.contains(&header.index) {
+                        return Err(ErrorCode::Protocol.into());
+                    }
+                    self.state = State::InBlock { header, offset: 0, hasher: Box::new(Xxh3::new()) };
+                    Ok(true)
+                }
+                Some(_) => Err(ErrorCode::Protocol.into()),
+            },
+            State::InBlock { header, offset, hasher } => {
+                if *offset == self.block_bytes {
+                    let (header, matches) = (*header, hasher.digest() == header.checksum);
+                    self.state = State::BetweenBlocks;
+                    self.block_ended(header, matches);
+                    return Ok(true);
+                }
+                let rest = usize::try_from(self.block_bytes - *offset).unwrap_or(usize::MAX);
+                let Some(bytes) = self.inbox.payload(rest) else { return Ok(false) };
+                // The bytes were just decrypted, and will be copied next: they are read while in the cache.
+                hasher.update(&bytes);
+                let at = *offset as usize;
+                *offset += bytes.len() as u64;
+                self.bytes += bytes.len() as u64;
+                let index = header.index;
+                if self.bytes > self.granted {
+                    return Err(ErrorCode::Protocol.into());
+                }
+                self.outbox.push_back(ReceiverAction::Write { index, offset: at, bytes });
+                self.grant();
+                Ok(true)
+            }
+        }
+    }
+
+    /// Grants more, when half the window was used and more is needed than granted.
+    fn grant(&mut self) {
+        let repeated = u64::from(self.corrupt);
+        let needed = (u64::from(self.pull.blocks) + repeated).saturating_mul(self.block_bytes);
+        let grant = self.bytes.saturating_add(self.pull.credit);
+        if self.granted < needed && grant - self.granted >= self.pull.credit.div_ceil(2) {
+            self.granted = grant;
+            self.outbox.push_back(ReceiverAction::Send(Frame::Credit(grant).encode()));
+        }
+    }
+
+    fn block_ended(&mut self, header: BlockHeader, matches: bool) {
+        let BlockHeader { index, checksum } = header;
+        let repeated = self.again.remove(&index);
+        if !repeated {
+            self.next += 1;
+        }
+        self.checksums[index as usize] = checksum;
+        if !matches {
+            self.corrupt += 1;
+            if repeated {
+                self.failed.push(index as usize);
+            } else {
+                self.again.insert(index);
+                self.outbox.push_back(ReceiverAction::Send(Frame::Again(index).encode()));
+                self.grant();
+            }
+        }
+        if self.next == self.pull.blocks && self.again.is_empty() {
+            let mut failed = std::mem::take(&mut self.failed);
+            failed.sort_unstable();
+            let error =
+                (!failed.is_empty()).then(|| WireError::new(ErrorCode::CorruptBlock, failed.len() as u64));
+            self.outbox.push_back(ReceiverAction::Send(Frame::Finish(error).encode()));
+            self.outbox.push_back(ReceiverAction::Done(Ok(Received {
+                bytes: self.bytes,
+                corrupt: self.corrupt,
+                failed,
+                checksums: std::mem::take(&mut self.checksums),
+            })));
+            self.state = State::Done;
+        }
+    }
+
+    fn stop(&mut self, stop: Stop) {
+        if matches!(self.state, State::Done) {
+            return;
+        }
+        self.state = State::Done;
+        self.outbox.clear();
+        // The peer that stopped by itself knows, and the one that broke the protocol would not understand; its hold
+        // stays until its lease ends.
+        if let Stop::Here(error) = stop
+            && !matches!(error.code, ErrorCode::Protocol | ErrorCode::Version)
+        {
+            self.outbox.push_back(ReceiverAction::Send(Frame::Finish(Some(error)).encode()));
+        }
+        self.outbox.push_back(ReceiverAction::Done(Err(stop)));
+    }
+}

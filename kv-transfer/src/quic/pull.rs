@@ -1,0 +1,329 @@
+//! Running a pull.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use baton_kernels::BlockMemory;
+use baton_proto::wire::{ErrorCode, PullHeader, WireError};
+use bytes::Bytes;
+use quinn::{Connection, ReadError, RecvStream, SendStream};
+use tokio::runtime::Handle;
+use tokio::sync::oneshot;
+use tokio::time::{sleep_until, timeout_at};
+use tokio_util::sync::CancellationToken;
+
+use super::api::{PullError, PullReport, PullRequest};
+use super::endpoint::Shared;
+use super::gate::Gate;
+use crate::protocol::{Received, Receiver, ReceiverAction, ReceiverConfig, Stop, StreamEnd};
+
+/// Chunks taken from a stream at once: a datagram's worth each, so at most 1 MiB between two looks at the clock.
+const CHUNKS: usize = 16;
+
+/// A pull under way; resolves when it is over and nothing is written to the memory any more.
+///
+/// Dropping it cancels the pull. The drop waits for the write at hand, less than a millisecond: when it returns, nothing
+/// is written any more either.
+#[must_use = "a pull that is dropped is cancelled"]
+#[derive(Debug)]
+pub struct Pull {
+    result: oneshot::Receiver<Result<PullReport, PullError>>,
+    gate: Arc<Gate>,
+    cancel: CancellationToken,
+}
+
+impl Pull {
+    /// Cancels the pull from elsewhere.
+    pub fn canceller(&self) -> Canceller {
+        Canceller { cancel: self.cancel.clone() }
+    }
+}
+
+impl Future for Pull {
+    type Output = Result<PullReport, PullError>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        Pin::new(&mut self.result).poll(cx).map(|result| {
+            result.unwrap_or_else(|_| Err(PullError::ConnectionLost("the endpoint closed".into())))
+        })
+    }
+}
+
+impl Drop for Pull {
+    fn drop(&mut self) {
+        self.gate.shut();
+        self.cancel.cancel();
+    }
+}
+
+/// Cancels a [`Pull`], which then resolves soon, with `Stopped(cancelled)` unless it was over already.
+#[derive(Clone, Debug)]
+pub struct Canceller {
+    cancel: CancellationToken,
+}
+
+impl Canceller {
+    /// Cancels.
+    pub fn cancel(&self) {
+        self.cancel.cancel();
+    }
+}
+
+/// One pull's part of the world.
+struct Job {
+    shared: Arc<Shared>,
+    request: PullRequest,
+    memory: Arc<dyn BlockMemory>,
+    block_ids: Vec<u32>,
+    gate: Arc<Gate>,
+    cancel: CancellationToken,
+    started: Instant,
+    deadline: Instant,
+}
+
+pub(super) fn start(
+    handle: &Handle,
+    shared: Arc<Shared>,
+    request: PullRequest,
+    memory: Arc<dyn BlockMemory>,
+    block_ids: Vec<u32>,
+) -> Pull {
+    let (done, result) = oneshot::channel();
+    let (gate, cancel) = (Arc::new(Gate::default()), CancellationToken::new());
+    let started = Instant::now();
+    // More than that does not fit the wire's field.
+    let deadline = started + request.deadline.min(Duration::from_millis(u64::from(u32::MAX)));
+    let job = Job {
+        shared,
+        request,
+        memory,
+        block_ids,
+        gate: gate.clone(),
+        cancel: cancel.clone(),
+        started,
+        deadline,
+    };
+    handle.spawn(async move {
+        let result = job.run().await;
+        // Memory and gate are let go before the pull counts as over.
+        drop(job);
+        let _ = done.send(result);
+    });
+    Pull { result, gate, cancel }
+}
+
+/// A pull that broke, and whether asking again on another connection may help.
+struct Broken {
+    error: PullError,
+    unanswered: bool,
+}
+
+impl From<PullError> for Broken {
+    fn from(error: PullError) -> Self {
+        Self { error, unanswered: false }
+    }
+}
+
+impl Job {
+    async fn run(&self) -> Result<PullReport, PullError> {
+        self.check()?;
+        if self.block_ids.is_empty() {
+            return Ok(PullReport {
+                bytes: 0,
+                elapsed: Duration::ZERO,
+                rtt: Duration::ZERO,
+                corrupt: 0,
+                failed: Vec::new(),
+                checksums: Vec::new(),
+            });
+        }
+        let _permit = self.in_time(self.shared.pulls.acquire()).await?;
+        let (connection, reused) = self.connect().await?;
+        match self.attempt(&connection).await {
+            // The connection may have died unseen while nobody used it, or the peer may have another life by now.
+            Err(Broken { unanswered: true, .. }) if reused => {
+                connection.close(0u8.into(), b"broken");
+                let (connection, _) = self.connect().await?;
+                self.attempt(&connection).await.map_err(|broken| broken.error)
+            }
+            result => result.map_err(|broken| broken.error),
+        }
+    }
+
+    /// What the caller may have got wrong.
+    fn check(&self) -> Result<(), PullError> {
+        let blocks = self.memory.num_blocks();
+        let mut sorted = self.block_ids.clone();
+        sorted.sort_unstable();
+        if let Some(last) = sorted.last().filter(|last| u64::from(**last) >= blocks) {
+            return Err(PullError::Memory(format!("block {last}: there are {blocks}")));
+        }
+        match sorted.windows(2).find(|pair| pair[0] == pair[1]) {
+            Some(pair) => Err(PullError::Memory(format!("block {} is listed twice", pair[0]))),
+            None => Ok(()),
+        }
+    }
+
+    async fn connect(&self) -> Result<(Connection, bool), PullError> {
+        self.in_time(self.shared.peers.get(&self.request.peer)).await?
+    }
+
+    /// The result of `work`, unless the pull is cancelled or its deadline passes first.
+    async fn in_time<T>(&self, work: impl Future<Output = T>) -> Result<T, PullError> {
+        let stopped = |code: ErrorCode| Err(PullError::Stopped(code.into()));
+        tokio::select! {
+            biased;
+            () = self.cancel.cancelled() => stopped(ErrorCode::Cancelled),
+            result = timeout_at(self.deadline.into(), work) => match result {
+                Ok(result) => Ok(result),
+                Err(_) => stopped(ErrorCode::Deadline),
+            },
+        }
+    }
+
+    async fn attempt(&self, connection: &Connection) -> Result<PullReport, Broken> {
+        let lost = |error: String| Broken { error: PullError::ConnectionLost(error), unanswered: true };
+        let (mut send, mut recv) = match self.in_time(connection.open_bi()).await? {
+            Ok(streams) => streams,
+            Err(error) => return Err(lost(error.to_string())),
+        };
+        let now = Instant::now();
+        let left = self.deadline.saturating_duration_since(now);
+        let request = &self.request;
+        let pull = PullHeader {
+            transfer_id: request.transfer_id,
+            epoch: request.epoch,
+            layout: request.layout,
+            last_hash: request.last_hash,
+            first_block: request.first_block,
+            blocks: self.block_ids.len() as u32,
+            rank: request.rank,
+            deadline_ms: u32::try_from(left.as_millis()).unwrap_or(u32::MAX),
+            credit: self.shared.limits.window_bytes,
+        };
+        let mut receiver = Receiver::new(
+            now,
+            ReceiverConfig {
+                pull,
+                block_bytes: self.memory.block_bytes() as u64,
+                deadline: self.deadline,
+                stall: self.shared.limits.stall,
+            },
+        );
+        let mut memory_error = None;
+        let result = self.drive(&mut receiver, &mut send, &mut recv, &mut memory_error).await;
+        let unanswered = !receiver.answered();
+        let Received { bytes, corrupt, failed, checksums } = match result {
+            Ok(received) => received,
+            Err(stop) => {
+                let code = match stop {
+                    Stop::ByPeer(error) | Stop::Here(error) => error.code,
+                    Stop::Lost => ErrorCode::Cancelled,
+                };
+                let _ = recv.stop((code as u16).into());
+                if code == ErrorCode::Stalled {
+                    connection.close(0u8.into(), b"stalled");
+                }
+                let unanswered = unanswered
+                    && matches!(stop, Stop::Lost | Stop::Here(WireError { code: ErrorCode::Stalled, .. }));
+                let error = match (memory_error, stop) {
+                    (Some(error), _) => PullError::Memory(error),
+                    (None, Stop::ByPeer(error)) => PullError::Refused(error),
+                    (None, Stop::Here(error)) => PullError::Stopped(error),
+                    (None, Stop::Lost) => PullError::ConnectionLost(
+                        connection.close_reason().map_or("stream closed".into(), |reason| reason.to_string()),
+                    ),
+                };
+                return Err(Broken { error, unanswered });
+            }
+        };
+        let counters = &self.shared.counters;
+        counters.corrupt.fetch_add(u64::from(corrupt), Ordering::Relaxed);
+        Ok(PullReport {
+            bytes,
+            elapsed: self.started.elapsed(),
+            rtt: connection.rtt(),
+            corrupt,
+            failed,
+            checksums,
+        })
+    }
+
+    /// Moves bytes between the streams, the memory and the receiver until the receiver is done.
+    async fn drive(
+        &self,
+        receiver: &mut Receiver,
+        send: &mut SendStream,
+        recv: &mut RecvStream,
+        memory_error: &mut Option<String>,
+    ) -> Result<Received, Stop> {
+        let mut chunks: [Bytes; CHUNKS] = std::array::from_fn(|_| Bytes::new());
+        let mut outgoing: Vec<u8> = Vec::new();
+        let timer = sleep_until(self.deadline.into());
+        tokio::pin!(timer);
+        loop {
+            let mut done = None;
+            {
+                let mut open = self.gate.enter();
+                while let Some(action) = receiver.poll() {
+                    match action {
+                        ReceiverAction::Send(frame) => outgoing.extend_from_slice(frame.as_ref()),
+                        ReceiverAction::Write { index, offset, bytes } => {
+                            if open.is_none() {
+                                receiver.cancel(ErrorCode::Cancelled.into());
+                                continue;
+                            }
+                            self.shared.counters.received.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+                            if let Err(error) =
+                                self.memory.write(self.block_ids[index as usize], offset, &bytes)
+                            {
+                                open = None;
+                                *memory_error = Some(error.to_string());
+                                receiver.cancel(ErrorCode::Internal.into());
+                            }
+                        }
+                        ReceiverAction::Done(result) => done = Some(result),
+                    }
+                }
+            }
+            if !outgoing.is_empty() {
+                // Where this fails, reading fails too, and says more.
+                let _ = timeout_at(self.deadline.into(), send.write_all(&outgoing)).await;
+                outgoing.clear();
+            }
+            if let Some(result) = done {
+                let _ = send.finish();
+                return result;
+            }
+            let due = receiver.poll_timeout().unwrap_or(self.deadline);
+            if timer.deadline().into_std() > due {
+                timer.as_mut().reset(due.into());
+            }
+            tokio::select! {
+                biased;
+                () = self.cancel.cancelled() => receiver.cancel(ErrorCode::Cancelled.into()),
+                read = recv.read_chunks(&mut chunks) => {
+                    let now = Instant::now();
+                    match read {
+                        Ok(Some(count)) => for chunk in &mut chunks[..count] {
+                            receiver.handle_bytes(now, std::mem::take(chunk));
+                        },
+                        Ok(None) => receiver.handle_end(StreamEnd::Finished),
+                        Err(ReadError::Reset(number)) => {
+                            receiver.handle_end(StreamEnd::Reset(number.into_inner()));
+                        }
+                        Err(_) => receiver.handle_end(StreamEnd::Lost),
+                    }
+                }
+                () = &mut timer => {
+                    receiver.handle_timeout(Instant::now());
+                    timer.as_mut().reset(receiver.poll_timeout().unwrap_or(self.deadline).into());
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,330 @@
+//! Serving pulls and probes.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use baton_proto::wire::{ErrorCode, Frame, PREFIX, WireError};
+use bytes::Bytes;
+use quinn::crypto::rustls::QuicServerConfig;
+use quinn::{Connection, Incoming, ReadError, RecvStream, SendStream, ServerConfig, WriteError};
+use tokio::time::{sleep_until, timeout};
+
+use super::api::{Limits, SendReport};
+use super::endpoint::Shared;
+use super::probe::Allowance;
+use super::{probe, socket, transport};
+use crate::hold::HeldBlocks;
+use crate::protocol::{Close, Sender, SenderAction, SenderConfig, StreamEnd};
+
+/// Longest handshake.
+const HANDSHAKE: Duration = Duration::from_secs(5);
+
+/// Longest wait for what a stream is about.
+const HELLO: Duration = Duration::from_secs(5);
+
+/// Connections that are in their handshake at once.
+const MAX_INCOMING: usize = 256;
+
+/// KV bytes gathered ahead of what the connection took.
+const BATCH: usize = 1 << 20;
+
+/// How connections are accepted; `payload` is what the first hop back carries, where the peer is known.
+pub(super) fn server_config(
+    tls: &Arc<QuicServerConfig>,
+    limits: &Limits,
+    payload: Option<u16>,
+) -> ServerConfig {
+    let mut config = ServerConfig::with_crypto(tls.clone());
+    config
+        .transport_config(transport::transport(limits, payload.unwrap_or(1_200), true))
+        .max_incoming(MAX_INCOMING)
+        .incoming_buffer_size(64 << 10)
+        .incoming_buffer_size_total(4 << 20)
+        .migration(false);
+    config
+}
+
+/// Accepts connections until the endpoint closes.
+pub(super) async fn accept(shared: Arc<Shared>) {
+    while let Some(incoming) = shared.quic.accept().await {
+        let Ok(permit) = shared.accepted.clone().try_acquire_owned() else {
+            tracing::warn!(peer = %incoming.remote_address(), "connection refused: too many are open");
+            incoming.refuse();
+            continue;
+        };
+        let shared = shared.clone();
+        tokio::spawn(async move {
+            let peer = incoming.remote_address();
+            match handshake(&shared, incoming).await {
+                Ok(connection) => serve_connection(&shared, &connection).await,
+                Err(error) => tracing::debug!(%peer, error, "no connection came about"),
+            }
+            drop(permit);
+        });
+    }
+}
+
+async fn handshake(shared: &Shared, incoming: Incoming) -> Result<Connection, String> {
+    let payload = socket::route_payload(incoming.remote_address());
+    let config = server_config(&shared.server_tls, &shared.limits, Some(payload));
+    let connecting = incoming.accept_with(Arc::new(config)).map_err(|error| error.to_string())?;
+    match timeout(HANDSHAKE, connecting).await {
+        Ok(Ok(connection)) => Ok(connection),
+        Ok(Err(error)) => Err(error.to_string()),
+        Err(_) => Err("the handshake takes too long".into()),
+    }
+}
+
+/// Serves streams until the connection closes. The transport's cap on streams bounds the tasks.
+async fn serve_connection(shared: &Arc<Shared>, connection: &Connection) {
+    let allowance = Arc::new(Allowance::new(Instant::now()));
+    while let Ok((send, recv)) = connection.accept_bi().await {
+        let (shared, connection, allowance) = (shared.clone(), connection.clone(), allowance.clone());
+        tokio::spawn(async move { serve_stream(&shared, &connection, &allowance, send, recv).await });
+    }
+}
+
+async fn serve_stream(
+    shared: &Shared,
+    connection: &Connection,
+    allowance: &Allowance,
+    mut send: SendStream,
+    mut recv: RecvStream,
+) {
+    let started = Instant::now();
+    match timeout(HELLO, hello(&mut recv)).await {
+        Ok(Some((Frame::Probe(asked), _))) => probe::answer(connection, allowance, asked, &mut send).await,
+        Ok(Some((_, bytes))) => {
+            let Ok(_permit) = shared.served.try_acquire() else {
+                let refused = Frame::Refused(ErrorCode::Busy.into()).encode();
+                let _ = send.write_all(refused.as_ref()).await;
+                let _ = send.finish();
+                return;
+            };
+            let serve = Serve::new(shared, started);
+            serve.run(bytes, send, recv).await;
+        }
+        Ok(None) | Err(_) => {
+            let _ = send.reset((ErrorCode::Protocol as u16).into());
+        }
+    }
+}
+
+/// The first frame, and all bytes read for it; `None` where there is none.
+async fn hello(recv: &mut RecvStream) -> Option<(Frame, Bytes)> {
+    let mut bytes = Vec::with_capacity(PREFIX);
+    loop {
+        let chunk = recv.read_chunk(usize::from(u16::MAX), true).await.ok()??;
+        bytes.extend_from_slice(&chunk.bytes);
+        if let Some((frame, _)) = Frame::decode(&bytes).ok()? {
+            return Some((frame, bytes.into()));
+        }
+    }
+}
+
+/// One pull that is served.
+struct Serve<'a> {
+    shared: &'a Shared,
+    started: Instant,
+    sender: Sender,
+    held: Option<HeldBlocks>,
+    /// The block that payload is taken from, and where each of its pieces begins.
+    gathered: Vec<(usize, Bytes)>,
+    /// To be written, from `batch[written]` on.
+    batch: Vec<Bytes>,
+    written: usize,
+    /// Bytes in the batch that are not written.
+    batched: usize,
+    /// A block whose checksum is being made.
+    awaited: Option<u32>,
+    checksums: Vec<u64>,
+}
+
+impl<'a> Serve<'a> {
+    fn new(shared: &'a Shared, started: Instant) -> Self {
+        let config = SenderConfig { hello: HELLO, max_deadline: shared.limits.max_deadline };
+        Self {
+            shared,
+            started,
+            sender: Sender::new(started, config),
+            held: None,
+            gathered: Vec::new(),
+            batch: Vec::new(),
+            written: 0,
+            batched: 0,
+            awaited: None,
+            checksums: Vec::new(),
+        }
+    }
+
+    async fn run(mut self, hello: Bytes, mut send: SendStream, mut recv: RecvStream) {
+        self.sender.handle_bytes(Instant::now(), hello);
+        let timer = sleep_until(Instant::now().into());
+        tokio::pin!(timer);
+        let (mut reading, mut writing) = (true, true);
+        let (close, result) = loop {
+            if let Some(done) = self.act() {
+                break done;
+            }
+            let due = self.sender.poll_timeout().unwrap_or(self.started);
+            if timer.deadline().into_std() != due {
+                timer.as_mut().reset(due.into());
+            }
+            let Self { sender, held, batch, written, awaited, .. } = &mut self;
+            let pending = &mut batch[*written..];
+            tokio::select! {
+                biased;
+                read = recv.read_chunk(usize::from(u16::MAX), true), if reading => match read {
+                    Ok(Some(chunk)) => sender.handle_bytes(Instant::now(), chunk.bytes),
+                    end => {
+                        reading = false;
+                        sender.handle_end(stream_end(end.map(|_| ())));
+                    }
+                },
+                code = hold_ended(held.as_ref()) => sender.handle_hold_ended(code),
+                () = &mut timer => sender.handle_timeout(Instant::now()),
+                (index, checksum) = checksum_made(held.as_ref(), *awaited) => self.gather(index, checksum),
+                wrote = send.write_chunks(pending), if writing && !pending.is_empty() => match wrote {
+                    Ok(wrote) => self.wrote(wrote),
+                    // The puller may still say how it ended.
+                    Err(WriteError::Stopped(_)) => writing = false,
+                    Err(_) => sender.handle_end(StreamEnd::Lost),
+                },
+            }
+        };
+        match close {
+            Close::Finish => {
+                let rest = &mut self.batch[self.written..];
+                let _ = timeout(HELLO, send.write_all_chunks(rest)).await;
+                let _ = send.finish();
+            }
+            Close::Reset(code) => {
+                let _ = send.reset((code as u16).into());
+            }
+        }
+        self.report(result);
+    }
+
+    /// Does what the sender says, until it has nothing more or enough is gathered.
+    fn act(&mut self) -> Option<(Close, Result<(), WireError>)> {
+        while self.sender.is_done() || (self.batched < BATCH && self.awaited.is_none()) {
+            match self.sender.poll()? {
+                SenderAction::Open(pull) => {
+                    let opened = self.shared.source.open(&pull);
+                    let block_bytes = opened.as_ref().map(|held| held.memory.block_bytes() as u64);
+                    self.sender.handle_opened(Instant::now(), block_bytes.map_err(|error| *error));
+                    self.held = opened.ok();
+                }
+                SenderAction::Send(frame) => {
+                    self.batched += frame.as_ref().len();
+                    self.batch.push(Bytes::copy_from_slice(frame.as_ref()));
+                }
+                SenderAction::Gather(index) => {
+                    let known = self
+                        .held
+                        .as_ref()
+                        .and_then(|held| held.checksums.get(held.first_block + index as usize));
+                    match known {
+                        Some(checksum) => self.gather(index, Some(checksum)),
+                        None => self.awaited = Some(index),
+                    }
+                }
+                SenderAction::Payload(range) => {
+                    self.batched += range.len();
+                    self.shared.counters.sent.fetch_add(range.len() as u64, Ordering::Relaxed);
+                    for (start, piece) in &self.gathered {
+                        let from = range.start.max(*start);
+                        let to = range.end.min(start + piece.len());
+                        if from < to {
+                            self.batch.push(piece.slice(from - start..to - start));
+                        }
+                    }
+                }
+                SenderAction::Finished => {
+                    if let Some(held) = &self.held {
+                        held.claim.finish();
+                    }
+                }
+                SenderAction::Done(close, result) => return Some((close, result)),
+            }
+        }
+        None
+    }
+
+    /// Takes a block's bytes from memory, where its checksum could be made.
+    fn gather(&mut self, index: u32, checksum: Option<u64>) {
+        self.awaited = None;
+        self.gathered.clear();
+        let gathered = match (&self.held, checksum) {
+            (Some(held), Some(checksum)) => {
+                let block = held.block_ids[index as usize];
+                held.memory.clone().read(block, held.claim.guard()).map(|pieces| (pieces, checksum))
+            }
+            _ => return self.sender.handle_block(Err(ErrorCode::Internal.into())),
+        };
+        match gathered {
+            Ok((pieces, checksum)) => {
+                let mut start = 0;
+                for piece in pieces {
+                    let len = piece.len();
+                    self.gathered.push((start, piece));
+                    start += len;
+                }
+                if self.checksums.len() == index as usize {
+                    self.checksums.push(checksum);
+                }
+                self.sender.handle_block(Ok(checksum));
+            }
+            Err(error) => {
+                tracing::warn!(%error, "a held block cannot be read");
+                self.sender.handle_block(Err(ErrorCode::Internal.into()));
+            }
+        }
+    }
+
+    fn wrote(&mut self, wrote: quinn::Written) {
+        self.batched -= wrote.bytes;
+        self.written += wrote.chunks;
+        if self.written == self.batch.len() {
+            self.batch.clear();
+            self.written = 0;
+        }
+    }
+
+    fn report(self, result: Result<(), WireError>) {
+        let (Some(pull), Some(_)) = (self.sender.pull(), &self.held) else { return };
+        let report = SendReport {
+            transfer_id: pull.transfer_id,
+            rank: pull.rank,
+            first_block: pull.first_block,
+            bytes: self.sender.sent(),
+            repeated: self.sender.repeated(),
+            elapsed: self.started.elapsed(),
+            checksums: self.checksums,
+            result,
+        };
+        self.shared.source.served(report);
+    }
+}
+
+fn stream_end(end: Result<(), ReadError>) -> StreamEnd {
+    match end {
+        Ok(()) => StreamEnd::Finished,
+        Err(ReadError::Reset(number)) => StreamEnd::Reset(number.into_inner()),
+        Err(_) => StreamEnd::Lost,
+    }
+}
+
+/// Resolves when the hold ends, with what to tell the puller.
+async fn hold_ended(held: Option<&HeldBlocks>) -> ErrorCode {
+    let Some(held) = held else { return std::future::pending().await };
+    held.claim.ended().cancelled().await;
+    held.claim.end().map_or(ErrorCode::Released, |end| end.code())
+}
+
+/// Resolves when the checksum of the awaited block is made, or will not be.
+async fn checksum_made(held: Option<&HeldBlocks>, awaited: Option<u32>) -> (u32, Option<u64>) {
+    let (Some(held), Some(index)) = (held, awaited) else { return std::future::pending().await };
+    (index, held.checksums.wait(held.first_block + index as usize).await)
+}
