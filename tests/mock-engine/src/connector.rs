@@ -24,7 +24,9 @@ const HANDSHAKE: Duration = Duration::from_secs(10);
 /// First wait before connecting again; it doubles up to [`LONGEST_WAIT`].
 const FIRST_WAIT: Duration = Duration::from_millis(50);
 /// Longest wait before connecting again.
-const LONGEST_WAIT: Duration = Duration::from_secs(2);
+const LONGEST_WAIT: Duration = Duration::from_secs(1);
+/// Wait after a refusal: the same words will be refused again, but the agent may be mended meanwhile.
+const REFUSED_WAIT: Duration = Duration::from_secs(5);
 
 /// What the connector tells its agent about the engine.
 #[derive(Debug)]
@@ -84,10 +86,14 @@ pub async fn run(config: ConnectorConfig, engine: EngineHandle) {
                 );
             }
             Err(error) => {
+                let refused = matches!(error, ConnectorError::Refused(_));
                 let error = error.to_string();
                 if error != last_error {
                     tracing::warn!(socket = %config.socket.display(), error, "not connected to the agent");
                     last_error = error;
+                }
+                if refused {
+                    tokio::time::sleep(REFUSED_WAIT).await;
                 }
             }
         }

@@ -177,11 +177,15 @@ impl Request {
         self.chain = (len, chain);
     }
 
-    /// Tokens to pull behind `local` ones that the engine has.
-    pub(crate) fn pullable(&self, local: usize) -> usize {
+    /// Tokens to pull behind `local` ones that the engine has. Up to a block of them is sooner computed, with the last token,
+    /// than pulled.
+    pub(crate) fn pullable(&self, local: usize, block_size: usize) -> usize {
         match self.plan.as_ref().map(|plan| &plan.action) {
             Some(Action::Pull { num_tokens, .. })
-                if !self.pulled && self.outputs() == 0 && *num_tokens as usize == self.prompt_len =>
+                if !self.pulled
+                    && self.outputs() == 0
+                    && *num_tokens as usize == self.prompt_len
+                    && self.prompt_len - local > block_size =>
             {
                 self.prompt_len - local
             }

@@ -220,7 +220,7 @@ impl Scheduler {
         let hits = if fresh { self.lookup(request) } else { Vec::new() };
         let local = hits.len() * self.config.block_size as usize;
         let external = match self.epoch {
-            Some(_) if fresh => request.pullable(local),
+            Some(_) if fresh => request.pullable(local, self.config.block_size as usize),
             _ => 0,
         };
 
@@ -437,6 +437,13 @@ impl Scheduler {
     /// The pool, for checks.
     pub fn pool(&self) -> &BlockPool {
         &self.pool
+    }
+
+    /// The blocks of everyone who references some, for checks.
+    pub fn block_users(&self) -> impl Iterator<Item = &[BlockId]> {
+        let requests = self.running.iter().chain(&self.waiting).chain(&self.pulling).chain(&self.pulled);
+        let others = self.aborted.values().chain(self.held.values());
+        requests.map(|request| request.blocks.as_slice()).chain(others.map(Vec::as_slice))
     }
 
     /// Counters and what is going on.
