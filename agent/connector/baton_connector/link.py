@@ -216,24 +216,26 @@ class Link:
 
     def _run(self) -> None:
         delay = RETRY_FIRST_S
-        complaint = ""
+        # One line for each outage, and one for each new refusal.
+        told = False
+        refusal = ""
         while not self._stopped.is_set():
             try:
                 session = self._connect()
-            except _Refusal as refusal:
-                if complaint != str(refusal):
-                    complaint = str(refusal)
+            except _Refusal as error:
+                if refusal != str(error):
+                    refusal = str(error)
                     logger.error("%s refused this engine: %s; serving without transfers", self._name, refusal)
                 self._stopped.wait(RETRY_REFUSED_S)
                 continue
             except (OSError, ProtocolError) as error:
-                if complaint != str(error):
-                    complaint = str(error)
-                    logger.warning("%s: %s; serving without transfers, trying again", self._name, error)
+                if not told:
+                    told = True
+                    logger.warning("%s: %s; serving without transfers until it is there", self._name, error)
                 self._stopped.wait(delay)
                 delay = min(delay * 2, RETRY_MOST_S)
                 continue
-            complaint = ""
+            refusal = ""
             level = logging.INFO if delay < RETRY_MOST_S else logging.DEBUG
             logger.log(level, "%s: connected, epoch %d", self._name, session.epoch)
             began = time.monotonic()
@@ -243,6 +245,7 @@ class Link:
             if self._stopped.is_set():
                 return
             logger.log(level, "%s hung up; serving without transfers until it is back", self._name)
+            told = True
             if time.monotonic() - began < SHORT_LIFE_S:
                 self._stopped.wait(delay)
                 delay = min(delay * 2, RETRY_MOST_S)
