@@ -6,7 +6,7 @@ use serde::Serialize;
 use serde_json::json;
 use toml::Table;
 
-use crate::fleet::EnginePorts;
+use crate::layout::EnginePorts;
 use crate::spec::{EngineSpec, MockEngine, Policy, Role, VllmEngine};
 
 #[derive(Serialize)]

@@ -1,27 +1,23 @@
 //! The running fleet.
 
 use std::fmt;
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use baton_proto::EngineId;
 use baton_proto::control::v1::EngineStatus;
 use rustix::process::Signal;
 use tempfile::TempDir;
 use tokio::time::Instant;
 
-use crate::binaries;
-use crate::certs::{Authority, DEFAULT_DAYS};
-use crate::config::{self, CoordinatorInputs, EngineInputs, loopback};
+use crate::config::loopback;
 use crate::control::Operator;
 use crate::error::{FleetError, PartError};
 use crate::http::Client;
+use crate::layout::{self, EnginePorts, Files, Layout};
 use crate::metrics::Metrics;
-use crate::ports::Ports;
 use crate::process::{self, CLEAN, Job, POLL, Process};
-use crate::spec::{EngineKind, FleetSpec, Model, Store};
+use crate::spec::{EngineKind, FleetSpec, Model};
 use crate::watchdog::Watchdog;
 
 /// How often a fleet is started anew on other ports where another program took one of its own.
@@ -29,9 +25,6 @@ const ATTEMPTS: usize = 3;
 
 /// How long a part may take to stop once asked, before it is killed.
 const STOP_GRACE: Duration = Duration::from_secs(20);
-
-/// Longest path of a Unix socket, in bytes.
-const MAX_SOCKET_PATH: usize = 107;
 
 /// A process of a fleet. Engines and agents count as in [`FleetSpec::engines`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -46,21 +39,6 @@ pub enum Part {
     Etcd,
 }
 
-/// The ports of one engine and its agent, all on 127.0.0.1.
-#[derive(Clone, Copy, Debug)]
-pub struct EnginePorts {
-    /// The engine's HTTP.
-    pub http: u16,
-    /// Its KV events.
-    pub kv_events: u16,
-    /// Their replay.
-    pub kv_replay: u16,
-    /// The agent's transfer endpoint, UDP.
-    pub transfer: u16,
-    /// The agent's own `/metrics` and `/health`.
-    pub metrics: u16,
-}
-
 /// A fleet of child processes. Dropping it kills them all; [`Fleet::shutdown`] stops them in order.
 pub struct Fleet {
     // Dropped in this order: processes, watchdog, files.
@@ -71,9 +49,8 @@ pub struct Fleet {
     http: u16,
     control: u16,
     spec: FleetSpec,
-    files: Files,
     watchdog: Arc<Watchdog>,
-    _temporary: Option<TempDir>,
+    files: Files,
 }
 
 /// A part that may be running.
@@ -90,34 +67,6 @@ struct EngineSlot {
     epoch: u64,
 }
 
-/// Where a fleet's files lie.
-#[derive(Clone)]
-struct Files {
-    dir: PathBuf,
-}
-
-impl Files {
-    fn certs(&self) -> PathBuf {
-        self.dir.join("certs")
-    }
-
-    fn logs(&self) -> PathBuf {
-        self.dir.join("logs")
-    }
-
-    fn log(&self, name: &str) -> PathBuf {
-        self.logs().join(format!("{name}.log"))
-    }
-
-    fn socket(&self, id: &EngineId) -> String {
-        self.dir.join("run").join(format!("{id}.sock")).display().to_string()
-    }
-
-    fn config(&self, name: &str) -> PathBuf {
-        self.dir.join(format!("{name}.toml"))
-    }
-}
-
 impl Fleet {
     /// Starts a fleet and waits until the coordinator serves, with every engine registered, healthy and able to
     /// transfer.
@@ -128,7 +77,6 @@ impl Fleet {
     /// # Cancel safety
     /// Dropping the future leaves nothing running.
     pub async fn start(spec: FleetSpec) -> Result<Self, FleetError> {
-        check(&spec)?;
         let mut attempt = 1;
         loop {
             match Self::attempt(spec.clone()).await {
@@ -140,7 +88,7 @@ impl Fleet {
 
     async fn attempt(spec: FleetSpec) -> Result<Self, FleetError> {
         let deadline = Instant::now() + spec.start_deadline;
-        let mut fleet = Self::lay_out(spec)?;
+        let mut fleet = Self::new(spec)?;
         fleet.make_model(deadline).await?;
         if let Some((slot, _)) = &mut fleet.etcd {
             slot.spawn(&fleet.watchdog)?;
@@ -158,147 +106,34 @@ impl Fleet {
         Ok(fleet)
     }
 
-    /// Chooses ports and writes certificates and configs.
-    fn lay_out(spec: FleetSpec) -> Result<Self, FleetError> {
-        let temporary = match spec.dir {
-            Some(_) => None,
-            None => Some(
-                tempfile::Builder::new()
-                    .prefix("baton-")
-                    .tempdir()
-                    .map_err(FleetError::io("temporary directory"))?,
-            ),
-        };
-        let dir = match (&spec.dir, &temporary) {
-            (Some(dir), _) => std::path::absolute(dir).map_err(FleetError::io(dir.display().to_string()))?,
-            (None, Some(temporary)) => temporary.path().to_owned(),
-            (None, None) => unreachable!("a fleet without a directory has a temporary one"),
-        };
-        let files = Files { dir };
-        for dir in [files.dir.clone(), files.logs(), files.dir.join("run")] {
-            fs::create_dir_all(&dir).map_err(FleetError::io(dir.display().to_string()))?;
-        }
-        let watchdog = Watchdog::start(temporary.as_ref().map(TempDir::path))
+    /// A fleet of which nothing runs yet.
+    fn new(spec: FleetSpec) -> Result<Self, FleetError> {
+        let files = Files::new(spec.dir.as_deref())?;
+        let watchdog = Watchdog::start(files.temporary.as_ref().map(TempDir::path))
             .map_err(FleetError::io("start the watchdog, /bin/sh"))?;
-
-        let authority = match files.certs().join("ca.pem").exists() {
-            true => Authority::load(&files.certs())?,
-            false => Authority::init(&files.certs(), false)?,
-        };
-        for name in ["coordinator", "operator"] {
-            authority.issue(name, DEFAULT_DAYS, true)?;
-        }
-
-        let mut ports = Ports::default();
-        for port in spec.engines.iter().filter_map(|engine| engine.transfer_port) {
-            ports.reserve(port);
-        }
-        let mut port = || ports.free().ok_or_else(|| FleetError::Spec("no free port on 127.0.0.1".into()));
-        let (http, control) = (port()?, port()?);
-        let etcd = match spec.store {
-            Store::Embedded => None,
-            Store::Etcd => {
-                let (client, peer) = (port()?, port()?);
-                Some((Slot::new(etcd_job(&files, client, peer)?), client))
-            }
-        };
-        let bin = |name: &str| binaries::ours(name, spec.bin_dir.as_deref());
-        let model = match &spec.model {
-            Model::Mock => files.dir.join("model"),
-            Model::Dir(dir) => dir.clone(),
-        };
-
-        let mut engines = Vec::with_capacity(spec.engines.len());
-        for engine in &spec.engines {
-            let ports = EnginePorts {
-                http: port()?,
-                kv_events: port()?,
-                kv_replay: port()?,
-                transfer: engine.transfer_port.map_or_else(&mut port, Ok)?,
-                metrics: port()?,
-            };
-            let socket = files.socket(&engine.id);
-            if socket.len() > MAX_SOCKET_PATH {
-                return Err(FleetError::Spec(format!(
-                    "socket path {socket} is longer than {MAX_SOCKET_PATH} bytes: use a shorter directory"
-                )));
-            }
-            let inputs = EngineInputs {
-                ports: &ports,
-                model: &model,
-                served_name: &spec.served_name,
-                socket: engine.agent.then_some(socket.as_str()),
-            };
-            let log_filter = || vec![("RUST_LOG".to_owned(), spec.log.clone())];
-            let (program, args, env) = match &engine.kind {
-                EngineKind::Mock(mock) => {
-                    (bin("baton-mock-engine")?, config::mock_args(mock, &inputs), log_filter())
-                }
-                EngineKind::Vllm(vllm) => {
-                    let mut env = vllm.env.clone();
-                    if let Some(connector) = &vllm.connector {
-                        env.push(("PYTHONPATH".into(), absolute(connector)?.display().to_string()));
-                    }
-                    (vllm.python.clone(), config::vllm_args(vllm, &inputs), env)
-                }
-            };
-            let name = format!("engine-{}", engine.id);
-            let job = Job { log: files.log(&name), name, program, args, env, dir: files.dir.clone() };
-            let agent = if engine.agent {
-                authority.issue(engine.id.as_str(), DEFAULT_DAYS, true)?;
-                let name = format!("agent-{}", engine.id);
-                let config = config::agent(engine, &ports, control, &files.certs(), &socket);
-                Some(Slot::new(service(&files, name, bin("baton-agent")?, &config, log_filter())?))
-            } else {
-                None
-            };
-            engines.push(EngineSlot { ports, engine: Slot::new(job), agent, epoch: 0 });
-        }
-
-        let config = config::coordinator(&CoordinatorInputs {
-            http,
-            control,
-            policy: spec.policy,
-            store: match &etcd {
-                None => format!("embedded:{}", files.dir.join("coordinator.redb").display()),
-                Some((_, port)) => format!("etcd:http://{}", loopback(*port)),
-            },
-            certs: &files.certs(),
-            served_name: &spec.served_name,
-            model: &absolute(&model)?,
-            overlay: &spec.coordinator_config,
-        });
-        let env = vec![("RUST_LOG".to_owned(), spec.log.clone())];
-        let job = service(&files, "coordinator".into(), bin("baton-coordinator")?, &config, env)?;
-        let operator = operator(&files, control)?;
-        Ok(Self {
-            coordinator: Slot::new(job),
-            engines,
-            etcd,
-            operator,
-            http,
-            control,
-            spec,
-            files,
-            watchdog,
-            _temporary: temporary,
-        })
+        let Layout { http, control, coordinator, engines, etcd } = Layout::new(&spec, &files)?;
+        let [ca, cert, key] = ["ca.pem", "operator.pem", "operator.key"].map(|file| files.certs().join(file));
+        let operator = Operator::new(&format!("https://{}", loopback(control)), &ca, &cert, &key)?;
+        let engines = engines
+            .into_iter()
+            .map(|layout| EngineSlot {
+                ports: layout.ports,
+                engine: Slot::new(layout.engine),
+                agent: layout.agent.map(Slot::new),
+                epoch: 0,
+            })
+            .collect();
+        let etcd = etcd.map(|(job, port)| (Slot::new(job), port));
+        let coordinator = Slot::new(coordinator);
+        Ok(Self { coordinator, engines, etcd, operator, http, control, spec, watchdog, files })
     }
 
     async fn make_model(&self, deadline: Instant) -> Result<(), FleetError> {
-        let dir = self.files.dir.join("model");
-        if !matches!(self.spec.model, Model::Mock) || dir.join("tokenizer.json").exists() {
+        let made = self.files.model().join("tokenizer.json").exists();
+        if made || !matches!(self.spec.model, Model::Mock) {
             return Ok(());
         }
-        let name = "make-model".to_owned();
-        let job = Job {
-            log: self.files.log(&name),
-            name,
-            program: binaries::ours("baton-mock-engine", self.spec.bin_dir.as_deref())?,
-            args: vec!["make-model".into(), dir.display().to_string()],
-            env: Vec::new(),
-            dir: self.files.dir.clone(),
-        };
+        let job = layout::make_model(&self.spec, &self.files)?;
         let started = Instant::now();
         let process = Process::spawn(&job, &self.watchdog)?;
         loop {
@@ -443,6 +278,14 @@ impl Fleet {
             self.engines[i].epoch += 1;
         }
         self.wait_ready().await
+    }
+
+    /// Command-line arguments that the coordinator is given besides its config from its next start on, such as
+    /// `--store embedded:PATH`. They replace those of an earlier call.
+    pub fn set_coordinator_args(&mut self, args: &[&str]) {
+        // Before them: --config and its file.
+        self.coordinator.job.args.truncate(2);
+        self.coordinator.job.args.extend(args.iter().map(|arg| (*arg).to_owned()));
     }
 
     /// Starts a part that was killed or stopped, and does not wait.
@@ -629,79 +472,6 @@ impl EngineSlot {
     fn runs_with_agent(&self) -> bool {
         self.engine.process.is_some() && self.agent.as_ref().is_some_and(|agent| agent.process.is_some())
     }
-}
-
-fn check(spec: &FleetSpec) -> Result<(), FleetError> {
-    let mut ids: Vec<_> = spec.engines.iter().map(|engine| &engine.id).collect();
-    ids.sort();
-    if let Some(pair) = ids.windows(2).find(|pair| pair[0] == pair[1]) {
-        return Err(FleetError::Spec(format!("two engines are named {}: rename one", pair[0])));
-    }
-    for engine in &spec.engines {
-        match &engine.kind {
-            EngineKind::Vllm(vllm) if engine.agent && vllm.connector.is_none() => {
-                return Err(FleetError::Spec(format!(
-                    "engine {} has an agent but no connector: name the directory of baton_connector",
-                    engine.id
-                )));
-            }
-            EngineKind::Vllm(_) if matches!(spec.model, Model::Mock) => {
-                return Err(FleetError::Spec(format!(
-                    "engine {} is vLLM, and the mock model has no weights: name a model directory",
-                    engine.id
-                )));
-            }
-            EngineKind::Vllm(_) | EngineKind::Mock(_) => {}
-        }
-    }
-    Ok(())
-}
-
-/// A job that runs one of Baton's services with that config.
-fn service(
-    files: &Files,
-    name: String,
-    program: PathBuf,
-    config: &str,
-    env: Vec<(String, String)>,
-) -> Result<Job, FleetError> {
-    let path = files.config(&name);
-    fs::write(&path, config).map_err(FleetError::io(path.display().to_string()))?;
-    let args = vec!["--config".into(), path.display().to_string()];
-    Ok(Job { log: files.log(&name), name, program, args, env, dir: files.dir.clone() })
-}
-
-fn etcd_job(files: &Files, client: u16, peer: u16) -> Result<Job, FleetError> {
-    let (client, peer) = (format!("http://{}", loopback(client)), format!("http://{}", loopback(peer)));
-    let cluster = format!("fleet={peer}");
-    let data = files.dir.join("etcd").display().to_string();
-    let args = [
-        ["--name", "fleet"],
-        ["--data-dir", &data],
-        ["--listen-client-urls", &client],
-        ["--advertise-client-urls", &client],
-        ["--listen-peer-urls", &peer],
-        ["--initial-advertise-peer-urls", &peer],
-        ["--initial-cluster", &cluster],
-    ];
-    Ok(Job {
-        name: "etcd".into(),
-        program: binaries::etcd()?,
-        args: args.concat().into_iter().map(str::to_owned).collect(),
-        env: Vec::new(),
-        dir: files.dir.clone(),
-        log: files.log("etcd"),
-    })
-}
-
-fn operator(files: &Files, control: u16) -> Result<Operator, FleetError> {
-    let certs = files.certs();
-    let [ca, cert, key] = ["ca.pem", "operator.pem", "operator.key"].map(|file| certs.join(file));
-    Ok(Operator::new(&format!("https://{}", loopback(control)), &ca, &cert, &key)?)
-}
-
-fn absolute(path: &Path) -> Result<PathBuf, FleetError> {
-    std::path::absolute(path).map_err(FleetError::io(path.display().to_string()))
 }
 
 fn ended(job: &Job, status: String, waiting: &str) -> FleetError {
