@@ -1,0 +1,729 @@
+//! What the connectors of one engine may do, and when: a state machine without I/O.
+//!
+//! # Lives
+//! All connections that name one `instance` make up a *life* of the engine, which has one epoch. It ends with the
+//! first of its connections that is lost, or when another instance says hello. Then its holds end, its pulls
+//! are cancelled and the epoch moves on; and when the last copy from or to its memory is over, and not before, all of
+//! its connections are closed. That is how the connectors learn that their blocks are theirs again.
+
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use baton_kernels::{BlockMemory, Guard};
+use baton_kv_transfer::checksum::Checksums;
+use baton_kv_transfer::{
+    Hold as HeldRequest, HoldEnd as TableEnd, HoldError, HoldTable, Peer, PullError, PullReport, PullRequest,
+    RankHold,
+};
+use baton_proto::connector::{Hello, Hold, Layout, Pull, Side, ToAgent, ToConnector, VERSION};
+use baton_proto::control::v1;
+use baton_proto::wire::ErrorCode;
+use baton_proto::{BlockHash, Epoch, TransferId};
+
+use super::outcomes::Outcomes;
+use crate::layout::{self, RankLayout};
+use crate::metrics::{HoldEnd, Metrics};
+
+/// Most requests held at a time; more are given back at once.
+pub const MAX_HOLDS: usize = 4096;
+/// Most pulls under way or waiting; more fail at once.
+pub const MAX_PULLS: usize = 1024;
+/// Most storages a worker may have.
+pub const MAX_STORAGES: usize = 4096;
+/// Most tensor-parallel ranks.
+pub const MAX_RANKS: u32 = 64;
+/// Longest lease and deadline; longer ones are cut.
+pub const MAX_LEASE: Duration = Duration::from_secs(600);
+/// Longest text in a hello, in bytes.
+const MAX_TEXT: usize = 1024;
+
+/// One connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ConnId(pub u64);
+
+/// One pull.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PullId(pub u64);
+
+/// The present, as the core is told it.
+#[derive(Clone, Copy, Debug)]
+pub struct Now {
+    /// For leases and durations.
+    pub instant: Instant,
+    /// For epochs.
+    pub unix_ms: u64,
+}
+
+/// What happens to the core.
+#[derive(Debug)]
+pub enum Input {
+    /// A connection was accepted.
+    Connected(ConnId),
+    /// It sent a message.
+    Message(ConnId, ToAgent, Extra),
+    /// It sent what is no message.
+    Malformed(ConnId, String),
+    /// It sends nothing more.
+    Ended(ConnId),
+    /// The memory asked for by [`Action::Map`].
+    Mapped(ConnId, Mapped),
+    /// A pull is over; nothing writes to its blocks any more.
+    PullEnded(PullId, Result<PullReport, PullError>),
+    /// The coordinator does not need a hold any more.
+    Release(TransferId),
+    /// The hold table called, or its time has come.
+    Woken,
+    /// The agent stops.
+    Stop,
+}
+
+/// What comes with a message, or follows from it alone.
+#[derive(Debug, Default)]
+pub struct Extra {
+    /// File descriptor of a `Storage`.
+    pub fd: Option<OwnedFd>,
+    /// Block hashes of the content of a `Hold` or a `Pull`.
+    pub hashes: Vec<BlockHash>,
+}
+
+/// A worker's memory, or why it cannot be used.
+pub struct Mapped(pub Result<Arc<dyn BlockMemory>, String>);
+
+impl std::fmt::Debug for Mapped {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Mapped").field(&self.0.as_ref().map(|_| ())).finish()
+    }
+}
+
+/// What is to be done, in order.
+pub enum Action {
+    /// Send a message.
+    Send(ConnId, ToConnector),
+    /// Close the connection when what was sent is written. It is not named again.
+    Close(ConnId),
+    /// Map a worker's memory, and answer with [`Input::Mapped`].
+    Map(ConnId, Vec<(OwnedFd, u64)>, Layout, u64),
+    /// Make the checksums of a hold, then drop the guard.
+    Checksum(ChecksumJob),
+    /// Start a pull, and answer with [`Input::PullEnded`].
+    Pull(PullId, PullRequest, Arc<dyn BlockMemory>, Vec<u32>),
+    /// Cancel it; it still ends.
+    CancelPull(PullId),
+    /// Tell the coordinator.
+    Outcome(v1::TransferOutcome),
+    /// Tell the coordinator.
+    Link(v1::LinkSample),
+}
+
+/// Checksums to make.
+pub struct ChecksumJob {
+    /// Each rank's memory, and where its checksums go.
+    pub ranks: Vec<(Arc<dyn BlockMemory>, Arc<Checksums>)>,
+    /// The blocks.
+    pub block_ids: Vec<u32>,
+    /// Keeps the blocks from being released.
+    pub guard: Guard,
+    /// When the hold was taken.
+    pub taken: Instant,
+}
+
+/// What the rest of the agent sees of the engine through its connectors.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Attachment {
+    /// The engine's present epoch.
+    pub epoch: Epoch,
+    /// As the scheduler or a worker described it; `None` without a connector.
+    pub engine: Option<EngineShape>,
+    /// Whether all ranks and the scheduler are there.
+    pub can_transfer: bool,
+    /// Bytes of one block over all ranks; 0 until then.
+    pub block_bytes: u64,
+    /// See [`layout::describe`]; empty until then.
+    pub layout: String,
+}
+
+/// The facts that all connections of a life agree on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EngineShape {
+    /// Model, as the engine serves it.
+    pub model: String,
+    /// Tokens in one block.
+    pub block_size: u32,
+    /// Blocks in the GPU cache.
+    pub num_blocks: u64,
+    /// Worker ranks.
+    pub tp_size: u32,
+}
+
+struct Life {
+    epoch: Epoch,
+    instance: String,
+    shape: EngineShape,
+    scheduler: Option<ConnId>,
+    workers: BTreeMap<u32, Worker>,
+}
+
+struct Worker {
+    conn: ConnId,
+    ready: Option<Ready>,
+}
+
+struct Ready {
+    memory: Arc<dyn BlockMemory>,
+    layout: RankLayout,
+}
+
+impl Life {
+    fn connections(&self) -> impl Iterator<Item = ConnId> + '_ {
+        self.scheduler.into_iter().chain(self.workers.values().map(|worker| worker.conn))
+    }
+
+    /// All ranks in order, once all are ready.
+    fn ranks(&self) -> Option<Vec<&Ready>> {
+        (0..self.shape.tp_size).map(|rank| self.workers.get(&rank)?.ready.as_ref()).collect()
+    }
+}
+
+/// A life that has ended but for its last copies.
+struct Ending {
+    epoch: Epoch,
+    connections: Vec<ConnId>,
+}
+
+/// Where a connection stands.
+enum Stage {
+    /// Before its hello.
+    New,
+    /// Part of the current life.
+    Scheduler,
+    /// Part of the current life, with the storages that came so far.
+    Worker { rank: u32, storages: Vec<(OwnedFd, u64)>, layout: Option<RankLayout> },
+    /// Part of a life that ends; what it says has no effect.
+    Ending,
+}
+
+struct Running {
+    epoch: Epoch,
+    conn: ConnId,
+    rank: u32,
+    ranks: u32,
+    request_id: String,
+    transfer_id: TransferId,
+    source: String,
+    block_ids: Vec<u32>,
+    started: Instant,
+}
+
+/// See the module.
+pub struct Core {
+    metrics: Metrics,
+    table: Arc<Mutex<HoldTable>>,
+    epoch: Epoch,
+    connections: BTreeMap<ConnId, Stage>,
+    life: Option<Life>,
+    endings: Vec<Ending>,
+    stopping: bool,
+    pulls: BTreeMap<PullId, Running>,
+    next_pull: u64,
+    /// Epoch of every hold in the table.
+    holds: BTreeMap<TransferId, Epoch>,
+    outcomes: Outcomes,
+    actions: Vec<Action>,
+}
+
+impl Core {
+    /// Without any connection. The table is shared with those who serve pulls from it; its epoch is the first.
+    pub fn new(table: Arc<Mutex<HoldTable>>, metrics: Metrics) -> Self {
+        let epoch = lock(&table).epoch();
+        metrics.set_epoch(epoch.0);
+        Self {
+            metrics,
+            table,
+            epoch,
+            connections: BTreeMap::new(),
+            life: None,
+            endings: Vec::new(),
+            stopping: false,
+            pulls: BTreeMap::new(),
+            next_pull: 0,
+            holds: BTreeMap::new(),
+            outcomes: Outcomes::default(),
+            actions: Vec::new(),
+        }
+    }
+
+    /// Takes in what happened, and says what to do.
+    pub fn handle(&mut self, now: Now, input: Input) -> Vec<Action> {
+        match input {
+            Input::Connected(conn) if self.stopping => self.actions.push(Action::Close(conn)),
+            Input::Connected(conn) => {
+                self.connections.insert(conn, Stage::New);
+            }
+            Input::Message(conn, message, extra) => self.message(now, conn, message, extra),
+            Input::Malformed(conn, why) => {
+                if self.connections.contains_key(&conn) {
+                    self.actions.push(Action::Send(conn, ToConnector::Refused { reason: why }));
+                    self.lost(now, conn, "it sent what is no message");
+                }
+            }
+            Input::Ended(conn) => self.lost(now, conn, "it is gone"),
+            Input::Mapped(conn, Mapped(result)) => self.mapped(conn, result),
+            Input::PullEnded(pull, result) => self.pull_ended(now, pull, result),
+            Input::Release(transfer_id) => {
+                lock(&self.table).release(transfer_id);
+            }
+            Input::Woken => {}
+            Input::Stop => {
+                self.stopping = true;
+                self.end_life(now, "the agent stops");
+                let new = |(conn, stage): (&ConnId, &Stage)| matches!(stage, Stage::New).then_some(*conn);
+                let unbound: Vec<_> = self.connections.iter().filter_map(new).collect();
+                unbound.into_iter().for_each(|conn| self.close(conn));
+            }
+        }
+        self.poll_holds(now);
+        self.finish_endings();
+        self.metrics.set_connector_up(self.life.as_ref().is_some_and(|life| life.scheduler.is_some()));
+        std::mem::take(&mut self.actions)
+    }
+
+    /// When [`Input::Woken`] is due, unless the table calls before.
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        lock(&self.table).poll_timeout()
+    }
+
+    /// Whether the agent stops and nothing is under way any more.
+    pub fn has_stopped(&self) -> bool {
+        self.stopping && self.connections.is_empty()
+    }
+
+    /// What the rest of the agent sees.
+    pub fn attachment(&self) -> Attachment {
+        let mut attachment = Attachment { epoch: self.epoch, ..Attachment::default() };
+        let Some(life) = &self.life else { return attachment };
+        attachment.engine = Some(life.shape.clone());
+        if let Some(ranks) = life.ranks()
+            && life.scheduler.is_some()
+        {
+            attachment.can_transfer = true;
+            attachment.block_bytes = ranks.iter().map(|rank| rank.memory.block_bytes() as u64).sum();
+            attachment.layout = layout::describe(ranks.iter().map(|rank| &rank.layout));
+        }
+        attachment
+    }
+
+    fn message(&mut self, now: Now, conn: ConnId, message: ToAgent, extra: Extra) {
+        let Some(stage) = self.connections.get_mut(&conn) else { return };
+        match (stage, message) {
+            (Stage::Ending, _) => {}
+            (Stage::New, ToAgent::Hello(hello)) => self.hello(now, conn, hello),
+            (Stage::Worker { storages, layout: None, .. }, ToAgent::Storage { len }) => match extra.fd {
+                Some(_) if storages.len() == MAX_STORAGES => {
+                    self.refuse(now, conn, format!("storage: at most {MAX_STORAGES} can be registered"));
+                }
+                Some(fd) => storages.push((fd, len)),
+                None => self.refuse(
+                    now,
+                    conn,
+                    "storage: no file descriptor came with it; send one as ancillary data, and see the agent's limit of open files".into(),
+                ),
+            },
+            (Stage::Worker { storages, layout: described @ None, .. }, ToAgent::Layout(layout)) => {
+                match RankLayout::new(&layout) {
+                    Ok(rank) => {
+                        *described = Some(rank);
+                        let storages = std::mem::take(storages);
+                        let blocks = self.life.as_ref().map_or(0, |life| life.shape.num_blocks);
+                        self.actions.push(Action::Map(conn, storages, layout, blocks));
+                    }
+                    Err(error) => self.refuse(now, conn, error.to_string()),
+                }
+            }
+            (Stage::Scheduler, ToAgent::Hold(hold)) => self.hold(now, hold, extra.hashes),
+            (Stage::Scheduler, ToAgent::Cancel { request_id }) => self.cancel(&request_id),
+            (Stage::Worker { rank, .. }, ToAgent::Pull(pull)) => {
+                let rank = *rank;
+                self.pull(now, conn, rank, pull, extra.hashes);
+            }
+            (_, message) => {
+                let kind = kind(&message);
+                self.refuse(now, conn, format!("{kind}: not expected at this point of this connection"));
+            }
+        }
+    }
+
+    fn hello(&mut self, now: Now, conn: ConnId, hello: Hello) {
+        if let Err(reason) = check_hello(&hello) {
+            return self.refuse(now, conn, reason);
+        }
+        let Hello { instance, side, tp_size, model, block_size, num_blocks, .. } = hello;
+        let shape = EngineShape { model, block_size, num_blocks, tp_size };
+        if let Some(life) = &self.life {
+            let taken = match side {
+                Side::Scheduler => life.scheduler.is_some(),
+                Side::Worker(rank) => life.workers.contains_key(&rank),
+            };
+            if life.instance != instance {
+                self.end_life(now, "another instance of the engine says hello");
+            } else if taken {
+                self.end_life(now, "a part of the engine connects again");
+            } else if life.shape != shape {
+                let reason = format!(
+                    "hello: {shape:?} differs from {:?}, as another part of this instance said",
+                    life.shape
+                );
+                return self.refuse(now, conn, reason);
+            }
+        }
+        let epoch = self.epoch;
+        let life = self.life.get_or_insert_with(|| {
+            tracing::info!(%epoch, instance, ?shape, "the engine's connector is here");
+            Life { epoch, instance, shape, scheduler: None, workers: BTreeMap::new() }
+        });
+        let stage = match side {
+            Side::Scheduler => {
+                life.scheduler = Some(conn);
+                Stage::Scheduler
+            }
+            Side::Worker(rank) => {
+                life.workers.insert(rank, Worker { conn, ready: None });
+                Stage::Worker { rank, storages: Vec::new(), layout: None }
+            }
+        };
+        self.connections.insert(conn, stage);
+        self.welcome(conn);
+    }
+
+    fn welcome(&mut self, conn: ConnId) {
+        let welcome = ToConnector::Welcome { version: VERSION, epoch: self.epoch };
+        self.actions.push(Action::Send(conn, welcome));
+    }
+
+    /// Refuses what a connection said, and ends it.
+    fn refuse(&mut self, now: Now, conn: ConnId, reason: String) {
+        tracing::warn!(reason, "refused the engine's connector");
+        self.actions.push(Action::Send(conn, ToConnector::Refused { reason }));
+        self.lost(now, conn, "it was refused");
+    }
+
+    /// A connection says nothing more that counts.
+    fn lost(&mut self, now: Now, conn: ConnId, why: &str) {
+        match self.connections.get(&conn) {
+            Some(Stage::New) => self.close(conn),
+            Some(Stage::Scheduler | Stage::Worker { .. }) => self.end_life(now, why),
+            Some(Stage::Ending) | None => {}
+        }
+    }
+
+    fn close(&mut self, conn: ConnId) {
+        self.connections.remove(&conn);
+        self.actions.push(Action::Close(conn));
+    }
+
+    fn end_life(&mut self, now: Now, why: &str) {
+        let Some(life) = self.life.take() else { return };
+        // Strictly greater than any before, also where the clock was set back.
+        self.epoch = Epoch(now.unix_ms.max(self.epoch.0 + 1));
+        self.metrics.set_epoch(self.epoch.0);
+        tracing::info!(ended = %life.epoch, next = %self.epoch, why, "the engine's epoch ended");
+        lock(&self.table).drop_epoch(self.epoch);
+        for (id, pull) in &self.pulls {
+            if pull.epoch == life.epoch {
+                self.actions.push(Action::CancelPull(*id));
+            }
+        }
+        let connections: Vec<_> = life.connections().collect();
+        for conn in &connections {
+            self.connections.insert(*conn, Stage::Ending);
+        }
+        self.endings.push(Ending { epoch: life.epoch, connections });
+    }
+
+    fn finish_endings(&mut self) {
+        let copying = |epoch: Epoch| {
+            self.pulls.values().any(|pull| pull.epoch == epoch) || self.holds.values().any(|e| *e == epoch)
+        };
+        let (over, still): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut self.endings).into_iter().partition(|ending| !copying(ending.epoch));
+        self.endings = still;
+        over.into_iter().flat_map(|ending| ending.connections).for_each(|conn| self.close(conn));
+    }
+
+    fn mapped(&mut self, conn: ConnId, result: Result<Arc<dyn BlockMemory>, String>) {
+        let Some(Stage::Worker { rank, layout, .. }) = self.connections.get(&conn) else { return };
+        let Some(life) = &mut self.life else { return };
+        match result {
+            Ok(memory) => {
+                let (Some(layout), Some(worker)) = (layout.clone(), life.workers.get_mut(rank)) else {
+                    return;
+                };
+                tracing::info!(rank, block_bytes = memory.block_bytes(), "a worker's memory is mapped");
+                worker.ready = Some(Ready { memory, layout });
+                self.welcome(conn);
+            }
+            Err(reason) => {
+                tracing::warn!(reason, "refused a worker's memory");
+                // Nothing was held or pulled yet without this worker, so the life need not end.
+                life.workers.remove(rank);
+                self.actions.push(Action::Send(conn, ToConnector::Refused { reason }));
+                self.close(conn);
+            }
+        }
+    }
+
+    fn hold(&mut self, now: Now, hold: Hold, hashes: Vec<BlockHash>) {
+        let Some(life) = &self.life else { return };
+        let Some(ranks) = life.ranks() else {
+            // Releases go to workers, and not all are there: the connector gives all back when it is cut off.
+            return self.end_life(now, "a hold came before all workers");
+        };
+        let num_blocks = life.shape.num_blocks;
+        let epoch = life.epoch;
+        let workers = &life.workers;
+        let Hold { request_id, transfer_id, lease_ms, block_ids, .. } = hold;
+        let problem = if hashes.len() != block_ids.len() {
+            Some(format!("{} blocks for content of {} blocks", block_ids.len(), hashes.len()))
+        } else {
+            block_ids
+                .iter()
+                .find(|block| u64::from(**block) >= num_blocks)
+                .map(|block| format!("block {block} of {num_blocks}"))
+        };
+        let ranks: Vec<_> = ranks
+            .iter()
+            .map(|rank| RankHold {
+                memory: rank.memory.clone(),
+                layout: rank.layout.fingerprint,
+                checksums: Checksums::pending(block_ids.len()),
+            })
+            .collect();
+        let jobs: Vec<_> = ranks.iter().map(|rank| (rank.memory.clone(), rank.checksums.clone())).collect();
+        let lease = Duration::from_millis(lease_ms.into()).min(MAX_LEASE);
+        let taken = match problem {
+            Some(problem) => Err(problem),
+            None => {
+                let held = HeldRequest {
+                    request_id: request_id.clone(),
+                    transfer_id,
+                    hashes,
+                    block_ids: block_ids.clone(),
+                    ranks,
+                };
+                let inserted = lock(&self.table).insert(now.instant, held, lease);
+                if let Err(HoldError::DuplicateRequest(_)) = inserted {
+                    // To say `Released` would free the blocks of the hold that there is.
+                    return self.end_life(now, "a request was held twice");
+                }
+                inserted.map_err(|error| error.to_string())
+            }
+        };
+        match taken {
+            Ok(guard) => {
+                self.holds.insert(transfer_id, epoch);
+                self.actions.push(Action::Checksum(ChecksumJob {
+                    ranks: jobs,
+                    block_ids,
+                    guard,
+                    taken: now.instant,
+                }));
+            }
+            Err(error) => {
+                tracing::warn!(%transfer_id, request_id, error, "blocks cannot be held");
+                self.metrics.hold_ended(HoldEnd::Dropped);
+                for worker in workers.values() {
+                    let released = ToConnector::Released { request_ids: vec![request_id.clone()] };
+                    self.actions.push(Action::Send(worker.conn, released));
+                }
+            }
+        }
+    }
+
+    fn pull(&mut self, now: Now, conn: ConnId, rank: u32, pull: Pull, hashes: Vec<BlockHash>) {
+        let Some(life) = &self.life else { return };
+        let Some(ready) = life.workers.get(&rank).and_then(|worker| worker.ready.as_ref()) else {
+            return self.refuse(now, conn, "pull: came before this worker's memory was accepted".into());
+        };
+        let Pull { request_id, transfer_id, source, deadline_ms, first_block, block_ids, .. } = pull;
+        let wanted = hashes.len().saturating_sub(first_block as usize);
+        let num_blocks = life.shape.num_blocks;
+        let problem = if block_ids.is_empty() || wanted != block_ids.len() {
+            Some(format!("{} blocks from {first_block} of {}", block_ids.len(), hashes.len()))
+        } else if let Some(block) = block_ids.iter().find(|block| u64::from(**block) >= num_blocks) {
+            Some(format!("block {block} of {num_blocks}"))
+        } else if self.pulls.len() >= MAX_PULLS {
+            Some(format!("{MAX_PULLS} pulls are under way"))
+        } else {
+            None
+        };
+        let (Some(last_hash), None) = (hashes.last(), &problem) else {
+            let error = format!("range: {}", problem.unwrap_or_default());
+            tracing::warn!(%transfer_id, request_id, error, "pull refused");
+            self.metrics.pull_ended(ErrorCode::Range.name(), Duration::ZERO);
+            let done = ToConnector::PullDone { request_id, failed_blocks: block_ids, error };
+            self.actions.push(Action::Send(conn, done));
+            return;
+        };
+        let id = PullId(self.next_pull);
+        self.next_pull += 1;
+        let request = PullRequest {
+            peer: Peer { engine_id: source.engine_id.clone(), address: source.address },
+            transfer_id,
+            epoch: source.epoch,
+            layout: ready.layout.fingerprint,
+            first_block,
+            last_hash: *last_hash,
+            rank,
+            deadline: Duration::from_millis(deadline_ms.into()).min(MAX_LEASE),
+        };
+        self.actions.push(Action::Pull(id, request, ready.memory.clone(), block_ids.clone()));
+        let running = Running {
+            epoch: life.epoch,
+            conn,
+            rank,
+            ranks: life.shape.tp_size,
+            request_id,
+            transfer_id,
+            source: source.engine_id.into(),
+            block_ids,
+            started: now.instant,
+        };
+        self.pulls.insert(id, running);
+    }
+
+    fn cancel(&mut self, request_id: &str) {
+        for (id, pull) in &self.pulls {
+            if Some(pull.epoch) == self.life.as_ref().map(|life| life.epoch) && pull.request_id == request_id
+            {
+                self.actions.push(Action::CancelPull(*id));
+            }
+        }
+    }
+
+    fn pull_ended(&mut self, now: Now, id: PullId, result: Result<PullReport, PullError>) {
+        let Some(pull) = self.pulls.remove(&id) else { return };
+        let elapsed = now.instant.saturating_duration_since(pull.started);
+        let (name, error, failed_blocks, bytes) = match &result {
+            Ok(report) if report.failed.is_empty() => ("", String::new(), Vec::new(), report.bytes),
+            Ok(report) => {
+                let blocks: Vec<u32> =
+                    report.failed.iter().filter_map(|i| pull.block_ids.get(*i).copied()).collect();
+                let error = format!("{} blocks arrived corrupt, twice", blocks.len());
+                (ErrorCode::CorruptBlock.name(), error, blocks, report.bytes)
+            }
+            Err(error) => (error.name(), error.to_string(), pull.block_ids.clone(), 0),
+        };
+        let (transfer_id, request_id) = (pull.transfer_id, &pull.request_id);
+        if name.is_empty() {
+            tracing::debug!(%transfer_id, request_id, rank = pull.rank, bytes, ?elapsed, "pulled");
+        } else {
+            tracing::warn!(%transfer_id, request_id, rank = pull.rank, source = pull.source, error, "pull failed");
+        }
+        self.metrics.pull_ended(name, elapsed);
+        if let Ok(report) = &result
+            && report.bytes > 0
+        {
+            self.actions.push(Action::Link(v1::LinkSample {
+                source: pull.source.clone(),
+                bytes: report.bytes,
+                seconds: report.elapsed.as_secs_f64(),
+                rtt_seconds: report.rtt.as_secs_f64(),
+            }));
+        }
+        let outcome = self.outcomes.rank_ended(transfer_id, pull.ranks, bytes, elapsed, name);
+        self.actions.extend(outcome.map(Action::Outcome));
+        if self.connections.contains_key(&pull.conn) {
+            let done = ToConnector::PullDone { request_id: pull.request_id, failed_blocks, error };
+            self.actions.push(Action::Send(pull.conn, done));
+        }
+    }
+
+    fn poll_holds(&mut self, now: Now) {
+        let (released, live) = {
+            let mut table = lock(&self.table);
+            (table.poll(now.instant), table.len())
+        };
+        self.metrics.set_holds(live);
+        let current = self.life.as_ref().map(|life| life.epoch);
+        let mut request_ids = Vec::new();
+        for hold in released {
+            let epoch = self.holds.remove(&hold.transfer_id);
+            let end = match hold.end {
+                TableEnd::Finished | TableEnd::Released => HoldEnd::Released,
+                TableEnd::Expired => HoldEnd::Expired,
+                TableEnd::Dropped => HoldEnd::Dropped,
+            };
+            tracing::debug!(transfer_id = %hold.transfer_id, request_id = hold.request_id, end = end.label(), "hold ended");
+            self.metrics.hold_ended(end);
+            if hold.end == TableEnd::Expired {
+                self.actions.push(Action::Outcome(v1::TransferOutcome {
+                    transfer_id: hold.transfer_id.as_bytes().to_vec().into(),
+                    state: v1::TransferState::Expired.into(),
+                    bytes: 0,
+                    seconds: 0.0,
+                    error: hold.end.code().name().to_owned(),
+                }));
+            }
+            // The connectors of an ended life take all back when they are cut off.
+            if epoch.is_some() && epoch == current {
+                request_ids.push(hold.request_id);
+            }
+        }
+        if request_ids.is_empty() {
+            return;
+        }
+        for worker in self.life.iter().flat_map(|life| life.workers.values()) {
+            let released = ToConnector::Released { request_ids: request_ids.clone() };
+            self.actions.push(Action::Send(worker.conn, released));
+        }
+    }
+}
+
+/// A panic elsewhere leaves the table as it was between two of its calls.
+pub(super) fn lock(table: &Mutex<HoldTable>) -> std::sync::MutexGuard<'_, HoldTable> {
+    table.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn check_hello(hello: &Hello) -> Result<(), String> {
+    if hello.version != VERSION {
+        return Err(format!(
+            "hello.version: the connector speaks {} and the agent {VERSION}; install the connector that came with this agent",
+            hello.version
+        ));
+    }
+    for (field, text) in [("instance", &hello.instance), ("model", &hello.model)] {
+        if text.is_empty() || text.len() > MAX_TEXT {
+            return Err(format!("hello.{field}: {} bytes; send 1 to {MAX_TEXT}", text.len()));
+        }
+    }
+    if !(1..=MAX_RANKS).contains(&hello.tp_size) {
+        return Err(format!("hello.tp_size: {}; 1 to {MAX_RANKS} workers are supported", hello.tp_size));
+    }
+    if !(1..=1 << 16).contains(&hello.block_size) {
+        return Err(format!("hello.block_size: {}; 1 to 65536 tokens are supported", hello.block_size));
+    }
+    if !(1..=u64::from(u32::MAX)).contains(&hello.num_blocks) {
+        return Err(format!("hello.num_blocks: {}; 1 to 2^32 - 1 are supported", hello.num_blocks));
+    }
+    match hello.side {
+        Side::Worker(rank) if rank >= hello.tp_size => {
+            Err(format!("hello.side: rank {rank} of {} workers", hello.tp_size))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn kind(message: &ToAgent) -> &'static str {
+    match message {
+        ToAgent::Hello(_) => "hello",
+        ToAgent::Storage { .. } => "storage",
+        ToAgent::Layout(_) => "layout",
+        ToAgent::Hold(_) => "hold",
+        ToAgent::Pull(_) => "pull",
+        ToAgent::Cancel { .. } => "cancel",
+    }
+}
+
+#[cfg(test)]
+mod tests;
