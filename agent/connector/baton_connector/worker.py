@@ -98,7 +98,8 @@ class Worker:
 
     def end_step(self) -> Done:
         """What was done since the last call."""
-        self._listen()
+        if self._pulls or self._holds:
+            self._listen()
         if self._pulls and time.monotonic() > self._overdue_s:
             # Its blocks cannot be given back before the agent answers or hangs up: it may still write to them.
             self._overdue_s = float("inf")

@@ -50,6 +50,8 @@ class Engine:
     workers: dict[int, socket.socket] = field(default_factory=dict)
     memory: dict[int, tuple[list[mmap.mmap], Layout]] = field(default_factory=dict)
     holds: dict[str, Hold] = field(default_factory=dict)
+    # Pulls of a hold that went well; one from each rank ends it.
+    pulled: dict[str, int] = field(default_factory=dict)
 
 
 class LoopbackAgent:
@@ -186,6 +188,7 @@ class LoopbackAgent:
     def _end(self, engine: Engine) -> None:
         """The engine's epoch is over: holds are void, and all its connections close."""
         engine.holds.clear()
+        engine.pulled.clear()
         engine.workers.clear()
         engine.memory.clear()
         engine.epoch = 0
@@ -225,14 +228,17 @@ class LoopbackAgent:
             )
             source = self.engines.get(pull.source.engine_id)
             hold = source.holds.get(pull.transfer_id) if source is not None else None
-            if source is not None and hold is not None:
-                self._release(source, hold)
+            if source is not None and hold is not None and not failed:
+                source.pulled[pull.transfer_id] = source.pulled.get(pull.transfer_id, 0) + 1
+                if source.pulled[pull.transfer_id] == len(source.workers):
+                    self._release(source, hold)
 
     def _release(self, engine: Engine, hold: Hold) -> None:
         with self._lock:
             if engine.holds.get(hold.transfer_id) is not hold:
                 return
             del engine.holds[hold.transfer_id]
+            engine.pulled.pop(hold.transfer_id, None)
             for worker in engine.workers.values():
                 worker.sendall(protocol.frame(Released([hold.request_id])))
             self._tell("released", engine=engine.name, request=hold.request_id)
