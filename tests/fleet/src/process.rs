@@ -249,4 +249,36 @@ mod tests {
         assert!(!doomed.exists());
         assert!(kept.path().exists());
     }
+
+    /// Names a directory where [`holder`] is to hold a child; the test below runs it as another process.
+    const HOLD_IN: &str = "BATON_FLEET_TEST_HOLD_IN";
+
+    #[test]
+    fn holder() {
+        let Some(dir) = std::env::var_os(HOLD_IN).map(PathBuf::from) else { return };
+        let watchdog = Watchdog::start(Some(&dir.join("files"))).unwrap();
+        let script = "sleep 600 & echo $!; wait";
+        let _process = Process::spawn(&job(&dir, script), &watchdog).unwrap();
+        std::thread::sleep(Duration::from_secs(60));
+    }
+
+    #[tokio::test]
+    async fn nothing_outlives_a_holder_that_is_killed() {
+        let dir = tempfile::tempdir().unwrap();
+        let files = dir.path().join("files");
+        std::fs::create_dir(&files).unwrap();
+        let mut holder = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "process::tests::holder"])
+            .env(HOLD_IN, dir.path())
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        wait_for("the grandchild's start", || grandchild(dir.path()).is_some()).await;
+        let grandchild = grandchild(dir.path()).unwrap();
+        assert!(alive(&grandchild));
+        holder.kill().unwrap();
+        holder.wait().unwrap();
+        wait_for("the grandchild's end", || !alive(&grandchild)).await;
+        wait_for("the files' end", || !files.exists()).await;
+    }
 }
