@@ -33,6 +33,7 @@ pub struct Receiver {
     /// When something arrived last.
     heard: Instant,
     state: State,
+    answered: bool,
     inbox: Inbox,
     outbox: VecDeque<ReceiverAction>,
     /// First block that was never received in full.
@@ -117,6 +118,7 @@ impl Receiver {
             stall,
             heard: now,
             state: State::Asking,
+            answered: false,
             inbox: Inbox::default(),
             outbox: VecDeque::from([ReceiverAction::Send(Frame::Pull(pull).encode())]),
             next: 0,
@@ -129,14 +131,15 @@ impl Receiver {
         }
     }
 
-    /// Whether the holder has answered.
+    /// Whether the holder has said anything.
     pub fn answered(&self) -> bool {
-        !matches!(self.state, State::Asking)
+        self.answered
     }
 
     /// Bytes arrived. Call [`Self::poll`] until it has nothing more before handing over others.
     pub fn handle_bytes(&mut self, now: Instant, bytes: Bytes) {
         self.heard = now;
+        self.answered |= !bytes.is_empty();
         self.inbox.push(bytes);
     }
 

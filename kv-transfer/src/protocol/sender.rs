@@ -246,7 +246,14 @@ impl Sender {
     /// To be called at [`Self::poll_timeout`] or later.
     pub fn handle_timeout(&mut self, now: Instant) {
         if now >= self.deadline {
-            return self.stop(ErrorCode::Deadline.into());
+            let opened =
+                matches!(self.state, State::BetweenBlocks | State::Gathering(_) | State::InBlock { .. });
+            self.stop(ErrorCode::Deadline.into());
+            if opened {
+                // The puller counts from an earlier moment: it gave up before, and will not come back.
+                self.outbox.push_front(SenderAction::Finished);
+            }
+            return;
         }
         if let (State::Opening { since, at: Some(at) }, Some(pull)) = (self.state, self.pull)
             && now >= at

@@ -1,0 +1,243 @@
+//! A fleet's worth of fixtures: certificates, memories, and sources on top of hold tables.
+
+#![allow(dead_code, unreachable_pub, reason = "each test uses its part")]
+
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use baton_kernels::{BlockMemory, EngineMemory, Guard};
+use baton_kv_transfer::checksum::Checksums;
+use baton_kv_transfer::tls::Identity;
+use baton_kv_transfer::{
+    Endpoint, EndpointConfig, HeldBlocks, Hold, HoldTable, Limits, Peer, PullRequest, RankHold, ReleasedHold,
+    SendReport, Source,
+};
+use baton_proto::connector::{Layout, Piece};
+use baton_proto::wire::{LayoutFingerprint, PullHeader, WireError};
+use baton_proto::{BlockHash, Epoch, TransferId};
+use rcgen::{CertificateParams, CertifiedIssuer, KeyPair};
+
+/// An authority, and what it has issued.
+pub struct Authority(CertifiedIssuer<'static, KeyPair>);
+
+impl Authority {
+    pub fn new() -> Self {
+        let mut params = CertificateParams::new(Vec::new()).unwrap();
+        params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+        Self(CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap())
+    }
+
+    pub fn issue(&self, name: &str) -> Identity {
+        let key = KeyPair::generate().unwrap();
+        let params = CertificateParams::new(vec![name.to_owned()]).unwrap();
+        let cert = params.signed_by(&key, &self.0).unwrap();
+        let key = rustls_pki_types::PrivateKeyDer::Pkcs8(key.serialize_der().into());
+        Identity::new(vec![self.0.der().clone()], vec![cert.der().clone()], key)
+    }
+}
+
+impl Authority {
+    /// Writes `ca.pem`, and `NAME.pem` and `NAME.key` for each name.
+    pub fn write(&self, dir: &std::path::Path, names: &[&str]) -> std::io::Result<()> {
+        std::fs::write(dir.join("ca.pem"), self.0.pem())?;
+        for name in names {
+            let key = KeyPair::generate().unwrap();
+            let params = CertificateParams::new(vec![(*name).to_owned()]).unwrap();
+            let cert = params.signed_by(&key, &self.0).unwrap();
+            std::fs::write(dir.join(format!("{name}.pem")), cert.pem())?;
+            std::fs::write(dir.join(format!("{name}.key")), key.serialize_pem())?;
+        }
+        Ok(())
+    }
+}
+
+/// How blocks of a test lie: `pieces` runs of `piece_bytes` each, one storage per piece.
+#[derive(Clone, Copy, Debug)]
+pub struct Shape {
+    pub pieces: u32,
+    pub piece_bytes: u32,
+    pub blocks: u64,
+}
+
+impl Shape {
+    pub fn block_bytes(&self) -> usize {
+        self.pieces as usize * self.piece_bytes as usize
+    }
+
+    pub fn layout(&self) -> Layout {
+        let piece = |storage| Piece {
+            storage,
+            offset: 0,
+            stride: u64::from(self.piece_bytes),
+            len: self.piece_bytes,
+        };
+        Layout {
+            facts: BTreeMap::from([("dtype".into(), "bfloat16".into())]),
+            pieces: (0..self.pieces).map(piece).collect(),
+        }
+    }
+
+    pub fn fingerprint(&self) -> LayoutFingerprint {
+        LayoutFingerprint::of(&self.layout())
+    }
+
+    /// A memory of its own, and the descriptors behind it.
+    pub fn memory(&self) -> Arc<EngineMemory> {
+        let len = u64::from(self.piece_bytes) * self.blocks;
+        let storages = (0..self.pieces).map(|_| (memfd(len), len)).collect();
+        EngineMemory::new(storages, &self.layout(), self.blocks).unwrap()
+    }
+}
+
+pub fn memfd(len: u64) -> OwnedFd {
+    let fd = rustix::fs::memfd_create("kv", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    rustix::fs::ftruncate(&fd, len).unwrap();
+    fd
+}
+
+/// Bytes that differ from block to block and from seed to seed.
+pub fn content(len: usize, block: u32, seed: u64) -> Vec<u8> {
+    let mut state = seed ^ (u64::from(block) << 32) ^ 0x9e37_79b9_7f4a_7c15;
+    let mut bytes = Vec::with_capacity(len + 8);
+    while bytes.len() < len {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        bytes.extend_from_slice(&(state ^ (state >> 29)).to_le_bytes());
+    }
+    bytes.truncate(len);
+    bytes
+}
+
+pub fn fill(memory: &EngineMemory, blocks: impl IntoIterator<Item = u32>, seed: u64) {
+    for block in blocks {
+        memory.write(block, 0, &content(memory.block_bytes(), block, seed)).unwrap();
+    }
+}
+
+pub fn read(memory: &Arc<EngineMemory>, block: u32) -> Vec<u8> {
+    let guard: Guard = Arc::new(());
+    memory.clone().read(block, guard).unwrap().concat()
+}
+
+pub fn hash(block: u32) -> BlockHash {
+    BlockHash::from_bytes(u128::from(block + 1).to_be_bytes())
+}
+
+/// An agent's session as far as transfers are concerned.
+pub struct TableSource {
+    pub table: Mutex<HoldTable>,
+    pub reports: Mutex<Vec<SendReport>>,
+    pub released: Mutex<Vec<ReleasedHold>>,
+}
+
+impl TableSource {
+    pub fn new(epoch: u64) -> Arc<Self> {
+        Arc::new_cyclic(|this: &std::sync::Weak<Self>| {
+            let wake = Arc::new({
+                let this = this.clone();
+                // A real session is notified and polls elsewhere; here a thread does.
+                move || {
+                    let this = this.clone();
+                    std::thread::spawn(move || {
+                        if let Some(this) = this.upgrade() {
+                            this.poll(Instant::now());
+                        }
+                    });
+                }
+            });
+            Self {
+                table: Mutex::new(HoldTable::new(Epoch(epoch), 1000, wake)),
+                reports: Mutex::default(),
+                released: Mutex::default(),
+            }
+        })
+    }
+
+    pub fn poll(&self, now: Instant) {
+        let released = self.table.lock().unwrap().poll(now);
+        self.released.lock().unwrap().extend(released);
+    }
+
+    /// Holds blocks, with checksums made at once.
+    pub fn hold(
+        &self,
+        id: TransferId,
+        memory: &Arc<EngineMemory>,
+        shape: Shape,
+        block_ids: Vec<u32>,
+        lease: Duration,
+    ) {
+        let checksums = Checksums::pending(block_ids.len());
+        let memory: Arc<dyn BlockMemory> = memory.clone();
+        let hold = Hold {
+            request_id: id.to_string(),
+            transfer_id: id,
+            hashes: (0..block_ids.len() as u32).map(hash).collect(),
+            block_ids: block_ids.clone(),
+            ranks: vec![RankHold {
+                memory: memory.clone(),
+                layout: shape.fingerprint(),
+                checksums: checksums.clone(),
+            }],
+        };
+        let guard = self.table.lock().unwrap().insert(Instant::now(), hold, lease).unwrap();
+        checksums.make(&memory, &block_ids, &guard).unwrap();
+    }
+
+    /// Waits until something is released.
+    pub async fn released(&self) -> ReleasedHold {
+        loop {
+            self.poll(Instant::now());
+            if let Some(released) = self.released.lock().unwrap().pop() {
+                return released;
+            }
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    }
+
+    pub async fn report(&self) -> SendReport {
+        loop {
+            if let Some(report) = self.reports.lock().unwrap().pop() {
+                return report;
+            }
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    }
+}
+
+impl Source for TableSource {
+    fn open(&self, pull: &PullHeader) -> Result<HeldBlocks, WireError> {
+        self.table.lock().unwrap().open(Instant::now(), pull)
+    }
+
+    fn served(&self, report: SendReport) {
+        self.reports.lock().unwrap().push(report);
+    }
+}
+
+pub fn id(number: u8) -> TransferId {
+    TransferId::from_bytes([number; 16])
+}
+
+pub fn endpoint(identity: Identity, source: Arc<TableSource>, limits: Limits) -> Endpoint {
+    let listen = "127.0.0.1:0".parse().unwrap();
+    Endpoint::bind(EndpointConfig { listen, identity, limits }, source).unwrap()
+}
+
+pub fn peer(name: &str, endpoint: &Endpoint) -> Peer {
+    Peer { engine_id: name.parse().unwrap(), address: endpoint.local_addr().to_string() }
+}
+
+pub fn request(peer: Peer, id: TransferId, epoch: u64, shape: Shape, first: u32, blocks: u32) -> PullRequest {
+    PullRequest {
+        peer,
+        transfer_id: id,
+        epoch: Epoch(epoch),
+        layout: shape.fingerprint(),
+        first_block: first,
+        last_hash: hash(first + blocks - 1),
+        rank: 0,
+        deadline: Duration::from_secs(20),
+    }
+}
