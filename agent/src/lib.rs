@@ -19,3 +19,14 @@ pub mod metrics;
 pub mod ownership;
 pub mod session;
 pub mod tls;
+
+/// An error and what caused it, in one line.
+fn causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}

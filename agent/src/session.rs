@@ -355,15 +355,10 @@ impl Session {
         let coordinator = self.coordinator.clone();
         let attempt = Box::pin(async move {
             let begin = async {
-                let channel = coordinator.connect().await.map_err(|error| {
-                    let mut reason = error.to_string();
-                    let mut cause: Option<&dyn std::error::Error> = std::error::Error::source(&error);
-                    while let Some(error) = cause {
-                        reason = format!("{reason}: {error}");
-                        cause = error.source();
-                    }
-                    tonic::Status::unavailable(reason)
-                })?;
+                let channel = coordinator
+                    .connect()
+                    .await
+                    .map_err(|error| tonic::Status::unavailable(crate::causes(&error)))?;
                 ControlClient::new(channel).session(ReceiverStream::new(queue)).await
             };
             match tokio::time::timeout(BEGIN, begin).await {

@@ -183,7 +183,7 @@ impl Reader {
     /// Learns from the replay what was missed. Where it cannot be had in `attempts` attempts, or belongs to
     /// another life of the engine, all is forgotten; with none, it is tried once and a failure changes nothing.
     async fn catch_up(&mut self, attempts: usize) -> Result<(), Closed> {
-        let Some(last) = self.sequence.last() else { return self.learn_anew().await };
+        let Some(last) = self.sequence.last() else { return self.learn_anew(attempts > 0).await };
         for attempt in 1..=attempts.max(1) {
             match self.replay_from(last).await? {
                 Ok(true) => return Ok(()),
@@ -200,14 +200,16 @@ impl Reader {
             }
         }
         self.forget().await?;
-        self.learn_anew().await
+        self.learn_anew(true).await
     }
 
-    /// Applies all that the engine still has, where nothing is known.
-    async fn learn_anew(&mut self) -> Result<(), Closed> {
+    /// Applies all that the engine still has, where nothing is known. Where it cannot be had, the next word of the
+    /// live stream is a gap and asks again.
+    async fn learn_anew(&mut self, complain: bool) -> Result<(), Closed> {
         match self.replay_from(0).await? {
             Ok(_) | Err(ReplayError::NotConfigured) => {}
-            Err(error) => tracing::warn!(%error, "replay of KV events"),
+            Err(error) if complain => tracing::warn!(%error, "replay of KV events"),
+            Err(error) => tracing::debug!(%error, "replay of KV events"),
         }
         Ok(())
     }

@@ -51,7 +51,7 @@ pub struct Status {
 enum PollError {
     #[error("no answer within {} s", PATIENCE.as_secs())]
     Timeout,
-    #[error("{0}")]
+    #[error("{}", crate::causes(.0))]
     Connect(hyper_util::client::legacy::Error),
     #[error("{0}")]
     Body(Box<dyn std::error::Error + Send + Sync>),

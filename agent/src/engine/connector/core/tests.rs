@@ -1,1 +1,733 @@
+use std::collections::{BTreeMap, BTreeSet};
 
+use baton_kernels::MemoryError;
+use baton_kv_transfer::Claim;
+use baton_proto::block_hash::BlockHasher;
+use baton_proto::connector::Content;
+use baton_proto::plan::Source;
+use baton_proto::wire::{LayoutFingerprint, PullHeader};
+use bytes::Bytes;
+use proptest::prelude::*;
+
+use super::*;
+
+const BLOCKS: u64 = 64;
+const BLOCK: u32 = 4;
+const SCHEDULER: ConnId = ConnId(0);
+
+fn worker(rank: u32) -> ConnId {
+    ConnId(1 + u64::from(rank))
+}
+
+struct FakeMemory;
+
+impl BlockMemory for FakeMemory {
+    fn block_bytes(&self) -> usize {
+        8
+    }
+
+    fn num_blocks(&self) -> u64 {
+        BLOCKS
+    }
+
+    fn read(self: Arc<Self>, _: u32, _: Guard) -> Result<Vec<Bytes>, MemoryError> {
+        Ok(vec![Bytes::from_static(&[0; 8])])
+    }
+
+    fn write(&self, _: u32, _: usize, _: &[u8]) -> Result<(), MemoryError> {
+        Ok(())
+    }
+}
+
+fn layout(rank: u32) -> Layout {
+    Layout { facts: BTreeMap::from([("tp_rank".into(), rank.to_string())]), pieces: vec![] }
+}
+
+fn hello(instance: &str, side: Side, tp_size: u32) -> ToAgent {
+    ToAgent::Hello(Hello {
+        version: VERSION,
+        instance: instance.into(),
+        side,
+        tp_size,
+        model: "m".into(),
+        block_size: BLOCK,
+        num_blocks: BLOCKS,
+    })
+}
+
+fn transfer(i: u8) -> TransferId {
+    TransferId::from_bytes([i; 16])
+}
+
+fn content(tokens: u32) -> Content {
+    Content { tokens: (0..tokens).flat_map(u32::to_le_bytes).collect(), keys: Default::default() }
+}
+
+fn hashes(content: &Content) -> Vec<BlockHash> {
+    BlockHasher::new("m").chain(&content.token_ids().unwrap(), BLOCK as usize, &content.keys)
+}
+
+struct Bed {
+    core: Core,
+    table: Arc<Mutex<HoldTable>>,
+    now: Now,
+    /// What is to be done and was not looked at.
+    done: Vec<Action>,
+}
+
+impl Bed {
+    fn new() -> Self {
+        let table = HoldTable::new(Epoch(1000), MAX_HOLDS, Arc::new(|| ()));
+        let table = Arc::new(Mutex::new(table));
+        let core = Core::new(table.clone(), Metrics::default());
+        Self { core, table, now: Now { instant: Instant::now(), unix_ms: 5000 }, done: Vec::new() }
+    }
+
+    /// With a whole engine attached.
+    fn attached(tp_size: u32) -> Self {
+        let mut bed = Self::new();
+        bed.attach("i", SCHEDULER, Side::Scheduler, tp_size);
+        for rank in 0..tp_size {
+            bed.attach("i", worker(rank), Side::Worker(rank), tp_size);
+        }
+        assert!(bed.core.attachment().can_transfer);
+        bed.done.clear();
+        bed
+    }
+
+    fn attach(&mut self, instance: &str, conn: ConnId, side: Side, tp_size: u32) {
+        self.input(Input::Connected(conn));
+        self.say(conn, hello(instance, side, tp_size));
+        if let Side::Worker(rank) = side {
+            self.say(conn, ToAgent::Layout(layout(rank)));
+            self.input(Input::Mapped(conn, Mapped(Ok(Arc::new(FakeMemory)))));
+        }
+    }
+
+    fn input(&mut self, input: Input) {
+        let actions = self.core.handle(self.now, input);
+        self.done.extend(actions);
+    }
+
+    fn say(&mut self, conn: ConnId, message: ToAgent) {
+        let hashes = match &message {
+            ToAgent::Hold(hold) => hashes(&hold.content),
+            ToAgent::Pull(pull) => hashes(&pull.content),
+            _ => Vec::new(),
+        };
+        self.input(Input::Message(conn, message, Extra { fd: None, hashes }));
+    }
+
+    fn wait(&mut self, ms: u64) {
+        self.now.instant += Duration::from_millis(ms);
+        self.input(Input::Woken);
+    }
+
+    /// Holds `blocks` blocks for a second.
+    fn hold(&mut self, i: u8, block_ids: Vec<u32>, tokens: u32) {
+        self.say(
+            SCHEDULER,
+            ToAgent::Hold(Hold {
+                request_id: format!("r{i}"),
+                transfer_id: transfer(i),
+                lease_ms: 1000,
+                content: content(tokens),
+                block_ids,
+            }),
+        );
+    }
+
+    fn pull(&mut self, i: u8, rank: u32, block_ids: Vec<u32>, first_block: u32, tokens: u32) {
+        let source = Source { engine_id: "p0".parse().unwrap(), address: "a:1".into(), epoch: Epoch(9) };
+        self.say(
+            worker(rank),
+            ToAgent::Pull(Pull {
+                request_id: format!("r{i}"),
+                transfer_id: transfer(i),
+                source,
+                deadline_ms: 100,
+                content: content(tokens),
+                first_block,
+                block_ids,
+            }),
+        );
+    }
+
+    fn open(&self, i: u8, rank: u32, epoch: Epoch, tokens: u32) -> Result<Claim, ErrorCode> {
+        let chain = hashes(&content(tokens));
+        let header = PullHeader {
+            transfer_id: transfer(i),
+            epoch,
+            layout: LayoutFingerprint::of(&layout(rank)),
+            last_hash: *chain.last().unwrap(),
+            first_block: 0,
+            blocks: chain.len() as u32,
+            rank,
+            deadline_ms: 100,
+            credit: 0,
+        };
+        lock(&self.table).open(self.now.instant, &header).map(|held| held.claim).map_err(|error| error.code)
+    }
+
+    fn sent(&mut self) -> Vec<(ConnId, ToConnector)> {
+        let mut sent = Vec::new();
+        self.done.retain(|action| match action {
+            Action::Send(conn, message) => {
+                sent.push((*conn, message.clone()));
+                false
+            }
+            _ => true,
+        });
+        sent
+    }
+
+    fn closed(&mut self) -> BTreeSet<ConnId> {
+        let mut closed = BTreeSet::new();
+        self.done.retain(|action| match action {
+            Action::Close(conn) => {
+                closed.insert(*conn);
+                false
+            }
+            _ => true,
+        });
+        closed
+    }
+
+    fn checksum_job(&mut self) -> Option<ChecksumJob> {
+        let at = self.done.iter().position(|action| matches!(action, Action::Checksum(_)))?;
+        match self.done.remove(at) {
+            Action::Checksum(job) => Some(job),
+            _ => None,
+        }
+    }
+
+    fn pulls(&self) -> Vec<(PullId, &PullRequest, &[u32])> {
+        self.done
+            .iter()
+            .filter_map(|action| match action {
+                Action::Pull(id, request, _, block_ids) => Some((*id, request, &block_ids[..])),
+                _ => None,
+            })
+            .collect()
+    }
+
+    fn cancelled(&self) -> Vec<PullId> {
+        self.done
+            .iter()
+            .filter_map(|action| match action {
+                Action::CancelPull(id) => Some(*id),
+                _ => None,
+            })
+            .collect()
+    }
+
+    fn outcomes(&self) -> Vec<&v1::TransferOutcome> {
+        self.done
+            .iter()
+            .filter_map(|action| match action {
+                Action::Outcome(outcome) => Some(outcome),
+                _ => None,
+            })
+            .collect()
+    }
+}
+
+fn released(i: u8) -> ToConnector {
+    ToConnector::Released { request_ids: vec![format!("r{i}")] }
+}
+
+fn report(bytes: u64, failed: Vec<usize>) -> PullReport {
+    PullReport {
+        bytes,
+        elapsed: Duration::from_millis(20),
+        rtt: Duration::from_millis(1),
+        corrupt: 2 * failed.len() as u32,
+        failed,
+        checksums: vec![],
+    }
+}
+
+#[test]
+fn an_engine_is_attached_when_its_scheduler_and_all_workers_are() {
+    let mut bed = Bed::new();
+    bed.attach("i", SCHEDULER, Side::Scheduler, 2);
+    bed.attach("i", worker(1), Side::Worker(1), 2);
+    let attachment = bed.core.attachment();
+    assert!(!attachment.can_transfer);
+    assert_eq!(attachment.engine.unwrap().block_size, BLOCK);
+    bed.attach("i", worker(0), Side::Worker(0), 2);
+    let attachment = bed.core.attachment();
+    assert!(attachment.can_transfer);
+    assert_eq!((attachment.epoch, attachment.block_bytes), (Epoch(1000), 16));
+    assert!(attachment.layout.contains("fingerprint="));
+    let welcome = ToConnector::Welcome { version: VERSION, epoch: Epoch(1000) };
+    let welcomes = bed.sent().into_iter().filter(|(_, message)| *message == welcome).count();
+    assert_eq!(welcomes, 5, "one for each hello, one for each layout");
+}
+
+#[test]
+fn what_a_connection_may_not_say_is_refused_with_the_reason() {
+    let change = |change: fn(&mut Hello)| {
+        let ToAgent::Hello(mut hello) = hello("i", Side::Worker(0), 1) else { unreachable!() };
+        change(&mut hello);
+        ToAgent::Hello(hello)
+    };
+    let mut too_many_facts = layout(0);
+    too_many_facts.facts.extend((0..99).map(|i| (i.to_string(), String::new())));
+    for (messages, word) in [
+        (vec![ToAgent::Storage { len: 1 }], "storage"),
+        (vec![change(|hello| hello.version = 2)], "version"),
+        (vec![change(|hello| hello.block_size = 0)], "block_size"),
+        (vec![change(|hello| hello.num_blocks = 1 << 40)], "num_blocks"),
+        (vec![change(|hello| hello.tp_size = 0)], "tp_size"),
+        (vec![change(|hello| hello.model.clear())], "model"),
+        (vec![change(|hello| hello.instance = "x".repeat(2000))], "instance"),
+        (vec![change(|hello| hello.side = Side::Worker(1))], "rank 1"),
+        (vec![change(|_| ()), ToAgent::Storage { len: 1 }], "file descriptor"),
+        (vec![change(|_| ()), change(|_| ())], "hello"),
+        (vec![change(|_| ()), ToAgent::Cancel { request_id: "r".into() }], "cancel"),
+        (vec![change(|_| ()), ToAgent::Layout(layout(0)), ToAgent::Layout(layout(0))], "layout"),
+        (vec![change(|_| ()), ToAgent::Layout(too_many_facts)], "facts"),
+    ] {
+        let mut bed = Bed::new();
+        bed.input(Input::Connected(worker(0)));
+        for message in messages.clone() {
+            bed.say(worker(0), message);
+        }
+        let refusal = bed.sent().pop();
+        let Some((_, ToConnector::Refused { reason })) = refusal else { panic!("{messages:?}: {refusal:?}") };
+        assert!(reason.contains(word), "{reason}");
+        assert_eq!(bed.closed(), [worker(0)].into());
+        assert_eq!(bed.core.attachment().engine, None);
+    }
+}
+
+#[test]
+fn parts_of_one_instance_must_agree() {
+    let mut bed = Bed::new();
+    bed.attach("i", SCHEDULER, Side::Scheduler, 1);
+    bed.input(Input::Connected(worker(0)));
+    bed.sent();
+    bed.say(worker(0), hello("i", Side::Worker(0), 2));
+    let sent = bed.sent();
+    assert!(
+        matches!(&sent[..], [(_, ToConnector::Refused { reason })] if reason.contains("tp_size")),
+        "{sent:?}"
+    );
+    assert_eq!(bed.closed(), [worker(0)].into());
+    assert!(bed.core.attachment().engine.is_some(), "the scheduler stays");
+}
+
+#[test]
+fn memory_that_cannot_be_mapped_is_refused() {
+    let mut bed = Bed::new();
+    bed.input(Input::Connected(worker(0)));
+    bed.say(worker(0), hello("i", Side::Worker(0), 1));
+    bed.say(worker(0), ToAgent::Layout(layout(0)));
+    assert!(matches!(bed.done.last(), Some(Action::Map(_, _, _, BLOCKS))));
+    bed.sent();
+    bed.input(Input::Mapped(worker(0), Mapped(Err("layout: piece 0".into()))));
+    assert_eq!(bed.sent(), [(worker(0), ToConnector::Refused { reason: "layout: piece 0".into() })]);
+    assert_eq!(bed.closed(), [worker(0)].into());
+}
+
+#[test]
+fn a_hold_is_released_when_every_rank_has_pulled_and_no_copy_is_left() {
+    let mut bed = Bed::attached(2);
+    bed.hold(1, vec![7, 9], 6);
+    let job = bed.checksum_job().unwrap();
+    assert_eq!((job.block_ids.clone(), job.ranks.len()), (vec![7, 9], 2));
+    let claims = [0, 1].map(|rank| bed.open(1, rank, Epoch(1000), 6).unwrap());
+    drop(job);
+    claims[0].finish();
+    bed.wait(1);
+    assert_eq!(bed.sent(), []);
+    claims[1].finish();
+    bed.wait(1);
+    assert_eq!(bed.sent(), [], "copies are in flight");
+    let [first, second] = claims;
+    drop(first);
+    bed.wait(1);
+    assert_eq!(bed.sent(), []);
+    drop(second);
+    bed.wait(1);
+    assert_eq!(bed.sent(), [(worker(0), released(1)), (worker(1), released(1))]);
+    assert_eq!(bed.open(1, 0, Epoch(1000), 6).err(), Some(ErrorCode::Released));
+    assert_eq!(bed.outcomes(), Vec::<&v1::TransferOutcome>::new());
+}
+
+#[test]
+fn an_expired_hold_is_released_behind_its_last_copy_and_reported() {
+    let mut bed = Bed::attached(1);
+    bed.hold(1, vec![7], 4);
+    drop(bed.checksum_job());
+    let claim = bed.open(1, 0, Epoch(1000), 4).unwrap();
+    assert_eq!(bed.core.poll_timeout(), Some(bed.now.instant + Duration::from_secs(1)));
+    bed.wait(1000);
+    assert_eq!(bed.sent(), []);
+    assert!(claim.ended().is_cancelled());
+    assert_eq!(bed.open(1, 0, Epoch(1000), 4).err(), Some(ErrorCode::LeaseExpired));
+    drop(claim);
+    bed.wait(0);
+    assert_eq!(bed.sent(), [(worker(0), released(1))]);
+    assert_eq!(bed.outcomes()[0].state(), v1::TransferState::Expired);
+}
+
+#[test]
+fn the_coordinator_releases_holds() {
+    let mut bed = Bed::attached(1);
+    bed.hold(1, vec![7], 4);
+    drop(bed.checksum_job());
+    bed.input(Input::Release(transfer(2)));
+    assert_eq!(bed.sent(), []);
+    bed.input(Input::Release(transfer(1)));
+    assert_eq!(bed.sent(), [(worker(0), released(1))]);
+}
+
+#[test]
+fn blocks_that_cannot_be_held_are_given_back_at_once() {
+    for (block_ids, tokens) in [(vec![1, 2, 3], 4), (vec![BLOCKS as u32], 4), (vec![], 0)] {
+        let mut bed = Bed::attached(1);
+        bed.hold(1, block_ids, tokens);
+        assert_eq!(bed.sent(), [(worker(0), released(1))]);
+        assert!(bed.checksum_job().is_none());
+    }
+}
+
+#[test]
+fn a_request_held_twice_never_frees_the_first_hold_early() {
+    let mut bed = Bed::attached(1);
+    bed.hold(1, vec![7], 4);
+    let job = bed.checksum_job();
+    bed.say(
+        SCHEDULER,
+        ToAgent::Hold(Hold {
+            request_id: "r1".into(),
+            transfer_id: transfer(2),
+            lease_ms: 1000,
+            content: content(4),
+            block_ids: vec![8],
+        }),
+    );
+    assert_eq!((bed.sent(), bed.closed()), (vec![], [].into()));
+    drop(job);
+    bed.wait(0);
+    assert_eq!((bed.sent(), bed.closed()), (vec![], [SCHEDULER, worker(0)].into()));
+}
+
+#[test]
+fn a_hold_before_all_workers_ends_the_connections() {
+    let mut bed = Bed::new();
+    bed.attach("i", SCHEDULER, Side::Scheduler, 1);
+    bed.hold(1, vec![7], 4);
+    assert_eq!(bed.closed(), [SCHEDULER].into());
+    assert!(bed.core.attachment().epoch > Epoch(1000));
+}
+
+#[test]
+fn a_pull_goes_out_and_its_end_comes_back() {
+    let mut bed = Bed::attached(1);
+    bed.pull(1, 0, vec![5, 6], 1, 10);
+    let expected_hash = *hashes(&content(10)).last().unwrap();
+    let (id, request, block_ids) = bed.pulls()[0];
+    assert_eq!(block_ids, [5, 6]);
+    assert_eq!((request.first_block, request.last_hash, request.epoch), (1, expected_hash, Epoch(9)));
+    assert_eq!((request.rank, request.deadline), (0, Duration::from_millis(100)));
+    bed.input(Input::PullEnded(id, Ok(report(16, vec![]))));
+    let done = |failed_blocks, error: &str| {
+        (worker(0), ToConnector::PullDone { request_id: "r1".into(), failed_blocks, error: error.into() })
+    };
+    assert_eq!(bed.sent(), [done(vec![], "")]);
+    assert_eq!((bed.outcomes()[0].state(), bed.outcomes()[0].bytes), (v1::TransferState::Completed, 16));
+    assert!(bed.done.iter().any(|action| matches!(action, Action::Link(sample) if sample.source == "p0")));
+
+    bed.done.clear();
+    bed.pull(1, 0, vec![5, 6], 1, 10);
+    let (id, ..) = bed.pulls()[0];
+    bed.input(Input::PullEnded(id, Ok(report(16, vec![1]))));
+    assert_eq!(bed.sent(), [done(vec![6], "1 blocks arrived corrupt, twice")]);
+    assert_eq!(
+        (bed.outcomes()[0].state(), &bed.outcomes()[0].error[..]),
+        (v1::TransferState::Failed, "corrupt_block")
+    );
+
+    bed.done.clear();
+    bed.pull(1, 0, vec![5, 6], 1, 10);
+    bed.say(SCHEDULER, ToAgent::Cancel { request_id: "other".into() });
+    assert_eq!(bed.cancelled(), []);
+    bed.say(SCHEDULER, ToAgent::Cancel { request_id: "r1".into() });
+    let (id, ..) = bed.pulls()[0];
+    assert_eq!(bed.cancelled(), [id]);
+    assert_eq!(bed.sent(), []);
+    bed.input(Input::PullEnded(id, Err(PullError::Stopped(ErrorCode::Cancelled.into()))));
+    assert_eq!(bed.sent(), [done(vec![5, 6], "cancelled (0)")]);
+}
+
+#[test]
+fn pulls_that_cannot_be_are_over_at_once() {
+    for (block_ids, first_block, tokens) in
+        [(vec![], 0, 4), (vec![1, 2], 0, 4), (vec![1], 1, 4), (vec![BLOCKS as u32], 0, 4), (vec![1], 0, 0)]
+    {
+        let mut bed = Bed::attached(1);
+        bed.pull(1, 0, block_ids.clone(), first_block, tokens);
+        assert!(bed.pulls().is_empty());
+        let sent = bed.sent();
+        assert!(
+            matches!(&sent[..], [(_, ToConnector::PullDone { failed_blocks, error, .. })]
+                if *failed_blocks == block_ids && error.starts_with("range")),
+            "{sent:?}"
+        );
+    }
+}
+
+#[test]
+fn connections_close_only_behind_the_last_copy() {
+    let mut bed = Bed::attached(2);
+    bed.hold(1, vec![7], 4);
+    drop(bed.checksum_job());
+    let claim = bed.open(1, 0, Epoch(1000), 4).unwrap();
+    bed.pull(2, 1, vec![3], 0, 4);
+    let (pull, ..) = bed.pulls()[0];
+    // The clock was set back: epochs grow all the same.
+    bed.now.unix_ms = 10;
+    bed.input(Input::Ended(worker(1)));
+    assert_eq!(bed.core.attachment(), Attachment { epoch: Epoch(1001), ..Attachment::default() });
+    assert_eq!(bed.cancelled(), [pull]);
+    assert!(claim.ended().is_cancelled());
+    assert_eq!(bed.open(1, 0, Epoch(1000), 4).err(), Some(ErrorCode::StaleEpoch));
+    assert_eq!((bed.closed(), bed.sent()), ([].into(), vec![]));
+    // What the dying connections still say has no effect.
+    bed.hold(3, vec![8], 4);
+    bed.pull(4, 0, vec![9], 0, 4);
+    assert!(bed.checksum_job().is_none());
+    assert_eq!(bed.pulls().len(), 1);
+    bed.input(Input::PullEnded(pull, Err(PullError::Stopped(ErrorCode::Cancelled.into()))));
+    assert_eq!(bed.closed(), [].into());
+    drop(claim);
+    bed.wait(0);
+    assert_eq!(bed.closed(), [SCHEDULER, worker(0), worker(1)].into());
+    let words = bed.sent();
+    assert!(words.iter().all(|(_, message)| !matches!(message, ToConnector::Released { .. })), "{words:?}");
+}
+
+#[test]
+fn another_instance_takes_over_with_a_new_epoch() {
+    let mut bed = Bed::attached(1);
+    bed.hold(1, vec![7], 4);
+    let job = bed.checksum_job();
+    bed.attach("j", ConnId(10), Side::Scheduler, 1);
+    assert_eq!(bed.core.attachment().epoch, Epoch(5000));
+    bed.attach("j", ConnId(11), Side::Worker(0), 1);
+    assert!(bed.core.attachment().can_transfer);
+    assert_eq!(bed.closed(), [].into());
+    drop(job);
+    bed.wait(0);
+    assert_eq!(bed.closed(), [SCHEDULER, worker(0)].into());
+    assert!(bed.core.attachment().can_transfer);
+    assert_eq!(bed.core.attachment().epoch, Epoch(5000));
+}
+
+#[test]
+fn a_part_that_connects_again_begins_a_new_life() {
+    let mut bed = Bed::attached(1);
+    bed.attach("i", ConnId(10), Side::Scheduler, 1);
+    assert_eq!(bed.closed(), [SCHEDULER, worker(0)].into());
+    let attachment = bed.core.attachment();
+    assert_eq!((attachment.epoch, attachment.can_transfer), (Epoch(5000), false));
+    bed.attach("i", ConnId(11), Side::Worker(0), 1);
+    assert!(bed.core.attachment().can_transfer);
+}
+
+#[test]
+fn a_stopping_agent_waits_for_its_copies() {
+    let mut bed = Bed::attached(1);
+    bed.input(Input::Connected(ConnId(10)));
+    bed.pull(1, 0, vec![3], 0, 4);
+    let (pull, ..) = bed.pulls()[0];
+    bed.input(Input::Stop);
+    assert_eq!(bed.closed(), [ConnId(10)].into());
+    assert!(!bed.core.has_stopped());
+    bed.input(Input::Connected(ConnId(12)));
+    assert_eq!(bed.closed(), [ConnId(12)].into());
+    bed.input(Input::PullEnded(pull, Err(PullError::Stopped(ErrorCode::Cancelled.into()))));
+    assert_eq!(bed.closed(), [SCHEDULER, worker(0)].into());
+    assert!(bed.core.has_stopped());
+}
+
+#[derive(Clone, Debug)]
+enum Op {
+    Hold(u8),
+    ChecksumsMade,
+    Open { hold: u8, rank: u32 },
+    Finish(usize),
+    DropClaim(usize),
+    Pull { rank: u32 },
+    PullEnds(usize),
+    Release(u8),
+    Wait(u64),
+    Lose(u32),
+    Reattach,
+}
+
+fn any_op() -> impl Strategy<Value = Op> {
+    prop_oneof![
+        4 => (0..8u8).prop_map(Op::Hold),
+        4 => Just(Op::ChecksumsMade),
+        6 => (0..8u8, 0..2u32).prop_map(|(hold, rank)| Op::Open { hold, rank }),
+        4 => (0..9usize).prop_map(Op::Finish),
+        5 => (0..9usize).prop_map(Op::DropClaim),
+        3 => (0..2u32).prop_map(|rank| Op::Pull { rank }),
+        3 => (0..9usize).prop_map(Op::PullEnds),
+        1 => (0..8u8).prop_map(Op::Release),
+        2 => (1..600u64).prop_map(Op::Wait),
+        1 => (0..3u32).prop_map(Op::Lose),
+        2 => Just(Op::Reattach),
+    ]
+}
+
+proptest! {
+    /// However it all interleaves: no block is released and no connection closed while a copy may be in flight, no
+    /// hold of an ended epoch opens, and in the end every block comes back, by a release or by a closed connection.
+    #[test]
+    fn two_phase_release_holds_whatever_comes(ops in prop::collection::vec(any_op(), 1..80)) {
+        let mut bed = Bed::attached(2);
+        let mut next_conn = 100;
+        let mut scheduler = SCHEDULER;
+        let mut workers = vec![worker(0), worker(1)];
+        // Life of each connection, and of each thing that copies.
+        let mut life_of: BTreeMap<ConnId, Epoch> =
+            [SCHEDULER, worker(0), worker(1)].map(|conn| (conn, Epoch(1000))).into();
+        let mut jobs: Vec<(Epoch, u8, ChecksumJob)> = Vec::new();
+        let mut claims: Vec<(Epoch, u8, Claim)> = Vec::new();
+        let mut pulls: Vec<(Epoch, PullId)> = Vec::new();
+        // Requests whose blocks are ours, by life. Numbers are used once in a life.
+        let mut held: BTreeSet<(Epoch, u8)> = BTreeSet::new();
+        let mut used: BTreeSet<(Epoch, u8)> = BTreeSet::new();
+        let last = [Op::Wait(2000)].into_iter();
+        for op in ops.into_iter().chain(last) {
+            let epoch = bed.core.attachment().epoch;
+            let attached = bed.core.attachment().can_transfer;
+            match op {
+                Op::Hold(i) if attached && used.insert((epoch, i)) => {
+                    bed.say(scheduler, ToAgent::Hold(Hold {
+                        request_id: format!("r{i}"),
+                        // Of another life's it must differ, as random ids do.
+                        transfer_id: TransferId::from_bytes([i, epoch.0 as u8, (epoch.0 >> 8) as u8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]),
+                        lease_ms: 1000,
+                        content: content(4),
+                        block_ids: vec![u32::from(i)],
+                    }));
+                    if let Some(job) = bed.checksum_job() {
+                        held.insert((epoch, i));
+                        jobs.push((epoch, i, job));
+                    }
+                }
+                Op::ChecksumsMade if !jobs.is_empty() => drop(jobs.remove(0)),
+                Op::Open { hold, rank } => {
+                    for life in [epoch, Epoch(1000)] {
+                        let header = PullHeader {
+                            transfer_id: TransferId::from_bytes([hold, life.0 as u8, (life.0 >> 8) as u8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]),
+                            epoch: life,
+                            layout: LayoutFingerprint::of(&layout(rank)),
+                            last_hash: hashes(&content(4))[0],
+                            first_block: 0,
+                            blocks: 1,
+                            rank,
+                            deadline_ms: 1,
+                            credit: 0,
+                        };
+                        let opened = lock(&bed.table).open(bed.now.instant, &header);
+                        if let Ok(blocks) = opened {
+                            prop_assert_eq!(life, epoch, "a hold of an ended epoch opened");
+                            prop_assert!(held.contains(&(life, hold)), "a released hold opened");
+                            claims.push((life, hold, blocks.claim));
+                        }
+                    }
+                }
+                Op::Finish(i) if i < claims.len() => claims[i].2.finish(),
+                Op::DropClaim(i) if i < claims.len() => drop(claims.remove(i)),
+                Op::Pull { rank } if attached => {
+                    let source = Source { engine_id: "p0".parse().unwrap(), address: "a:1".into(), epoch: Epoch(9) };
+                    bed.say(workers[rank as usize], ToAgent::Pull(Pull {
+                        request_id: "p".into(),
+                        transfer_id: transfer(99),
+                        source,
+                        deadline_ms: 100,
+                        content: content(4),
+                        first_block: 0,
+                        block_ids: vec![60],
+                    }));
+                    pulls.extend(bed.pulls().iter().map(|(id, ..)| (epoch, *id)));
+                    bed.done.retain(|action| !matches!(action, Action::Pull(..)));
+                }
+                Op::PullEnds(i) if i < pulls.len() => {
+                    let (_, id) = pulls.remove(i);
+                    bed.input(Input::PullEnded(id, Ok(report(8, vec![]))));
+                }
+                Op::Release(i) => bed.input(Input::Release(TransferId::from_bytes([i, epoch.0 as u8, (epoch.0 >> 8) as u8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]))),
+                Op::Lose(part) => {
+                    let conn = if part == 2 { scheduler } else { workers[part as usize] };
+                    bed.input(Input::Ended(conn));
+                }
+                Op::Reattach if !attached => {
+                    let epoch = bed.core.attachment().epoch;
+                    scheduler = ConnId(next_conn);
+                    workers = vec![ConnId(next_conn + 1), ConnId(next_conn + 2)];
+                    next_conn += 3;
+                    bed.now.unix_ms += 1;
+                    bed.attach("i", scheduler, Side::Scheduler, 2);
+                    for rank in 0..2 {
+                        bed.attach("i", workers[rank as usize], Side::Worker(rank), 2);
+                    }
+                    prop_assert_eq!(bed.core.attachment().epoch, epoch);
+                    life_of.extend([scheduler, workers[0], workers[1]].map(|conn| (conn, epoch)));
+                }
+                Op::Wait(ms) => bed.wait(ms),
+                _ => {}
+            }
+            bed.wait(0);
+            let copying = |life: Epoch, hold: Option<u8>| {
+                jobs.iter().any(|(epoch, i, _)| *epoch == life && hold.is_none_or(|hold| hold == *i))
+                    || claims.iter().any(|(epoch, i, _)| *epoch == life && hold.is_none_or(|hold| hold == *i))
+                    || (hold.is_none() && pulls.iter().any(|(epoch, _)| *epoch == life))
+            };
+            for (conn, message) in bed.sent() {
+                if let ToConnector::Released { request_ids } = message {
+                    let life = life_of[&conn];
+                    for id in request_ids {
+                        let i: u8 = id[1..].parse().unwrap();
+                        prop_assert!(!copying(life, Some(i)), "{id} was released under a copy");
+                        if conn == workers[1] {
+                            prop_assert!(held.remove(&(life, i)), "{id} was released twice");
+                        }
+                    }
+                }
+            }
+            for conn in bed.closed() {
+                let life = life_of[&conn];
+                prop_assert!(!copying(life, None), "a connection was closed under a copy");
+                held.retain(|(epoch, _)| *epoch != life);
+            }
+        }
+        // All copies end, all leases run out.
+        for (_, id) in std::mem::take(&mut pulls) {
+            bed.input(Input::PullEnded(id, Ok(report(8, vec![]))));
+        }
+        jobs.clear();
+        claims.clear();
+        bed.wait(2000);
+        for (conn, message) in bed.sent() {
+            if let ToConnector::Released { request_ids } = message {
+                for id in request_ids {
+                    held.remove(&(life_of[&conn], id[1..].parse().unwrap()));
+                }
+            }
+        }
+        for conn in bed.closed() {
+            let life = life_of[&conn];
+            held.retain(|(epoch, _)| *epoch != life);
+        }
+        prop_assert!(held.is_empty(), "blocks are stranded: {held:?}");
+        prop_assert!(lock(&bed.table).is_empty());
+    }
+}
