@@ -2,13 +2,16 @@
 //! ROUTER socket that replays batches from a bounded buffer.
 
 use std::collections::VecDeque;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use serde::Serialize;
 use serde::ser::SerializeSeq;
 use tokio::sync::mpsc;
-use zeromq::{PubSocket, RouterSendHalf, RouterSocket, Socket, SocketRecv, SocketSend, ZmqMessage};
+use zeromq::{
+    PubSocket, RouterRecvHalf, RouterSendHalf, RouterSocket, Socket, SocketRecv, SocketSend, ZmqMessage,
+};
 
 /// A change of the prefix cache.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -174,52 +177,67 @@ async fn bind(socket: &mut impl Socket, option: &'static str, endpoint: &str) ->
     bound.map(drop).map_err(|source| PublisherError::Bind { option, endpoint: endpoint.to_owned(), source })
 }
 
+/// Published batches with their numbers, the latest ones.
+type Buffer = Arc<Mutex<VecDeque<(u64, Bytes)>>>;
+
 async fn run(
     config: PublisherConfig,
     mut publish: PubSocket,
-    replay: Option<(RouterSendHalf, zeromq::RouterRecvHalf)>,
+    replay: Option<(RouterSendHalf, RouterRecvHalf)>,
     mut batches: mpsc::Receiver<Vec<KvEvent>>,
 ) {
     let topic = Bytes::from(config.topic.into_bytes());
-    let mut buffer: VecDeque<(u64, Bytes)> = VecDeque::new();
+    let buffer = Buffer::default();
     let mut sequence = 0u64;
-    let (mut answers, mut requests) = replay.unzip();
-    loop {
-        tokio::select! {
-            batch = batches.recv() => {
-                let Some(events) = batch else { return };
-                let ts = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |t| t.as_secs_f64());
-                let payload = Bytes::from(encode_batch(ts, &events));
-                let number = Bytes::copy_from_slice(&sequence.to_be_bytes());
-                let message = frames([topic.clone(), number, payload.clone()]);
-                if let Err(error) = publish.send(message).await {
-                    tracing::warn!(%error, sequence, "cannot publish a KV event batch");
-                }
-                if buffer.len() == config.buffer_steps {
+    let publishing = async {
+        while let Some(events) = batches.recv().await {
+            let ts = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |t| t.as_secs_f64());
+            let payload = Bytes::from(encode_batch(ts, &events));
+            {
+                let mut buffer = lock(&buffer);
+                buffer.push_back((sequence, payload.clone()));
+                while buffer.len() > config.buffer_steps {
                     buffer.pop_front();
                 }
-                if config.buffer_steps > 0 {
-                    buffer.push_back((sequence, payload));
-                }
-                sequence += 1;
             }
-            request = receive(&mut requests) => match (request, &mut answers) {
-                (Ok(request), Some(answers)) => {
-                    if let Err(error) = answer(answers, request, &topic, &buffer).await {
-                        tracing::warn!(%error, "cannot answer a replay request");
-                    }
-                }
-                (Err(error), _) => tracing::warn!(%error, "cannot read a replay request"),
-                (Ok(_), None) => {}
-            },
+            let number = Bytes::copy_from_slice(&sequence.to_be_bytes());
+            if let Err(error) = publish.send(frames([topic.clone(), number, payload])).await {
+                tracing::warn!(%error, sequence, "cannot publish a KV event batch");
+            }
+            sequence += 1;
         }
+    };
+    match replay {
+        None => publishing.await,
+        // A subscriber that reads its replay slowly holds up other replays, and no publishing.
+        Some((answers, requests)) => tokio::select! {
+            () = publishing => {}
+            () = answer_replays(answers, requests, &topic, &buffer) => {}
+        },
     }
 }
 
-async fn receive(requests: &mut Option<zeromq::RouterRecvHalf>) -> zeromq::ZmqResult<ZmqMessage> {
-    match requests {
-        Some(requests) => requests.recv().await,
-        None => std::future::pending().await,
+fn lock(buffer: &Buffer) -> MutexGuard<'_, VecDeque<(u64, Bytes)>> {
+    buffer.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Answers replay requests, one after the other. Never ends.
+async fn answer_replays(
+    mut answers: RouterSendHalf,
+    mut requests: RouterRecvHalf,
+    topic: &Bytes,
+    buffer: &Buffer,
+) {
+    loop {
+        let answered = match requests.recv().await {
+            Ok(request) => answer(&mut answers, request, topic, buffer).await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = answered {
+            tracing::warn!(%error, "cannot answer a replay request");
+            // An error that stays must not take a whole core.
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
     }
 }
 
@@ -228,12 +246,12 @@ async fn answer(
     answers: &mut RouterSendHalf,
     request: ZmqMessage,
     topic: &Bytes,
-    buffer: &VecDeque<(u64, Bytes)>,
+    buffer: &Buffer,
 ) -> zeromq::ZmqResult<()> {
-    let frames_in = request.into_vec();
-    let [client, _, start] = frames_in.as_slice() else {
+    let request = request.into_vec();
+    let [client, _, start] = request.as_slice() else {
         tracing::warn!(
-            frames = frames_in.len(),
+            frames = request.len(),
             "a replay request has the client, an empty frame and a number"
         );
         return Ok(());
@@ -241,13 +259,11 @@ async fn answer(
     // As in vLLM, any length is a big-endian number; more than 64 bits lie behind every batch.
     let start = start
         .iter()
-        .fold(0u64, |value, byte| value.checked_mul(256).map_or(u64::MAX, |v| v | u64::from(*byte)));
-    for (number, payload) in buffer {
-        if *number >= start {
-            let number = Bytes::copy_from_slice(&number.to_be_bytes());
-            let message = [client.clone(), Bytes::new(), topic.clone(), number, payload.clone()];
-            answers.send(frames(message)).await?;
-        }
+        .fold(0u64, |value, byte| value.checked_mul(256).map_or(u64::MAX, |value| value | u64::from(*byte)));
+    let wanted: Vec<_> = lock(buffer).iter().filter(|(number, _)| *number >= start).cloned().collect();
+    for (number, payload) in wanted {
+        let number = Bytes::copy_from_slice(&number.to_be_bytes());
+        answers.send(frames([client.clone(), Bytes::new(), topic.clone(), number, payload])).await?;
     }
     let end = Bytes::copy_from_slice(&(-1i64).to_be_bytes());
     answers.send(frames([client.clone(), Bytes::new(), Bytes::new(), end, Bytes::new()])).await

@@ -51,10 +51,7 @@ impl KvShape {
             ("engine", "baton-mock".to_owned()),
             ("dtype", "uint8".to_owned()),
             ("block_size", self.block_size.to_string()),
-            (
-                "block_bytes",
-                (self.block_size as usize * self.kv_bytes_per_token()).to_string(),
-            ),
+            ("block_bytes", (self.block_size as usize * self.kv_bytes_per_token()).to_string()),
             ("layers", self.layers.to_string()),
             ("kv_heads", self.heads.to_string()),
             ("head_size", self.head_bytes.to_string()),

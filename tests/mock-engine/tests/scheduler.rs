@@ -32,7 +32,8 @@ struct Engine {
 
 impl Engine {
     fn new(blocks: u32, max_num_batched_tokens: usize, max_num_seqs: usize) -> Self {
-        let shape = KvShape { layers: 2, heads: 1, head_bytes: 8, block_size: SIZE as u32, num_blocks: blocks };
+        let shape =
+            KvShape { layers: 2, heads: 1, head_bytes: 8, block_size: SIZE as u32, num_blocks: blocks };
         let config = SchedulerConfig {
             block_size: SIZE as u32,
             num_blocks: blocks,
@@ -54,7 +55,14 @@ impl Engine {
         }
     }
 
-    fn add(&mut self, key: u64, prompt: &[u32], max_tokens: usize, salt: Option<&str>, action: Option<Action>) {
+    fn add(
+        &mut self,
+        key: u64,
+        prompt: &[u32],
+        max_tokens: usize,
+        salt: Option<&str>,
+        action: Option<Action>,
+    ) {
         self.scheduler.add(NewRequest {
             key,
             id: format!("r{key}"),
@@ -197,10 +205,19 @@ fn pull(num_tokens: usize) -> Action {
 #[derive(Clone, Debug)]
 enum Event {
     /// Prompt from one of a few conversations, its length, outputs, salt, and what the plan says.
-    Add { conversation: u8, len: usize, outputs: usize, salt: bool, plan: u8 },
+    Add {
+        conversation: u8,
+        len: usize,
+        outputs: usize,
+        salt: bool,
+        plan: u8,
+    },
     Steps(usize),
     Abort(usize),
-    EndPull { which: usize, failed: Option<usize> },
+    EndPull {
+        which: usize,
+        failed: Option<usize>,
+    },
     Release(usize),
     AgentLost,
     AgentBack,
@@ -291,8 +308,7 @@ proptest! {
         }
         // Then everything ends.
         for _ in 0..10_000 {
-            while !engine.holds.is_empty() {
-                let hold = engine.holds.pop().unwrap();
+            while let Some(hold) = engine.holds.pop() {
                 engine.scheduler.released([hold.request_id.as_str()]);
             }
             while !engine.pulls.is_empty() {
