@@ -1,0 +1,65 @@
+//! Operators' read-only calls.
+
+use baton_coordinator_core::placement;
+use baton_proto::ContentKeys;
+use baton_proto::control::v1;
+use tonic::Status;
+
+use crate::dispatch::Prompt;
+use crate::state::Coordinator;
+
+/// Most options in an answer.
+const MAX_OPTIONS: usize = 1024;
+
+/// What the placement would choose.
+pub(super) fn route(coordinator: &Coordinator, request: v1::RouteRequest) -> Result<v1::RouteReply, Status> {
+    let keys = ContentKeys {
+        lora: Some(request.lora).filter(|name| !name.is_empty()),
+        salt: Some(request.cache_salt).filter(|salt| !salt.is_empty()),
+        multimodal: Vec::new(),
+    };
+    let max_tokens = Some(u64::from(request.max_tokens)).filter(|tokens| *tokens > 0);
+    let prompt = Prompt::of_tokens(request.token_ids, keys);
+    let fleet = coordinator.fleet();
+    let overlaps = prompt.overlaps(&fleet, &request.model, &coordinator.index);
+    let wanted = placement::Request {
+        model: &request.model,
+        prompt_tokens: prompt.tokens(),
+        max_tokens,
+        overlaps: &overlaps,
+        splittable: prompt.splittable(),
+        avoid: &[],
+    };
+    let policy = placement::policy(coordinator.config.policy.as_str()).expect("the names are the same");
+    let Some(decision) = placement::decide(policy, &fleet, &wanted) else {
+        let reasons: Vec<String> =
+            placement::skipped(&fleet, &wanted).iter().map(|(id, why)| format!("{id}: {why:?}")).collect();
+        return Err(Status::unavailable(format!("no engine can serve {}: {reasons:?}", request.model)));
+    };
+    let explained = decision.explain(&fleet, MAX_OPTIONS);
+    let options = decision.options().zip(explained.options).map(|(priced, option)| v1::PlacementOption {
+        mode: option.mode.to_owned(),
+        prefill_engine: option.prefill.to_string(),
+        decode_engine: option.decode.to_string(),
+        hit_tokens: option.hit_tokens,
+        terms: priced
+            .terms
+            .iter()
+            .map(|(term, seconds)| v1::CostTerm { name: term.name().to_owned(), seconds })
+            .collect(),
+        total_seconds: priced.terms.total(),
+        why_not: option.why_not.unwrap_or_default(),
+    });
+    Ok(v1::RouteReply { options: options.collect() })
+}
+
+/// The present view of the fleet.
+pub(super) fn fleet(coordinator: &Coordinator) -> v1::FleetReply {
+    let status = |entry: std::sync::Arc<crate::registry::Entry>| v1::EngineStatus {
+        registration: Some(entry.registration().message.clone()),
+        load: Some(entry.reported()),
+        owned_blocks: coordinator.index.read().blocks_of(entry.slot),
+        healthy: entry.healthy(),
+    };
+    v1::FleetReply { engines: coordinator.registry.entries().into_iter().map(status).collect() }
+}

@@ -1,0 +1,33 @@
+//! One request's entry in the metrics, made on every way out.
+
+use std::sync::Arc;
+
+use tokio::time::Instant;
+
+use crate::metrics::{Mode, Outcome};
+use crate::state::Coordinator;
+
+/// Counts the request when it is dropped: as cancelled, unless told otherwise before.
+pub(super) struct Account {
+    coordinator: Arc<Coordinator>,
+    arrived: Instant,
+    pub(super) mode: Mode,
+    pub(super) outcome: Outcome,
+}
+
+impl Account {
+    pub(super) fn open(coordinator: Arc<Coordinator>, arrived: Instant) -> Self {
+        Self { coordinator, arrived, mode: Mode::None, outcome: Outcome::Cancelled }
+    }
+
+    /// The first byte of a stream goes out.
+    pub(super) fn first_token(&self) {
+        self.coordinator.metrics.first_token(self.mode, self.arrived.elapsed().as_secs_f64());
+    }
+}
+
+impl Drop for Account {
+    fn drop(&mut self) {
+        self.coordinator.metrics.request(self.mode, self.outcome);
+    }
+}

@@ -1,0 +1,405 @@
+//! Placing a request and running its legs.
+
+use std::sync::Arc;
+
+use axum::body::Body;
+use axum::response::{IntoResponse, Response};
+use baton_coordinator_core::cost::{Plan, Priced};
+use baton_coordinator_core::fleet::Fleet;
+use baton_coordinator_core::load::{DecodeReservation, PrefillReservation};
+use baton_coordinator_core::placement::{self, Decision, Policy};
+use baton_proto::plan::{Held, Source};
+use baton_proto::{EngineId, TransferId};
+use bytes::Bytes;
+use http::header::{CONNECTION, HeaderName, TRANSFER_ENCODING};
+use http::{HeaderMap, HeaderValue, StatusCode};
+use http_body::Frame;
+use http_body_util::{BodyExt, Limited};
+use hyper::body::Incoming;
+use tokio::time::Instant;
+use tracing::{debug, info, warn};
+
+use super::account::Account;
+use super::legs;
+use super::prompt::Prompt;
+use super::relay::{Ongoing, Relay};
+use super::upstream::UpstreamError;
+use crate::http::{ApiError, RequestBody};
+use crate::metrics::{Mode, Outcome};
+use crate::registry::Entry;
+use crate::state::Coordinator;
+
+/// Most engines that are asked for an answer.
+pub const MAX_ATTEMPTS: usize = 3;
+/// Largest answer of a prefill leg: one token, and the hold.
+const MAX_PREFILL_ANSWER: usize = 1 << 20;
+/// Most options in the explanation header, so that it stays in the size that clients take.
+const MAX_EXPLAINED: usize = 12;
+
+/// The paths that are placed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Endpoint {
+    /// `/v1/completions`
+    Completions,
+    /// `/v1/chat/completions`
+    Chat,
+}
+
+impl Endpoint {
+    /// Its path.
+    pub fn path(self) -> &'static str {
+        match self {
+            Endpoint::Completions => "/v1/completions",
+            Endpoint::Chat => "/v1/chat/completions",
+        }
+    }
+}
+
+/// A request that is ready to be placed.
+pub struct Wanted {
+    /// Where it came in.
+    pub endpoint: Endpoint,
+    /// The client's headers.
+    pub headers: HeaderMap,
+    /// The client's body.
+    pub body: RequestBody,
+    /// The model it names.
+    pub model: String,
+    /// What is known of its prompt.
+    pub prompt: Prompt,
+    /// Whether the answer is a stream of events.
+    pub stream: bool,
+    /// Most tokens it may generate, where it says so.
+    pub max_tokens: Option<u64>,
+    /// How to place it.
+    pub policy: &'static dyn Policy,
+    /// Whether the answer is to carry the explanation.
+    pub explain: bool,
+    /// When it had wholly come in.
+    pub arrived: Instant,
+}
+
+impl Wanted {
+    /// Decides, and gives the fleet that the decision is about.
+    pub fn place(&self, coordinator: &Coordinator, avoid: &[EngineId]) -> (Fleet, Result<Decision, String>) {
+        let fleet = coordinator.fleet();
+        let overlaps = self.prompt.overlaps(&fleet, &self.model, &coordinator.index);
+        let splittable =
+            if avoid.is_empty() { self.prompt.splittable() } else { Err("another engine failed") };
+        let request = placement::Request {
+            model: &self.model,
+            prompt_tokens: self.prompt.tokens(),
+            max_tokens: self.max_tokens,
+            overlaps: &overlaps,
+            splittable,
+            avoid,
+        };
+        let decision = placement::decide(self.policy, &fleet, &request).ok_or_else(|| {
+            let why: Vec<String> = placement::skipped(&fleet, &request)
+                .into_iter()
+                .filter(|(_, why)| *why != placement::Skipped::OtherModel)
+                .map(|(id, why)| format!("{id} {why:?}").to_lowercase())
+                .collect();
+            match why.is_empty() {
+                true => "no engine is registered for it".to_owned(),
+                false => why.join(", "),
+            }
+        });
+        (fleet, decision)
+    }
+}
+
+/// Serves a request to its first byte; the rest follows in the answer's body.
+///
+/// # Cancel safety
+/// Dropping the future, or the answer's body, ends the work on every engine.
+pub async fn serve(coordinator: Arc<Coordinator>, wanted: Wanted) -> Response {
+    let account = Account::open(coordinator.clone(), wanted.arrived);
+    Flow { coordinator: &coordinator, wanted: &wanted, avoid: Vec::new() }.run(account).await
+}
+
+struct Flow<'a> {
+    coordinator: &'a Arc<Coordinator>,
+    wanted: &'a Wanted,
+    avoid: Vec<EngineId>,
+}
+
+/// A decision, with the engines and reservations it stands for.
+struct Placed {
+    priced: Priced,
+    prefill: Arc<Entry>,
+    answer: Arc<Entry>,
+    /// Whether the prefill meets an empty queue, so that its time says how fast the engine is.
+    alone: bool,
+    prefill_reservation: Option<PrefillReservation>,
+    decode_reservation: DecodeReservation,
+    explanation: Option<HeaderValue>,
+}
+
+/// A hold on the prefill engine; released when this is dropped.
+struct Holding {
+    engine: Arc<Entry>,
+    transfer_id: TransferId,
+}
+
+impl Drop for Holding {
+    fn drop(&mut self) {
+        // After a successful pull the hold is gone already, and the agent ignores this.
+        self.engine.release_hold(self.transfer_id);
+    }
+}
+
+/// An answer leg that did not begin.
+enum Failure {
+    Unreachable(UpstreamError),
+    Status(StatusCode),
+    BrokeOff(Option<hyper::Error>),
+    Gone,
+}
+
+impl std::fmt::Display for Failure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Failure::Unreachable(error) => error.fmt(f),
+            Failure::Status(status) => write!(f, "answered {status}"),
+            Failure::BrokeOff(Some(error)) => write!(f, "broke off before the first byte: {error}"),
+            Failure::BrokeOff(None) => f.write_str("ended before the first byte"),
+            Failure::Gone => f.write_str("its agent was not heard from"),
+        }
+    }
+}
+
+impl Flow<'_> {
+    async fn run(mut self, mut account: Account) -> Response {
+        let mut last = String::new();
+        for attempt in 0..MAX_ATTEMPTS {
+            let placed = match self.place() {
+                Ok(placed) => placed,
+                Err(why) => {
+                    account.outcome = if attempt == 0 { Outcome::NoEngine } else { Outcome::Failed };
+                    let message = format!("No engine can serve {}: {why}", self.wanted.model);
+                    return ApiError::of(StatusCode::SERVICE_UNAVAILABLE, message).into_response();
+                }
+            };
+            if attempt > 0 {
+                self.coordinator.metrics.retries.inc();
+            }
+            let engine = placed.answer.clone();
+            account = match self.attempt(placed, account).await {
+                Ok(response) => return response,
+                Err((failure, account)) => {
+                    warn!(engine = %engine.id, %failure, "an engine failed a request");
+                    if matches!(failure, Failure::Unreachable(UpstreamError::Connect(_))) {
+                        engine.suspect(Instant::now());
+                    }
+                    last = format!("{} {failure}", engine.id);
+                    account
+                }
+            };
+            self.avoid.push(engine.id.clone());
+        }
+        account.outcome = Outcome::Failed;
+        ApiError::of(StatusCode::BAD_GATEWAY, format!("Every engine that was tried failed; last {last}"))
+            .into_response()
+    }
+
+    fn place(&self) -> Result<Placed, String> {
+        let (fleet, decision) = self.wanted.place(self.coordinator, &self.avoid);
+        let decision = decision?;
+        let priced = *decision.chosen();
+        let entry = |at: u32| {
+            let id = &fleet.engines()[at as usize].info.id;
+            self.coordinator.registry.get(id).ok_or_else(|| format!("{id} just left"))
+        };
+        let (prefill, answer) = (entry(priced.plan.prefill())?, entry(priced.plan.decode())?);
+        let prefill_engine = &fleet.engines()[priced.plan.prefill() as usize];
+        let metrics = &self.coordinator.metrics;
+        metrics.prompt_tokens.inc_by(self.wanted.prompt.tokens());
+        metrics.hit_tokens.inc_by(priced.hit_tokens);
+        let explain = || {
+            let explanation = decision.explain(&fleet, MAX_EXPLAINED);
+            serde_json::to_string(&explanation).ok().and_then(|json| HeaderValue::try_from(json).ok())
+        };
+        Ok(Placed {
+            alone: prefill_engine.reserved.prefills == 0
+                && prefill_engine.foreign_waiting == 0
+                && self.wanted.prompt.is_known(),
+            prefill_reservation: Some(prefill.load.reserve_prefill(priced.uncached_tokens)),
+            decode_reservation: answer.load.reserve_decode(),
+            explanation: self.wanted.explain.then(explain).flatten(),
+            priced,
+            prefill,
+            answer,
+        })
+    }
+
+    async fn attempt(
+        &self,
+        mut placed: Placed,
+        mut account: Account,
+    ) -> Result<Response, (Failure, Account)> {
+        account.mode = Mode::Colocated;
+        let mut body = self.wanted.body.bytes().clone();
+        let mut holding = None;
+        if let Plan::Disaggregated { .. } = placed.priced.plan {
+            match self.prefill_leg(&mut placed).await {
+                Ok((held, hold)) => {
+                    account.mode = Mode::Disaggregated;
+                    let source = Source {
+                        engine_id: placed.prefill.id.clone(),
+                        address: placed.prefill.registration().message.transfer_address.clone(),
+                        epoch: held.epoch,
+                    };
+                    let deadline_ms = self.coordinator.config.limits.pull_deadline_ms;
+                    body = legs::decode_body(&self.wanted.body, &held, source, deadline_ms);
+                    holding = Some(hold);
+                }
+                Err(reason) => {
+                    info!(engine = %placed.prefill.id, reason, "a handoff goes on without a plan");
+                    self.coordinator.metrics.handoff_fallbacks.inc(reason);
+                    let load = &placed.answer.load;
+                    placed.prefill_reservation = Some(load.reserve_prefill(self.wanted.prompt.tokens()));
+                }
+            }
+        }
+        let began = Instant::now();
+        let (response, first) = match self.answer_leg(&placed.answer, body).await {
+            Ok(begun) => begun,
+            Err(failure) => return Err((failure, account)),
+        };
+        Ok(self.respond(placed, account, holding, response, first, began))
+    }
+
+    /// Makes the prefill engine compute and hold. An error is a word for the metrics.
+    async fn prefill_leg(&self, placed: &mut Placed) -> Result<(Held, Holding), &'static str> {
+        let transfer_id = TransferId::from_bytes(rand::random());
+        let engine = &placed.prefill;
+        // From here on there may be a hold, whatever becomes of this request.
+        let holding = Holding { engine: engine.clone(), transfer_id };
+        let body =
+            legs::prefill_body(&self.wanted.body, transfer_id, self.coordinator.config.limits.hold_lease_ms);
+        let upstream = engine.upstream();
+        let ask = async {
+            let response = upstream
+                .post(self.wanted.endpoint.path(), &self.wanted.headers, body)
+                .await
+                .map_err(|error| {
+                    debug!(engine = %engine.id, %error, "prefill leg failed");
+                    if matches!(error, UpstreamError::Connect(_)) {
+                        engine.suspect(Instant::now());
+                    }
+                    "prefill_unreachable"
+                })?;
+            if !response.status().is_success() {
+                return Err("prefill_refused");
+            }
+            let answer = Limited::new(response.into_body(), MAX_PREFILL_ANSWER).collect().await;
+            Ok(answer.map_err(|_| "prefill_broke_off")?.to_bytes())
+        };
+        let began = Instant::now();
+        let gone = engine.gone();
+        let answer = tokio::select! {
+            answer = ask => answer?,
+            () = gone.cancelled() => return Err("prefill_engine_gone"),
+        };
+        if placed.alone {
+            let (tokens, seconds) = (placed.priced.uncached_tokens, began.elapsed().as_secs_f64());
+            engine.learn(|speed| speed.observe_first_token(tokens, seconds));
+        }
+        placed.prefill_reservation = None;
+        let held = legs::held(&answer, transfer_id).ok_or("no_hold")?;
+        if u64::from(held.num_tokens) != self.wanted.prompt.tokens() {
+            self.coordinator.metrics.token_mismatches.inc();
+            warn!(
+                model = self.wanted.model,
+                engine = held.num_tokens,
+                ours = self.wanted.prompt.tokens(),
+                "the engine counts other prompt tokens: is models.path the directory it serves?"
+            );
+        }
+        Ok((held, holding))
+    }
+
+    /// Asks for the answer and waits for its first byte.
+    async fn answer_leg(
+        &self,
+        engine: &Arc<Entry>,
+        body: Bytes,
+    ) -> Result<(http::response::Parts, (Option<Frame<Bytes>>, Incoming)), Failure> {
+        let upstream = engine.upstream();
+        let gone = engine.gone();
+        let ask = async {
+            let response = upstream
+                .post(self.wanted.endpoint.path(), &self.wanted.headers, body)
+                .await
+                .map_err(Failure::Unreachable)?;
+            if response.status().is_server_error() {
+                return Err(Failure::Status(response.status()));
+            }
+            let (parts, mut body) = response.into_parts();
+            let first = match body.frame().await {
+                Some(Ok(frame)) => Some(frame),
+                Some(Err(error)) => return Err(Failure::BrokeOff(Some(error))),
+                None if self.wanted.stream && parts.status.is_success() => {
+                    return Err(Failure::BrokeOff(None));
+                }
+                None => None,
+            };
+            Ok((parts, (first, body)))
+        };
+        tokio::select! {
+            begun = ask => begun,
+            () = gone.cancelled() => Err(Failure::Gone),
+        }
+    }
+
+    fn respond(
+        &self,
+        placed: Placed,
+        mut account: Account,
+        holding: Option<Holding>,
+        mut parts: http::response::Parts,
+        (first, inner): (Option<Frame<Bytes>>, Incoming),
+        began: Instant,
+    ) -> Response {
+        let streaming = self.wanted.stream && parts.status.is_success();
+        if streaming {
+            account.first_token();
+            if placed.alone && holding.is_none() && Arc::ptr_eq(&placed.prefill, &placed.answer) {
+                let (tokens, seconds) = (placed.priced.uncached_tokens, began.elapsed().as_secs_f64());
+                placed.answer.learn(|speed| speed.observe_first_token(tokens, seconds));
+            }
+        }
+        for name in [CONNECTION, TRANSFER_ENCODING, HeaderName::from_static("keep-alive")] {
+            parts.headers.remove(name);
+        }
+        let text = |value: &str| HeaderValue::from_str(value).expect("engine ids and modes are plain ASCII");
+        let prefill = if holding.is_some() { &placed.prefill } else { &placed.answer };
+        for (name, value) in [
+            ("x-baton-mode", text(account.mode.as_str())),
+            ("x-baton-prefill", text(prefill.id.as_str())),
+            ("x-baton-decode", text(placed.answer.id.as_str())),
+            ("x-baton-hit-tokens", HeaderValue::from(placed.priced.hit_tokens)),
+        ] {
+            parts.headers.insert(name, value);
+        }
+        if let Some(holding) = &holding {
+            parts.headers.insert("x-baton-transfer-id", text(&holding.transfer_id.to_string()));
+        }
+        if let Some(explanation) = placed.explanation {
+            parts.headers.insert("x-baton-explain", explanation);
+        }
+        if parts.status.is_client_error() {
+            account.outcome = Outcome::EngineRefused;
+        }
+        // With the first byte the pull is over, well or not: the hold goes with `holding`.
+        drop(holding);
+        let ongoing = Ongoing {
+            account,
+            engine: placed.answer,
+            prefill: placed.prefill_reservation,
+            _decode: placed.decode_reservation,
+        };
+        Response::from_parts(parts, Body::new(Relay::new(first, inner, streaming, ongoing)))
+    }
+}

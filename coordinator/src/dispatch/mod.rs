@@ -1,0 +1,23 @@
+//! A request on its way through the engines.
+//!
+//! ```text
+//! place ──▶ co-located ────────────────────────────▶ answer leg on E
+//!   │                                                  ▲
+//!   └─────▶ disaggregated ─▶ prefill leg on P ─▶ hold? ┴▶ answer leg on D, with or without a plan
+//! ```
+//!
+//! The first byte of the answer leg commits it. Before that, an engine that cannot be reached or fails (5xx) is left out and the
+//! request placed anew, at most [`MAX_ATTEMPTS`] times in all. A prefill leg that fails costs time only: the
+//! answer leg goes on without a plan, and its engine computes. Everything a request holds (reservations, the hold on the
+//! prefill engine, connections) hangs on guards, so a client that goes away frees it all.
+
+mod account;
+mod flow;
+mod legs;
+mod prompt;
+mod relay;
+mod upstream;
+
+pub use self::flow::{Endpoint, MAX_ATTEMPTS, Wanted, serve};
+pub use self::prompt::Prompt;
+pub use self::upstream::{Upstream, UpstreamError};

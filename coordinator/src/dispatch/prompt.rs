@@ -1,0 +1,89 @@
+//! What is known of a request's prompt.
+
+use std::sync::Arc;
+
+use baton_coordinator_core::fleet::Fleet;
+use baton_coordinator_core::kv_index::Overlaps;
+use baton_proto::ContentKeys;
+use baton_proto::block_hash::BlockHasher;
+
+use crate::state::Index;
+
+/// A prompt: its tokens, or what is assumed without them.
+#[derive(Clone, Debug)]
+pub struct Prompt {
+    token_ids: Option<Arc<[u32]>>,
+    estimate: u64,
+    keys: ContentKeys,
+    splittable: Result<(), &'static str>,
+}
+
+impl Prompt {
+    /// A prompt of these tokens.
+    pub fn of_tokens(token_ids: impl Into<Arc<[u32]>>, keys: ContentKeys) -> Self {
+        Self { token_ids: Some(token_ids.into()), estimate: 0, keys, splittable: Ok(()) }
+    }
+
+    /// A prompt whose tokens are not known: it is placed by load, and not split.
+    pub fn unknown(estimated_tokens: u64, why: &'static str) -> Self {
+        Self {
+            token_ids: None,
+            estimate: estimated_tokens,
+            keys: ContentKeys::default(),
+            splittable: Err(why),
+        }
+    }
+
+    /// The prompt, not to be split.
+    pub fn whole(mut self, why: &'static str) -> Self {
+        self.splittable = Err(why);
+        self
+    }
+
+    /// How many tokens it has, or is assumed to have.
+    pub fn tokens(&self) -> u64 {
+        self.token_ids.as_ref().map_or(self.estimate, |ids| ids.len() as u64)
+    }
+
+    /// Whether its tokens are known.
+    pub fn is_known(&self) -> bool {
+        self.token_ids.is_some()
+    }
+
+    /// Whether it can be handed off; else why not.
+    pub fn splittable(&self) -> Result<(), &'static str> {
+        self.splittable
+    }
+
+    /// What each engine that serves the model holds of it. Engines whose blocks are hashed alike (the same
+    /// namespace and block size) share one lookup.
+    pub fn overlaps(&self, fleet: &Fleet, model: &str, index: &Index) -> Overlaps {
+        let mut overlaps = Overlaps::default();
+        let Some(token_ids) = &self.token_ids else { return overlaps };
+        let mut done: Vec<(&str, u32)> = Vec::new();
+        for engine in fleet.engines() {
+            let (Some(namespace), block_size) = (engine.info.models.first(), engine.info.block_size) else {
+                continue;
+            };
+            let kind = (namespace.as_str(), block_size);
+            if !engine.serves(model) || done.contains(&kind) {
+                continue;
+            }
+            done.push(kind);
+            let whole = token_ids.len() / block_size as usize * block_size as usize;
+            let hashes =
+                BlockHasher::new(namespace).chain(&token_ids[..whole], block_size as usize, &self.keys);
+            let found = index.read().overlap(&hashes);
+            let alike: Vec<_> = fleet
+                .engines()
+                .iter()
+                .filter(|other| {
+                    other.info.block_size == block_size && other.info.models.first() == Some(namespace)
+                })
+                .map(|other| other.info.slot)
+                .collect();
+            overlaps.merge(&found, |slot| alike.contains(&slot));
+        }
+        overlaps
+    }
+}

@@ -1,0 +1,67 @@
+//! Errors in OpenAI's shape, with vLLM's names for their types.
+
+use axum::Json;
+use axum::response::{IntoResponse, Response};
+use http::StatusCode;
+use serde_json::json;
+
+/// An answer that is an error.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct ApiError {
+    /// HTTP status, also the error's code.
+    pub status: StatusCode,
+    /// For people: what is wrong, and what would mend it.
+    pub message: String,
+    /// The request field it is about.
+    pub param: Option<&'static str>,
+}
+
+impl ApiError {
+    /// The request cannot be served as it is.
+    pub fn bad_request(message: impl Into<String>, param: Option<&'static str>) -> Self {
+        Self { status: StatusCode::BAD_REQUEST, message: message.into(), param }
+    }
+
+    /// No such model.
+    pub fn unknown_model(name: &str) -> Self {
+        Self {
+            status: StatusCode::NOT_FOUND,
+            message: format!("The model `{name}` does not exist."),
+            param: Some("model"),
+        }
+    }
+
+    /// Any other status.
+    pub fn of(status: StatusCode, message: impl Into<String>) -> Self {
+        Self { status, message: message.into(), param: None }
+    }
+
+    fn kind(&self) -> &'static str {
+        match self.status {
+            StatusCode::NOT_FOUND => "NotFoundError",
+            StatusCode::METHOD_NOT_ALLOWED => "MethodNotAllowedError",
+            StatusCode::PAYLOAD_TOO_LARGE => "PayloadTooLargeError",
+            StatusCode::BAD_GATEWAY => "BadGatewayError",
+            StatusCode::SERVICE_UNAVAILABLE => "ServiceUnavailableError",
+            status if status.is_server_error() => "InternalServerError",
+            _ => "BadRequestError",
+        }
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let error = json!({
+            "message": self.message,
+            "type": self.kind(),
+            "param": self.param,
+            "code": self.status.as_u16(),
+        });
+        let mut response = (self.status, Json(json!({ "error": error }))).into_response();
+        if self.status == StatusCode::SERVICE_UNAVAILABLE {
+            response.headers_mut().insert(http::header::RETRY_AFTER, http::HeaderValue::from_static("1"));
+        }
+        response
+    }
+}

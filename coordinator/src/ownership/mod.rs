@@ -1,0 +1,248 @@
+//! Who owns which blocks, kept over a restart of the coordinator.
+//!
+//! The index in memory leads; the store follows. Every engine's blocks lie in 256 buckets by the first byte of their
+//! hash. An event marks the buckets it touches, and about once a second [`Ownership::flush`] writes the marked ones whole, then
+//! the engine's registration with the newest applied sequence number. So the stored number never runs ahead of
+//! the stored blocks, and events between the two are applied twice, which changes nothing: the last event of a
+//! block decides.
+//!
+//! What waits to be written is one bit for each bucket and engine, however long the store is away. A store that fails is tried again
+//! at the next flush; meanwhile requests are served from memory.
+
+mod embedded;
+mod etcd;
+mod kv;
+mod record;
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+
+use baton_coordinator_core::kv_index::{KvIndex, Slot, Tiers};
+use baton_proto::{BlockHash, EngineId};
+use tokio::time::Instant;
+use tracing::warn;
+
+pub use self::embedded::Embedded;
+pub use self::etcd::Etcd;
+pub use self::kv::{Change, KvStore, MAX_VALUE, StoreError};
+use crate::config::{Config, StoreConfig};
+use crate::metrics::Metrics;
+use crate::registry::{Entry, Registration, Registry};
+use crate::state::Index;
+
+/// Values that are gathered before they are written: bounds the memory of a flush.
+const WRITE_BATCH: usize = 4 << 20;
+
+/// Opens the configured store.
+pub async fn open(config: &Config) -> Result<Box<dyn KvStore>, StoreError> {
+    Ok(match &config.store {
+        StoreConfig::Embedded(path) => Box::new(Embedded::open(path)?),
+        StoreConfig::Etcd(urls) => Box::new(Etcd::connect(urls, &config.tls).await?),
+    })
+}
+
+/// Buckets, one bit each.
+#[derive(Clone, Copy, Debug, Default)]
+struct Marks([u64; 4]);
+
+impl Marks {
+    const ALL: Self = Self([u64::MAX; 4]);
+
+    fn set(&mut self, bucket: u8) {
+        self.0[usize::from(bucket / 64)] |= 1 << (bucket % 64);
+    }
+
+    fn has(&self, bucket: u8) -> bool {
+        self.0[usize::from(bucket / 64)] & (1 << (bucket % 64)) != 0
+    }
+
+    fn merge(&mut self, other: Self) {
+        for (mine, theirs) in self.0.iter_mut().zip(other.0) {
+            *mine |= theirs;
+        }
+    }
+
+    fn count(&self) -> u32 {
+        self.0.iter().map(|word| word.count_ones()).sum()
+    }
+}
+
+/// What is to be written of one engine.
+#[derive(Clone, Copy, Debug, Default)]
+struct Dirty {
+    marks: Marks,
+    /// Everything stored of the engine goes first.
+    erase: bool,
+}
+
+/// The ownership of all engines.
+pub struct Ownership {
+    store: Box<dyn KvStore>,
+    dirty: Mutex<BTreeMap<EngineId, Dirty>>,
+}
+
+/// What a restart found.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Restored {
+    /// Engines that were registered.
+    pub engines: usize,
+    /// Their blocks.
+    pub blocks: u64,
+    /// Engines whose blocks were not whole: they are asked for all.
+    pub incomplete: usize,
+}
+
+impl Ownership {
+    /// Ownership in this store.
+    pub fn new(store: Box<dyn KvStore>) -> Self {
+        Self { store, dirty: Mutex::default() }
+    }
+
+    /// Puts the stored engines and their blocks into registry and index. Entries of another version are left
+    /// out.
+    pub async fn restore(
+        &self,
+        registry: &Registry,
+        index: &Index,
+        now: Instant,
+    ) -> Result<Restored, StoreError> {
+        let mut restored = Restored::default();
+        for (key, value) in self.store.load(record::ENGINES).await? {
+            let registration = record::decode_engine(value)
+                .and_then(|(message, seq)| Some((Registration::check(message).ok()?, seq)));
+            let Some((registration, mut applied_seq)) = registration else {
+                warn!(key, "left out: not of this version");
+                continue;
+            };
+            let (id, epoch) = (registration.engine_id.clone(), registration.epoch);
+            let mut buckets = Vec::new();
+            let mut whole = true;
+            for (_, value) in self.store.load(&record::buckets_prefix(&id)).await? {
+                match record::decode_bucket(value) {
+                    Some((of, blocks)) if of == epoch => buckets.push(blocks),
+                    _ => whole = false,
+                }
+            }
+            if !whole {
+                buckets.clear();
+                applied_seq = 0;
+                restored.incomplete += 1;
+            }
+            let entry = match registry.restore(registration, applied_seq, now) {
+                Ok(entry) => entry,
+                Err(error) => {
+                    warn!(engine = %id, %error, "left out");
+                    continue;
+                }
+            };
+            let mut index = index.write();
+            index.open(entry.slot, epoch);
+            for (hash, tiers) in buckets.into_iter().flatten() {
+                // The epoch was opened just above.
+                let _ = index.store(entry.slot, epoch, tiers, [hash]);
+            }
+            restored.engines += 1;
+            restored.blocks += index.blocks_of(entry.slot);
+        }
+        Ok(restored)
+    }
+
+    /// The engine's blocks with these hashes changed.
+    pub fn mark<'a>(&self, entry: &Entry, hashes: impl IntoIterator<Item = &'a BlockHash>) {
+        let mut marks = Marks::default();
+        for hash in hashes {
+            marks.set(KvIndex::bucket_of(hash));
+        }
+        self.dirty.lock().expect(POISON).entry(entry.id.clone()).or_default().marks.merge(marks);
+    }
+
+    /// Everything of the engine changed.
+    pub fn mark_all(&self, entry: &Entry) {
+        self.dirty.lock().expect(POISON).entry(entry.id.clone()).or_default().marks = Marks::ALL;
+    }
+
+    /// The engine is not registered any more.
+    pub fn erase(&self, id: &EngineId) {
+        let mut dirty = self.dirty.lock().expect(POISON);
+        *dirty.entry(id.clone()).or_default() = Dirty { marks: Marks::default(), erase: true };
+    }
+
+    /// Writes what is marked. On an error it stays marked.
+    pub async fn flush(
+        &self,
+        registry: &Registry,
+        index: &Index,
+        metrics: &Metrics,
+    ) -> Result<(), StoreError> {
+        let taken = std::mem::take(&mut *self.dirty.lock().expect(POISON));
+        let written = self.write(&taken, registry, index).await;
+        let mut dirty = self.dirty.lock().expect(POISON);
+        if written.is_err() {
+            metrics.store_errors.inc();
+            for (id, before) in taken {
+                let now = dirty.entry(id).or_default();
+                now.marks.merge(before.marks);
+                now.erase |= before.erase;
+            }
+        }
+        let waiting: u32 = dirty.values().map(|dirty| dirty.marks.count()).sum();
+        metrics.store_dirty_buckets.set(waiting.into());
+        written
+    }
+
+    async fn write(
+        &self,
+        dirty: &BTreeMap<EngineId, Dirty>,
+        registry: &Registry,
+        index: &Index,
+    ) -> Result<(), StoreError> {
+        for (id, _) in dirty.iter().filter(|(_, dirty)| dirty.erase) {
+            self.store.write(vec![(record::engine_key(id), None)]).await?;
+            self.store.delete_prefix(&record::buckets_prefix(id)).await?;
+        }
+        // Records before blocks: their sequence numbers may lag behind the blocks, never lead.
+        let engines: BTreeMap<Slot, (Arc<Entry>, Marks, Arc<Registration>, u64)> = dirty
+            .iter()
+            .filter_map(|(id, dirty)| {
+                let entry = registry.get(id)?;
+                let (registration, seq) = entry.record();
+                Some((entry.slot, (entry, dirty.marks, registration, seq)))
+            })
+            .collect();
+        let mut changes = Vec::new();
+        let mut bytes = 0;
+        for bucket in 0..=255u8 {
+            let marked = |slot: &Slot| engines.get(slot).is_some_and(|engine| engine.1.has(bucket));
+            if !engines.keys().any(marked) {
+                continue;
+            }
+            let mut parts: BTreeMap<Slot, Vec<(BlockHash, Tiers)>> =
+                engines.keys().filter(|slot| marked(slot)).map(|slot| (*slot, Vec::new())).collect();
+            for (hash, slot, tiers) in index.read().bucket(bucket) {
+                if let Some(part) = parts.get_mut(&slot) {
+                    part.push((hash, tiers));
+                }
+            }
+            for (slot, blocks) in parts {
+                let (entry, _, registration, _) = &engines[&slot];
+                let value = (!blocks.is_empty()).then(|| record::encode_bucket(registration.epoch, &blocks));
+                bytes += value.as_ref().map_or(0, bytes::Bytes::len);
+                changes.push((record::bucket_key(&entry.id, bucket), value));
+            }
+            if bytes > WRITE_BATCH {
+                self.store.write(std::mem::take(&mut changes)).await?;
+                bytes = 0;
+            }
+        }
+        for (entry, _, registration, seq) in engines.values() {
+            let value = record::encode_engine(&registration.message, *seq);
+            changes.push((record::engine_key(&entry.id), Some(value)));
+        }
+        if changes.is_empty() { Ok(()) } else { self.store.write(changes).await }
+    }
+}
+
+const POISON: &str = "no code that holds this lock panics";
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,206 @@
+//! What an agent says about its engine, checked.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use baton_coordinator_core::fleet::{EngineInfo, Role};
+use baton_coordinator_core::kv_index::Slot;
+use baton_proto::control::v1;
+use baton_proto::{EngineId, Epoch};
+use http::Uri;
+use http::uri::{Authority, PathAndQuery, Scheme};
+
+/// Most names of one engine's model.
+const MAX_MODELS: usize = 64;
+/// Longest model name, in bytes.
+const MAX_NAME: usize = 256;
+/// Longest layout, address, URL or version, in bytes.
+const MAX_TEXT: usize = 4096;
+/// Most tokens in a block.
+const MAX_BLOCK_SIZE: u32 = 1 << 16;
+
+/// A registration that is refused: names the field and the mend.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("{field}: {problem}")]
+pub struct RegistrationError {
+    /// Field of the Register message.
+    pub field: &'static str,
+    /// What is wrong, and what would mend it.
+    pub problem: String,
+}
+
+/// Where an engine's server is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EngineUrl {
+    scheme: Scheme,
+    authority: Authority,
+    /// Without a slash at its end.
+    path: String,
+}
+
+impl EngineUrl {
+    fn parse(text: &str) -> Result<Self, String> {
+        let uri: Uri = text.parse().map_err(|error| format!("{text:?} is no URL ({error})"))?;
+        let parts = uri.into_parts();
+        let (Some(scheme), Some(authority)) = (parts.scheme, parts.authority) else {
+            return Err(format!("{text:?}: write https://host:port"));
+        };
+        let host = authority.host().trim_start_matches('[').trim_end_matches(']');
+        let loopback =
+            host == "localhost" || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback());
+        if scheme != Scheme::HTTPS && !(scheme == Scheme::HTTP && loopback) {
+            return Err(format!("{text:?}: use https; http is accepted on loopback only"));
+        }
+        let path =
+            parts.path_and_query.as_ref().map_or("", PathAndQuery::path).trim_end_matches('/').to_owned();
+        Ok(Self { scheme, authority, path })
+    }
+
+    /// The URL of a path on the server; `path` begins with a slash.
+    pub fn join(&self, path: &str) -> Result<Uri, http::Error> {
+        Uri::builder()
+            .scheme(self.scheme.clone())
+            .authority(self.authority.clone())
+            .path_and_query(format!("{}{path}", self.path))
+            .build()
+    }
+
+    /// Whether the server is spoken to over TLS.
+    pub fn is_https(&self) -> bool {
+        self.scheme == Scheme::HTTPS
+    }
+}
+
+/// A checked registration.
+#[derive(Clone, Debug)]
+pub struct Registration {
+    /// As it came.
+    pub message: v1::Register,
+    /// The engine's name.
+    pub engine_id: EngineId,
+    /// Its epoch.
+    pub epoch: Epoch,
+    /// Where its server is.
+    pub url: EngineUrl,
+    role: Role,
+}
+
+impl Registration {
+    /// Checks a message. Everything in it is bounded afterwards.
+    pub fn check(message: v1::Register) -> Result<Self, RegistrationError> {
+        let field = |field, problem: String| RegistrationError { field, problem };
+        let engine_id: EngineId = message
+            .engine_id
+            .parse()
+            .map_err(|error: baton_proto::ids::IdError| field("engine_id", error.to_string()))?;
+        if message.models.is_empty() || message.models.len() > MAX_MODELS {
+            let problem = format!("{} names: give 1 to {MAX_MODELS}", message.models.len());
+            return Err(field("models", problem));
+        }
+        if message.models.iter().any(|name| name.is_empty() || name.len() > MAX_NAME) {
+            return Err(field("models", format!("a name has 1 to {MAX_NAME} bytes")));
+        }
+        for (name, text) in [
+            ("engine_url", &message.engine_url),
+            ("transfer_address", &message.transfer_address),
+            ("layout", &message.layout),
+            ("version", &message.version),
+        ] {
+            if text.len() > MAX_TEXT {
+                return Err(field(name, format!("{} bytes: at most {MAX_TEXT}", text.len())));
+            }
+        }
+        let url = EngineUrl::parse(&message.engine_url).map_err(|problem| field("engine_url", problem))?;
+        if !(1..=MAX_BLOCK_SIZE).contains(&message.block_size) {
+            return Err(field("block_size", format!("{}: 1 to {MAX_BLOCK_SIZE} tokens", message.block_size)));
+        }
+        if message.can_transfer && message.transfer_address.rsplit_once(':').is_none() {
+            let problem = format!("{:?}: write host:port", message.transfer_address);
+            return Err(field("transfer_address", problem));
+        }
+        if message.epoch == 0 {
+            return Err(field("epoch", "must be at least 1".into()));
+        }
+        let role = match message.role() {
+            v1::Role::Unspecified | v1::Role::Both => Role::Both,
+            v1::Role::Prefill => Role::Prefill,
+            v1::Role::Decode => Role::Decode,
+        };
+        Ok(Self { engine_id, epoch: Epoch(message.epoch), url, role, message })
+    }
+
+    /// What the decision reads of it.
+    pub fn info(&self, slot: Slot) -> Arc<EngineInfo> {
+        Arc::new(EngineInfo {
+            slot,
+            id: self.engine_id.clone(),
+            epoch: self.epoch,
+            models: self.message.models.clone(),
+            role: self.role,
+            block_size: self.message.block_size,
+            block_bytes: self.message.block_bytes,
+            layout: self.message.layout.clone(),
+        })
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod testing {
+    use super::*;
+
+    pub(crate) fn register(id: &str, epoch: u64) -> v1::Register {
+        v1::Register {
+            engine_id: id.into(),
+            epoch,
+            models: vec!["m".into()],
+            engine_url: "http://127.0.0.1:1".into(),
+            transfer_address: "127.0.0.1:2".into(),
+            block_size: 16,
+            num_blocks: 100,
+            block_bytes: 4096,
+            role: v1::Role::Both as i32,
+            can_transfer: true,
+            layout: "l".into(),
+            last_event_seq: 0,
+            version: "1".into(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::testing::register;
+    use super::*;
+
+    #[test]
+    fn fields_are_checked_by_name() {
+        type Change = fn(&mut v1::Register);
+        let cases: [(&str, Change); 9] = [
+            ("engine_id", |message| message.engine_id = "Coordinator".into()),
+            ("engine_id", |message| message.engine_id = "coordinator".into()),
+            ("models", |message| message.models.clear()),
+            ("models", |message| message.models[0] = "x".repeat(257)),
+            ("engine_url", |message| message.engine_url = "http://10.0.0.1:8000".into()),
+            ("engine_url", |message| message.engine_url = "/v1".into()),
+            ("block_size", |message| message.block_size = 0),
+            ("transfer_address", |message| message.transfer_address = "nowhere".into()),
+            ("epoch", |message| message.epoch = 0),
+        ];
+        for (field, change) in cases {
+            let mut message = register("e0", 1);
+            change(&mut message);
+            assert_eq!(Registration::check(message).unwrap_err().field, field);
+        }
+        assert!(Registration::check(register("e0", 1)).is_ok());
+    }
+
+    #[test]
+    fn urls_keep_their_path_and_plain_http_stays_on_loopback() {
+        let join =
+            |base: &str| Ok::<_, String>(EngineUrl::parse(base)?.join("/v1/models").unwrap().to_string());
+        assert_eq!(join("https://gpu-7:8443/").as_deref(), Ok("https://gpu-7:8443/v1/models"));
+        assert_eq!(join("http://[::1]:8000").as_deref(), Ok("http://[::1]:8000/v1/models"));
+        assert_eq!(join("http://localhost:1/base").as_deref(), Ok("http://localhost:1/base/v1/models"));
+        assert!(join("http://gpu-7:8000").is_err());
+    }
+}

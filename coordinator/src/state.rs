@@ -1,0 +1,269 @@
+//! What all parts of the coordinator share, and the few operations that touch more than one of them.
+
+use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use baton_coordinator_core::fleet::Fleet;
+use baton_coordinator_core::kv_index::{KvIndex, Tier, Tiers};
+use baton_coordinator_core::links::Links;
+use baton_proto::control::{FieldError, unpack_hashes, v1};
+use baton_proto::{BlockHash, EngineId};
+use tokio::time::Instant;
+use tracing::{info, warn};
+
+use crate::config::Config;
+use crate::metrics::Metrics;
+use crate::ownership::Ownership;
+use crate::registry::{BatchOrder, Entry, Lapse, RegisterError, Registered, Registration, Registry};
+use crate::tokenizer::Models;
+
+/// The index behind its lock. It is held for one batch or one lookup at a time.
+#[derive(Debug)]
+pub struct Index(RwLock<KvIndex>);
+
+impl Index {
+    /// An empty index of at most so many memberships.
+    pub fn new(max_memberships: u64) -> Self {
+        Self(RwLock::new(KvIndex::new(max_memberships, rand::random())))
+    }
+
+    /// For lookups.
+    pub fn read(&self) -> RwLockReadGuard<'_, KvIndex> {
+        self.0.read().expect(POISON)
+    }
+
+    /// For changes.
+    pub fn write(&self) -> RwLockWriteGuard<'_, KvIndex> {
+        self.0.write().expect(POISON)
+    }
+}
+
+const POISON: &str = "no code that holds this lock panics";
+
+/// The coordinator.
+pub struct Coordinator {
+    /// As configured.
+    pub config: Config,
+    /// What `/metrics` shows.
+    pub metrics: Metrics,
+    /// The engines.
+    pub registry: Registry,
+    /// Their blocks.
+    pub index: Index,
+    /// What outlives this process.
+    pub ownership: Ownership,
+    /// The models' tokenizers.
+    pub models: Models,
+    links: RwLock<Links>,
+}
+
+/// A batch that cannot be applied; the session ends.
+#[derive(Debug, thiserror::Error)]
+pub enum BatchError {
+    /// It belongs to another life of the engine.
+    #[error("events of epoch {given}, but the session registered epoch {registered}")]
+    OtherEpoch {
+        /// The batch's.
+        given: u64,
+        /// The session's.
+        registered: u64,
+    },
+    /// Its hashes are torn.
+    #[error("events: {0}")]
+    Field(#[from] FieldError),
+}
+
+/// What a batch led to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ingested {
+    /// Batches up to this one are applied.
+    Upto(u64),
+    /// Some are missing: ask for all.
+    AskAll,
+    /// Some are missing, and were asked for.
+    Waiting,
+}
+
+/// A change of a batch, with its hashes unpacked.
+enum BlockChange {
+    Stored(Tiers, Vec<BlockHash>),
+    Removed(Tiers, Vec<BlockHash>),
+    Cleared,
+}
+
+impl Coordinator {
+    /// A coordinator without engines.
+    pub fn new(config: Config, tls: rustls::ClientConfig, ownership: Ownership, models: Models) -> Self {
+        Self {
+            metrics: Metrics::new(),
+            registry: Registry::new(config.limits.max_engines, tls),
+            index: Index::new(config.limits.index_max_blocks),
+            ownership,
+            models,
+            links: RwLock::default(),
+            config,
+        }
+    }
+
+    /// The fleet as a decision sees it.
+    pub fn fleet(&self) -> Fleet {
+        let links = self.links.read().expect(POISON).clone();
+        Fleet::new(self.registry.snapshot(Instant::now()), links)
+    }
+
+    /// Takes a session in.
+    pub fn register(
+        &self,
+        registration: Registration,
+        commands: tokio::sync::mpsc::Sender<v1::coordinator_message::Message>,
+    ) -> Result<Registered, RegisterError> {
+        let (epoch, known) = (registration.epoch, self.registry.get(&registration.engine_id).is_some());
+        let registered = self.registry.register(registration, commands, Instant::now())?;
+        let entry = &registered.entry;
+        {
+            let mut index = self.index.write();
+            index.open(entry.slot, epoch);
+            if registered.emptied {
+                // The epoch was opened just above.
+                let _ = index.clear(entry.slot, epoch);
+            }
+        }
+        if registered.emptied && known {
+            self.ownership.mark_all(entry);
+        } else {
+            self.ownership.mark(entry, []);
+        }
+        self.count();
+        Ok(registered)
+    }
+
+    /// Applies a batch, if it is the next one.
+    pub fn ingest(&self, entry: &Entry, epoch: u64, batch: &v1::EventBatch) -> Result<Ingested, BatchError> {
+        if batch.epoch != epoch {
+            return Err(BatchError::OtherEpoch { given: batch.epoch, registered: epoch });
+        }
+        let changes = unpack(&batch.events)?;
+        let whole = matches!(changes.first(), Some(BlockChange::Cleared));
+        match entry.order(batch.seq, whole) {
+            BatchOrder::Next => {}
+            BatchOrder::Seen(applied) => {
+                self.metrics.batches_repeated.inc();
+                return Ok(Ingested::Upto(applied));
+            }
+            BatchOrder::Gap { ask } => {
+                self.metrics.batches_gap.inc();
+                return Ok(if ask { Ingested::AskAll } else { Ingested::Waiting });
+            }
+        }
+        let epoch = baton_proto::Epoch(epoch);
+        {
+            let mut index = self.index.write();
+            for change in &changes {
+                let applied = match change {
+                    BlockChange::Stored(tiers, hashes) => {
+                        index.store(entry.slot, epoch, *tiers, hashes.iter().copied()).map(|_| ())
+                    }
+                    BlockChange::Removed(tiers, hashes) => {
+                        index.remove(entry.slot, epoch, *tiers, hashes.iter().copied())
+                    }
+                    BlockChange::Cleared => index.clear(entry.slot, epoch),
+                };
+                if applied.is_err() {
+                    // A newer session took the engine to its next epoch meanwhile; this one is about to end.
+                    return Ok(Ingested::Waiting);
+                }
+            }
+            self.metrics.index_blocks.set(index.memberships() as i64);
+            self.metrics.index_dropped.set(index.dropped() as i64);
+        }
+        entry.applied(batch.seq);
+        for change in &changes {
+            match change {
+                BlockChange::Stored(_, hashes) | BlockChange::Removed(_, hashes) => {
+                    self.ownership.mark(entry, hashes);
+                }
+                BlockChange::Cleared => self.ownership.mark_all(entry),
+            }
+        }
+        self.metrics.batches_applied.inc();
+        Ok(Ingested::Upto(batch.seq))
+    }
+
+    /// Takes a measurement of the link from `source` to the engine.
+    pub fn link_sample(&self, entry: &Entry, sample: &v1::LinkSample) {
+        let source = sample.source.parse::<EngineId>().ok().and_then(|id| self.registry.get(&id));
+        if let Some(source) = source {
+            let mut links = self.links.write().expect(POISON);
+            links.observe(source.slot, entry.slot, sample.bytes, sample.seconds, sample.rtt_seconds);
+        }
+    }
+
+    /// Lets time pass: leases lapse, engines that were gone for long are dropped.
+    pub fn expire(&self, now: Instant) {
+        let limits = &self.config.limits;
+        for lapse in self.registry.expire(now, limits.lease(), limits.forget_after()) {
+            match lapse {
+                Lapse::Unhealthy(entry) => {
+                    warn!(engine = %entry.id, "lease ran out: not placed any more");
+                }
+                Lapse::Forgotten(entry) => {
+                    info!(engine = %entry.id, "gone for long: what it owned is dropped");
+                    self.index.write().forget(entry.slot);
+                    self.links.write().expect(POISON).forget(entry.slot);
+                    self.ownership.erase(&entry.id);
+                    self.registry.free(entry.slot);
+                }
+            }
+        }
+        self.count();
+    }
+
+    /// Whether every configured model has a healthy engine; else the first that has none.
+    pub fn ready(&self) -> Result<(), &str> {
+        let engines = self.registry.snapshot(Instant::now());
+        let served = |model: &str| engines.iter().any(|engine| engine.healthy && engine.serves(model));
+        match self.config.models.iter().find(|model| !served(&model.name)) {
+            Some(model) => Err(&model.name),
+            None => Ok(()),
+        }
+    }
+
+    fn count(&self) {
+        let entries: Vec<Arc<Entry>> = self.registry.entries();
+        let healthy = entries.iter().filter(|entry| entry.healthy()).count();
+        self.metrics.engines_healthy.set(healthy as i64);
+        self.metrics.engines_unhealthy.set((entries.len() - healthy) as i64);
+        self.metrics.index_blocks.set(self.index.read().memberships() as i64);
+    }
+}
+
+fn unpack(events: &[v1::KvEvent]) -> Result<Vec<BlockChange>, FieldError> {
+    use v1::kv_event::Event;
+
+    let mut changes = Vec::with_capacity(events.len());
+    for event in events {
+        changes.push(match &event.event {
+            Some(Event::Stored(stored)) => {
+                let tier = tier(stored.tier()).unwrap_or(Tier::Gpu);
+                BlockChange::Stored(tier.into(), unpack_hashes(&stored.hashes)?.collect())
+            }
+            Some(Event::Removed(removed)) => {
+                // Without a tier: from all of them.
+                let tiers = tier(removed.tier()).map_or(Tiers::from_bits(u8::MAX), Tiers::from);
+                BlockChange::Removed(tiers, unpack_hashes(&removed.hashes)?.collect())
+            }
+            Some(Event::Cleared(_)) => BlockChange::Cleared,
+            // An event of a later version of the protocol.
+            None => continue,
+        });
+    }
+    Ok(changes)
+}
+
+fn tier(tier: v1::Tier) -> Option<Tier> {
+    match tier {
+        v1::Tier::Unspecified => None,
+        v1::Tier::Gpu => Some(Tier::Gpu),
+        v1::Tier::Host => Some(Tier::Host),
+        v1::Tier::Disk => Some(Tier::Disk),
+    }
+}
