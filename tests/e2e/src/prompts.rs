@@ -63,7 +63,8 @@ impl Prompts {
                 ensure!(keep > 0, "no text of {tokens} tokens");
                 text = text.split(' ').take(keep).collect::<Vec<_>>().join(" ");
             } else if count + SLACK < tokens {
-                text.push_str(" a");
+                // One or two tokens each.
+                text.push_str(&" a".repeat((tokens - count).div_ceil(2)));
             } else {
                 return Ok((text, count));
             }
