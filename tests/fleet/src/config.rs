@@ -6,7 +6,7 @@ use serde::Serialize;
 use serde_json::json;
 use toml::Table;
 
-use crate::layout::EnginePorts;
+use crate::layout::{EnginePorts, KvEvents};
 use crate::spec::{EngineSpec, MockEngine, Policy, Role, VllmEngine};
 
 #[derive(Serialize)]
@@ -57,8 +57,8 @@ struct Agent<'a> {
 #[derive(Serialize)]
 struct Engine<'a> {
     url: String,
-    kv_events: String,
-    kv_events_replay: String,
+    kv_events: &'a str,
+    kv_events_replay: &'a str,
     socket: &'a str,
 }
 
@@ -101,7 +101,7 @@ pub(crate) fn agent(
     ports: &EnginePorts,
     control: u16,
     certs: &Path,
-    socket: &str,
+    side: AgentSide<'_>,
 ) -> String {
     let config = Agent {
         engine_id: spec.id.as_str(),
@@ -110,9 +110,9 @@ pub(crate) fn agent(
         metrics_listen: loopback(ports.metrics),
         engine: Engine {
             url: format!("http://{}", loopback(ports.http)),
-            kv_events: format!("tcp://{}", loopback(ports.kv_events)),
-            kv_events_replay: format!("tcp://{}", loopback(ports.kv_replay)),
-            socket,
+            kv_events: &side.events.live,
+            kv_events_replay: &side.events.replay,
+            socket: side.socket,
         },
         transfer: Transfer { listen: loopback(ports.transfer), advertise: spec.advertise.as_deref() },
         tls: Tls::of(certs, spec.id.as_str()),
@@ -144,24 +144,32 @@ fn lay_over(table: &mut Table, overlay: &Table) {
 
 /// What an engine serves, and where.
 pub(crate) struct EngineInputs<'a> {
-    pub(crate) ports: &'a EnginePorts,
+    pub(crate) port: u16,
     pub(crate) model: &'a Path,
     pub(crate) served_name: &'a str,
-    /// The agent's socket; `None` for a plain engine.
-    pub(crate) socket: Option<&'a str>,
+    /// `None` for a plain engine.
+    pub(crate) agent: Option<AgentSide<'a>>,
+}
+
+/// Where an engine and its agent meet.
+#[derive(Clone, Copy)]
+pub(crate) struct AgentSide<'a> {
+    /// The connector's socket.
+    pub(crate) socket: &'a str,
+    pub(crate) events: &'a KvEvents,
 }
 
 pub(crate) fn mock_args(mock: &MockEngine, inputs: &EngineInputs<'_>) -> Vec<String> {
     let mut args = Args(vec!["serve".into()]);
     args.flag("--model", inputs.model.display());
     args.flag("--served-model-name", inputs.served_name);
-    args.flag("--port", inputs.ports.http);
+    args.flag("--port", inputs.port);
     args.flag("--block-size", mock.block_size);
     args.flag("--blocks", mock.blocks);
-    if let Some(socket) = inputs.socket {
-        args.flag("--kv-events-endpoint", format!("tcp://{}", loopback(inputs.ports.kv_events)));
-        args.flag("--kv-replay-endpoint", format!("tcp://{}", loopback(inputs.ports.kv_replay)));
-        args.flag("--baton-socket", socket);
+    if let Some(agent) = inputs.agent {
+        args.flag("--kv-events-endpoint", &agent.events.live);
+        args.flag("--kv-replay-endpoint", &agent.events.replay);
+        args.flag("--baton-socket", agent.socket);
     }
     for (flag, constants) in [("--prefill-ms", mock.prefill_ms), ("--decode-ms", mock.decode_ms)] {
         if let Some(constants) = constants {
@@ -177,16 +185,15 @@ pub(crate) fn vllm_args(vllm: &VllmEngine, inputs: &EngineInputs<'_>) -> Vec<Str
     args.flag("--model", inputs.model.display());
     args.flag("--served-model-name", inputs.served_name);
     args.flag("--host", "127.0.0.1");
-    args.flag("--port", inputs.ports.http);
+    args.flag("--port", inputs.port);
     args.flag("--block-size", vllm.block_size);
-    if let Some(socket) = inputs.socket {
-        // vLLM's publisher binds only where the address holds a wildcard; without one it connects.
+    if let Some(agent) = inputs.agent {
         let events = json!({
             "enable_kv_cache_events": true,
             "publisher": "zmq",
             "topic": "kv-events",
-            "endpoint": format!("tcp://*:{}", inputs.ports.kv_events),
-            "replay_endpoint": format!("tcp://*:{}", inputs.ports.kv_replay),
+            "endpoint": agent.events.live,
+            "replay_endpoint": agent.events.replay,
         });
         args.flag("--kv-events-config", events);
         let transfer = json!({
@@ -194,7 +201,7 @@ pub(crate) fn vllm_args(vllm: &VllmEngine, inputs: &EngineInputs<'_>) -> Vec<Str
             "kv_connector_module_path": "baton_connector.connector",
             "kv_role": "kv_both",
             "kv_load_failure_policy": "recompute",
-            "kv_connector_extra_config": {"socket": socket},
+            "kv_connector_extra_config": {"socket": agent.socket},
         });
         args.flag("--kv-transfer-config", transfer);
     }
@@ -219,8 +226,10 @@ mod tests {
     fn agent_configs_have_the_documented_keys_and_take_an_overlay() {
         let mut spec = EngineSpec::mock("e0");
         spec.agent_config = "[transfer]\nadvertise = \"127.0.0.1:9\"\n[limits]\nx = 1".parse().unwrap();
-        let ports = EnginePorts { http: 1, kv_events: 2, kv_replay: 3, transfer: 4, metrics: 5 };
-        let text = agent(&spec, &ports, 6, Path::new("/c"), "/run/e0.sock");
+        let ports = EnginePorts { http: 1, transfer: 4, metrics: 5 };
+        let events = KvEvents { live: "tcp://127.0.0.1:2".into(), replay: "tcp://127.0.0.1:3".into() };
+        let side = AgentSide { socket: "/run/e0.sock", events: &events };
+        let text = agent(&spec, &ports, 6, Path::new("/c"), side);
         let table: Table = text.parse().unwrap();
         let expected: Table = r#"
             engine_id = "e0"
@@ -249,13 +258,13 @@ mod tests {
 
     #[test]
     fn a_plain_engine_is_told_of_no_agent() {
-        let ports = EnginePorts { http: 1, kv_events: 2, kv_replay: 3, transfer: 4, metrics: 5 };
-        let inputs =
-            |socket| EngineInputs { ports: &ports, model: Path::new("/m"), served_name: "m", socket };
+        let events = KvEvents { live: "ipc:///e".into(), replay: "ipc:///r".into() };
+        let side = AgentSide { socket: "/s", events: &events };
+        let inputs = |agent| EngineInputs { port: 1, model: Path::new("/m"), served_name: "m", agent };
         let vllm = VllmEngine::new("python3", "agent/connector");
         for args in [mock_args(&MockEngine::default(), &inputs(None)), vllm_args(&vllm, &inputs(None))] {
             assert!(!args.iter().any(|arg| arg.contains("kv") || arg.contains("socket")), "{args:?}");
         }
-        assert!(vllm_args(&vllm, &inputs(Some("/s"))).iter().any(|arg| arg.contains(r#""socket":"/s""#)));
+        assert!(vllm_args(&vllm, &inputs(Some(side))).iter().any(|arg| arg.contains(r#""socket":"/s""#)));
     }
 }

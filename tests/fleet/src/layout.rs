@@ -8,7 +8,7 @@ use tempfile::TempDir;
 
 use crate::binaries;
 use crate::certs::{Authority, DEFAULT_DAYS};
-use crate::config::{self, CoordinatorInputs, EngineInputs, loopback};
+use crate::config::{self, AgentSide, CoordinatorInputs, EngineInputs, loopback};
 use crate::error::FleetError;
 use crate::ports::Ports;
 use crate::process::Job;
@@ -22,10 +22,6 @@ const MAX_SOCKET_PATH: usize = 107;
 pub struct EnginePorts {
     /// The engine's HTTP.
     pub http: u16,
-    /// Its KV events.
-    pub kv_events: u16,
-    /// Their replay.
-    pub kv_replay: u16,
     /// The agent's transfer endpoint, UDP.
     pub transfer: u16,
     /// The agent's own `/metrics` and `/health`.
@@ -67,8 +63,9 @@ impl Files {
         self.dir.join("model")
     }
 
-    fn socket(&self, id: &EngineId) -> Result<String, FleetError> {
-        let path = self.dir.join("run").join(format!("{id}.sock")).display().to_string();
+    /// Path of one of an engine's Unix sockets.
+    fn socket(&self, id: &EngineId, suffix: &str) -> Result<String, FleetError> {
+        let path = self.dir.join("run").join(format!("{id}.{suffix}")).display().to_string();
         match path.len() {
             ..=MAX_SOCKET_PATH => Ok(path),
             _ => Err(FleetError::Spec(format!(
@@ -96,6 +93,12 @@ impl Files {
         let args = vec!["--config".into(), path.display().to_string()];
         Ok(self.job(name, program, args, vec![("RUST_LOG".to_owned(), log.to_owned())]))
     }
+}
+
+/// ZMQ addresses of an engine's KV events.
+pub(crate) struct KvEvents {
+    pub(crate) live: String,
+    pub(crate) replay: String,
 }
 
 /// Everything that is to run.
@@ -183,22 +186,31 @@ impl EngineLayout {
         ports: &mut Ports,
         control: u16,
     ) -> Result<Self, FleetError> {
+        let socket = files.socket(&engine.id, "sock")?;
+        let events = match &engine.kind {
+            EngineKind::Mock(_) => KvEvents {
+                live: format!("tcp://{}", loopback(free(ports)?)),
+                replay: format!("tcp://{}", loopback(free(ports)?)),
+            },
+            // vLLM binds a tcp address only on all interfaces.
+            EngineKind::Vllm(_) => KvEvents {
+                live: format!("ipc://{}", files.socket(&engine.id, "events")?),
+                replay: format!("ipc://{}", files.socket(&engine.id, "replay")?),
+            },
+        };
         let ports = EnginePorts {
             http: free(ports)?,
-            kv_events: free(ports)?,
-            kv_replay: free(ports)?,
             transfer: match engine.transfer_port {
                 Some(port) => port,
                 None => free(ports)?,
             },
             metrics: free(ports)?,
         };
-        let socket = files.socket(&engine.id)?;
         let inputs = EngineInputs {
-            ports: &ports,
+            port: ports.http,
             model,
             served_name: &spec.served_name,
-            socket: engine.agent.then_some(socket.as_str()),
+            agent: engine.agent.then_some(AgentSide { socket: &socket, events: &events }),
         };
         let (program, args, env) = match &engine.kind {
             EngineKind::Mock(mock) => {
@@ -221,7 +233,13 @@ impl EngineLayout {
         let agent = match engine.agent {
             false => None,
             true => {
-                let config = config::agent(engine, &ports, control, &files.certs(), &socket);
+                let config = config::agent(
+                    engine,
+                    &ports,
+                    control,
+                    &files.certs(),
+                    AgentSide { socket: &socket, events: &events },
+                );
                 let name = format!("agent-{}", engine.id);
                 Some(files.service(name, ours(spec, "baton-agent")?, &config, &spec.log)?)
             }
@@ -327,6 +345,11 @@ mod tests {
     #[test]
     fn sockets_must_fit_their_address() {
         let long = Files { dir: PathBuf::from("/").join("x".repeat(100)), temporary: None };
-        assert!(long.socket(&"e0".parse().unwrap()).unwrap_err().to_string().contains("shorter directory"));
+        assert!(
+            long.socket(&"e0".parse().unwrap(), "sock")
+                .unwrap_err()
+                .to_string()
+                .contains("shorter directory")
+        );
     }
 }

@@ -55,15 +55,15 @@ pub(crate) fn scripts(seed: u64) -> Vec<Script> {
     let assistant = words(&mut rng, 120..=120);
     let tools = words(&mut rng, 400..=400);
     let mut scripts = Vec::new();
-    for _ in 0..8 {
+    for _ in 0..12 {
         let turns = (0..3).map(|_| turn(&mut rng, 200..=600, 15..=60, 24..=40)).collect();
         scripts.push(script(&mut rng, Kind::Chat, assistant.clone(), turns));
     }
-    for _ in 0..4 {
+    for _ in 0..6 {
         let turns = (0..5).map(|_| turn(&mut rng, 100..=300, 60..=250, 12..=28)).collect();
         scripts.push(script(&mut rng, Kind::Agent, tools.clone(), turns));
     }
-    for _ in 0..4 {
+    for _ in 0..6 {
         let document = words(&mut rng, 900..=2000);
         let turns = (0..2).map(|_| turn(&mut rng, 200..=500, 10..=20, 24..=40)).collect();
         scripts.push(script(&mut rng, Kind::Document, document, turns));
