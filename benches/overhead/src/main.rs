@@ -10,9 +10,10 @@
 //!
 //! The line holds where the difference of the medians is at most 1.5 ms for fresh prompts, the harder kind.
 
+use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context as _, ensure};
+use anyhow::Context as _;
 use baton_fleet::{Client, EngineKind, Fleet, FleetSpec, Part};
 use clap::Parser;
 use hdrhistogram::Histogram;
@@ -62,7 +63,7 @@ impl Pair {
 
 #[tokio::main]
 #[allow(clippy::print_stdout, reason = "the figures are what this program is for")]
-async fn main() -> anyhow::Result<()> {
+async fn main() -> anyhow::Result<ExitCode> {
     let options = Options::parse();
     let mut spec = FleetSpec::mock(1);
     for engine in &mut spec.engines {
@@ -105,8 +106,7 @@ async fn main() -> anyhow::Result<()> {
         line.insert("ok".into(), ok.into());
         println!("{}", json!({"proxy_overhead": line}));
     }
-    ensure!(ok, "proxy_overhead: {:.2} ms added, {ALLOWED_MS} ms allowed", fresh.added_ms(0.5));
-    Ok(())
+    Ok(if ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 async fn fresh(fleet: &Fleet, options: &Options) -> anyhow::Result<Pair> {
