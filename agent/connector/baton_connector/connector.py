@@ -83,6 +83,8 @@ class BatonConnector(KVConnectorBase_V1):
         self._believed: dict[int, int] = {}
         self._rank = 0
         self._bad_blocks: set[int] = set()
+        # Whether this step has nothing to compute.
+        self._idle = False
         self._kv_config = kv_cache_config
         self._reason = unsupported(vllm_config, kv_cache_config)
 
@@ -174,7 +176,7 @@ class BatonConnector(KVConnectorBase_V1):
         self._worker.begin_step(step.pulls, step.holds)
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
-        pass
+        self._idle = getattr(forward_context, "attn_metadata", True) is None
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         pass
@@ -189,7 +191,7 @@ class BatonConnector(KVConnectorBase_V1):
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         assert self._worker is not None
-        done = self._worker.end_step()
+        done = self._worker.end_step(self._idle)
         self._bad_blocks |= done.bad_blocks
         return done.sent or None, done.received or None
 

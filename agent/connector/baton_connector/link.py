@@ -72,6 +72,8 @@ class _Session:
         self.lock = threading.Lock()
         self.unsent = bytearray()
         self.given_up = False
+        self.readable = select.poll()
+        self.readable.register(sock, select.POLLIN)
 
     def close(self) -> None:
         with self.lock:
@@ -168,6 +170,12 @@ class Link:
         session.close()
         events.append(LOST)
         return events
+
+    def wait(self, milliseconds: int) -> None:
+        """Sleeps until there may be something to poll, and at most so long."""
+        session = self._session
+        if session is not None:
+            session.readable.poll(milliseconds)
 
     def send(self, frame: bytes) -> bool:
         """Sends a frame, or queues what the socket does not take. False where there is no session to send it on.

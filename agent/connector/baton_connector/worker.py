@@ -24,6 +24,10 @@ NEVER = -1
 MAX_EARLY = 4096
 # How long past its deadline a pull may stay unanswered before a line is logged.
 OVERDUE_S = 5.0
+# How long a step without anything to compute may wait for the agent. Such steps follow one another as fast as the
+# engine can make them; this makes them few, and leaves the processor to the transfer. A request that arrives
+# meanwhile waits that much longer.
+IDLE_WAIT_MS = 2
 
 
 @dataclass
@@ -96,9 +100,11 @@ class Worker:
             else:
                 self._fail(pull)
 
-    def end_step(self) -> Done:
-        """What was done since the last call."""
+    def end_step(self, idle: bool = False) -> Done:
+        """What was done since the last call. `idle`: the step computed nothing, so there is time to wait."""
         if self._pulls or self._holds:
+            if idle and self.link is not None and self._done == Done():
+                self.link.wait(IDLE_WAIT_MS)
             self._listen()
         if self._pulls and time.monotonic() > self._overdue_s:
             # Its blocks cannot be given back before the agent answers or hangs up: it may still write to them.

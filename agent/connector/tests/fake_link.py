@@ -14,6 +14,7 @@ class FakeLink:
         self.epoch = epoch
         self.sent: list[Any] = []
         self._events: list[object] = []
+        self.waits = 0
 
     def come(self, *events: object) -> None:
         self._events += events
@@ -25,6 +26,9 @@ class FakeLink:
     def poll(self) -> list[object]:
         events, self._events = self._events, []
         return events
+
+    def wait(self, milliseconds: int) -> None:
+        self.waits += 1
 
     def send(self, frame: bytes) -> bool:
         if self.epoch == 0:

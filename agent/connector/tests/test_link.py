@@ -235,3 +235,18 @@ def test_behind_lost_the_next_session_is_taken_up_at_once(path, links):
     assert list(link.poll()) == []
     assert link.epoch == agent.engines["e"].epoch
     agent.close()
+
+
+def test_waiting_ends_with_the_agents_word(path, links):
+    agent = agent_at(path)
+    link = Link(path, hello({"worker": 0}), registration())
+    links(link)
+    link.wait(1)
+    up(link)
+    link.wait(1)
+    agent.send("e", Released(["a"]))
+    link.wait(60_000)
+    assert list(link.poll()) == [Released(["a"])]
+    agent.close()
+    link.wait(60_000)
+    assert list(link.poll()) == [LOST]

@@ -91,6 +91,26 @@ def test_when_the_agent_is_gone_pulls_have_failed_and_holds_are_free(worker, lin
     assert step(worker) == Done()
 
 
+def test_only_an_idle_step_with_something_open_waits(worker, link):
+    def idle_step(pulls=(), holds=()):
+        worker.begin_step(pulls, holds)
+        return worker.end_step(idle=True)
+
+    idle_step()
+    assert link.waits == 0
+    step(worker, [pull("r", 1)])
+    assert link.waits == 0
+    idle_step()
+    assert link.waits == 1
+    link.come(PullDone("r", [], ""))
+    # What is known already is not made to wait.
+    assert idle_step().received == {"r"}
+    idle_step()
+    assert link.waits == 1
+    idle_step(holds=[WantedHold("h", 5)])
+    assert link.waits == 2
+
+
 def test_words_of_the_agent_about_strangers_change_nothing(worker, link):
     link.come(PullDone("never", [1], "x"), Welcome(1, 9), Released([f"r{i}" for i in range(10_000)]))
     assert step(worker) == Done()
