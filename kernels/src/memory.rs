@@ -192,3 +192,146 @@ impl Drop for Borrowed {
         self.memory.usage.end_read(self.block);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::sync::Weak;
+
+    use baton_proto::connector::Piece;
+    use proptest::prelude::*;
+    use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+    use rustix::io::{dup, pread};
+
+    use super::*;
+
+    fn memfd(len: u64) -> OwnedFd {
+        let fd = memfd_create("kv", MemfdFlags::CLOEXEC).unwrap();
+        ftruncate(&fd, len).unwrap();
+        fd
+    }
+
+    fn layout(pieces: Vec<Piece>) -> Layout {
+        Layout { facts: BTreeMap::new(), pieces }
+    }
+
+    /// Two storages: keys before values in the first, values interleaved with something else in the second.
+    fn two_storages() -> (Arc<EngineMemory>, [OwnedFd; 2]) {
+        let (a, b) = (memfd(96), memfd(64));
+        let kept = [dup(&a).unwrap(), dup(&b).unwrap()];
+        let pieces = vec![
+            Piece { storage: 0, offset: 48, stride: 12, len: 12 },
+            Piece { storage: 1, offset: 2, stride: 16, len: 3 },
+            Piece { storage: 0, offset: 0, stride: 12, len: 12 },
+        ];
+        (EngineMemory::new(vec![(a, 96), (b, 64)], &layout(pieces), 4).unwrap(), kept)
+    }
+
+    fn bytes(memory: &Arc<EngineMemory>, block: u32) -> Vec<u8> {
+        memory.clone().read(block, Arc::new(())).unwrap().concat()
+    }
+
+    #[test]
+    fn a_block_is_its_pieces_in_order_and_in_the_files_where_the_layout_says() {
+        let (memory, files) = two_storages();
+        assert_eq!((memory.block_bytes(), memory.num_blocks()), (27, 4));
+        let block: Vec<u8> = (1..=27).collect();
+        memory.write(2, 0, &block).unwrap();
+        assert_eq!(bytes(&memory, 2), block);
+        let at = |file: usize, offset, len: usize| {
+            let mut buffer = vec![0; len];
+            assert_eq!(pread(&files[file], &mut buffer, offset).unwrap(), len);
+            buffer
+        };
+        assert_eq!(at(0, 48 + 24, 12), block[..12]);
+        assert_eq!(at(1, 2 + 32, 3), block[12..15]);
+        assert_eq!(at(0, 24, 12), block[15..]);
+        for other in [0, 1, 3] {
+            assert_eq!(bytes(&memory, other), [0; 27]);
+        }
+    }
+
+    #[test]
+    fn accesses_outside_are_refused() {
+        let (memory, _) = two_storages();
+        assert!(matches!(memory.write(4, 0, b"x"), Err(MemoryError::Block { block: 4, num_blocks: 4 })));
+        assert!(matches!(memory.clone().read(4, Arc::new(())), Err(MemoryError::Block { .. })));
+        assert!(matches!(memory.write(0, 27, b"x"), Err(MemoryError::Range { offset: 27, len: 1, .. })));
+        assert!(matches!(memory.write(0, usize::MAX, b"x"), Err(MemoryError::Range { .. })));
+        memory.write(0, 27, b"").unwrap();
+    }
+
+    #[test]
+    fn files_that_are_too_short_or_sent_twice_are_refused() {
+        let one = || layout(vec![Piece { storage: 0, offset: 0, stride: 8, len: 8 }]);
+        let short = EngineMemory::new(vec![(memfd(31), 32)], &one(), 4);
+        assert!(matches!(short, Err(MemoryError::Map { index: 0, .. })), "{short:?}");
+        let fd = memfd(64);
+        let twice = vec![(dup(&fd).unwrap(), 64), (fd, 64)];
+        assert!(matches!(EngineMemory::new(twice, &one(), 4), Err(MemoryError::SameFile(0, 1))));
+        let outside = EngineMemory::new(vec![(memfd(64), 31)], &one(), 4);
+        assert!(matches!(outside, Err(MemoryError::Layout(LayoutError::Bounds { len: 31, .. }))));
+    }
+
+    #[test]
+    fn guard_and_memory_live_until_the_last_slice_is_gone() {
+        let (memory, _) = two_storages();
+        memory.write(1, 0, &[7; 27]).unwrap();
+        let alive = Arc::downgrade(&memory);
+        let guard: Guard = Arc::new(());
+        let guard_alive = Arc::downgrade(&guard);
+        let mut pieces = memory.read(1, guard).unwrap();
+        let last = pieces.pop().unwrap().slice(3..5);
+        drop(pieces);
+        assert!(guard_alive.strong_count() > 0 && Weak::strong_count(&alive) > 0);
+        assert_eq!(&last[..], [7, 7]);
+        drop(last);
+        assert_eq!((guard_alive.strong_count(), Weak::strong_count(&alive)), (0, 0));
+    }
+
+    #[test]
+    fn a_block_is_not_written_while_any_part_of_it_is_read() {
+        let (memory, _) = two_storages();
+        let mut pieces = memory.clone().read(1, Arc::new(())).unwrap();
+        let again = memory.clone().read(1, Arc::new(())).unwrap();
+        while pieces.pop().is_some() {
+            assert!(matches!(memory.write(1, 0, b"x"), Err(MemoryError::InUse(1))));
+        }
+        memory.write(2, 0, b"x").unwrap();
+        drop(again);
+        memory.write(1, 0, b"x").unwrap();
+    }
+
+    proptest! {
+        /// Against a plain vector for each block.
+        #[test]
+        fn writes_land_where_a_plain_vector_would_have_them(
+            lens in proptest::collection::vec((1u32..9, 0u64..4), 1..6),
+            writes in proptest::collection::vec((0u32..5, 0usize..40, 0usize..40, any::<u8>()), 0..40),
+        ) {
+            // Piece i of all blocks, gaps included, in storage i % 2, one after another.
+            let mut end = [0u64; 2];
+            let mut pieces = Vec::new();
+            for (i, (len, gap)) in lens.iter().enumerate() {
+                let storage = i % 2;
+                let stride = u64::from(*len) + gap;
+                pieces.push(Piece { storage: storage as u32, offset: end[storage], stride, len: *len });
+                end[storage] += 5 * stride;
+            }
+            let storages = end.iter().take(lens.len().min(2)).map(|len| (memfd(*len), *len)).collect();
+            let memory = EngineMemory::new(storages, &layout(pieces), 5).unwrap();
+            let mut model = vec![vec![0u8; memory.block_bytes()]; 5];
+            for (block, offset, len, byte) in writes {
+                let data = vec![byte; len];
+                let fits = offset + len <= memory.block_bytes();
+                prop_assert_eq!(memory.write(block, offset, &data).is_ok(), fits);
+                if fits {
+                    model[block as usize][offset..offset + len].fill(byte);
+                }
+            }
+            for (block, expected) in model.iter().enumerate() {
+                prop_assert_eq!(&bytes(&memory, block as u32), expected);
+            }
+        }
+    }
+}

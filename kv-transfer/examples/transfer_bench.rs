@@ -170,6 +170,16 @@ struct Measured {
     blocks: u32,
     bytes: u64,
     millis: Histogram<u64>,
+    /// CPU time of both processes for each GB.
+    cpu_s_per_gb: f64,
+}
+
+/// CPU time that a process has used, in seconds.
+fn cpu_seconds(pid: u32) -> Result<f64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    let fields: Vec<&str> = stat.rsplit(')').next().context("stat")?.split_whitespace().collect();
+    let ticks: f64 = fields[11].parse::<f64>()? + fields[12].parse::<f64>()?;
+    Ok(ticks / rustix::param::clock_ticks_per_second() as f64)
 }
 
 impl Measured {
@@ -186,13 +196,14 @@ impl Measured {
             "kind": kind, "shape": shape, "blocks": self.blocks, "bytes": self.bytes,
             "p50_ms": self.ms(0.5), "p90_ms": self.ms(0.9), "min_ms": self.ms(0.0),
             "gb_per_s_p50": self.gb_per_s(0.5), "gb_per_s_best": self.gb_per_s(0.0),
+            "cpu_s_per_gb": self.cpu_s_per_gb,
         })
     }
 }
 
 fn print_line(name: &str, measured: &Measured) {
     println!(
-        "{name:<18} {:>4} blocks {:>8.2} MB  p50 {:>8.3} ms  p90 {:>8.3} ms  min {:>8.3} ms  {:>5.2} GB/s p50, {:.2} best",
+        "{name:<18} {:>4} blocks {:>8.2} MB  p50 {:>8.3} ms  p90 {:>8.3} ms  min {:>8.3} ms  {:>5.2} GB/s p50, {:.2} best, {:.2} CPU-s/GB",
         measured.blocks,
         measured.bytes as f64 / 1e6,
         measured.ms(0.5),
@@ -200,6 +211,7 @@ fn print_line(name: &str, measured: &Measured) {
         measured.ms(0.0),
         measured.gb_per_s(0.5),
         measured.gb_per_s(0.0),
+        measured.cpu_s_per_gb,
     );
 }
 
@@ -215,13 +227,18 @@ fn measure(
     let memory = shape.memory();
     let mut millis = Histogram::new(3)?;
     let bytes = u64::from(blocks) * shape.block_bytes() as u64;
+    let both = |holder: &Holder| -> Result<f64> {
+        Ok(cpu_seconds(std::process::id())? + cpu_seconds(holder.child.id())?)
+    };
+    let mut cpu = 0.0;
     for round in 0..rounds {
         let id = holder.hold(index, blocks)?;
         let (endpoint, warm) = endpoint()?;
         let request = support::request(holder.peer.clone(), id, 1, shape, 0, blocks);
-        let started = Instant::now();
+        let (started, cpu_before) = (Instant::now(), both(holder)?);
         let report = runtime.block_on(endpoint.pull(request, memory.clone(), (0..blocks).collect()))?;
         let elapsed = started.elapsed();
+        cpu += both(holder)? - cpu_before;
         ensure!(report.bytes == bytes && report.failed.is_empty(), "{report:?}");
         // The first one warms up caches and the congestion window.
         if round > 0 || !warm {
@@ -230,5 +247,6 @@ fn measure(
     }
     let expected = support::content(memory.block_bytes(), blocks - 1, 7);
     ensure!(support::read(&memory, 0) == expected, "block 0 does not hold what it should");
-    Ok(Measured { blocks, bytes, millis })
+    let cpu_s_per_gb = cpu / (bytes as f64 * f64::from(rounds) / 1e9);
+    Ok(Measured { blocks, bytes, millis, cpu_s_per_gb })
 }

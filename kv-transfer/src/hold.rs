@@ -370,3 +370,6 @@ fn end(entry: &Entry, end: HoldEnd) -> bool {
     }
     first
 }
+
+#[cfg(test)]
+mod tests;

@@ -15,6 +15,9 @@ use rustix::net::sockopt;
 /// Largest UDP payload over IPv4, and the most that one GSO call may carry.
 pub(super) const MAX_UDP_PAYLOAD: u16 = 65_507;
 
+/// What every path carries.
+const SMALLEST_MTU: usize = 1_200;
+
 /// What a path carries whose MTU the system does not tell: that of plain Ethernet.
 const PLAIN_PAYLOAD: u16 = 1_452;
 
@@ -59,7 +62,7 @@ pub(super) fn route_payload(peer: SocketAddr) -> u16 {
         Ok(mtu.saturating_sub(headers))
     };
     match route() {
-        Ok(payload) => payload.clamp(1_200, u32::from(MAX_UDP_PAYLOAD)) as u16,
+        Ok(payload) => payload.clamp(SMALLEST_MTU as u32, u32::from(MAX_UDP_PAYLOAD)) as u16,
         Err(_) => PLAIN_PAYLOAD,
     }
 }
@@ -78,7 +81,7 @@ impl Socket {
     /// Must be called within the runtime that drives it.
     pub(super) fn new(socket: UdpSocket) -> io::Result<Arc<Self>> {
         let inner = TokioRuntime.wrap_udp_socket(socket)?;
-        Ok(Arc::new(Self { inner, segment: AtomicUsize::new(1_200) }))
+        Ok(Arc::new(Self { inner, segment: AtomicUsize::new(SMALLEST_MTU) }))
     }
 }
 
@@ -95,7 +98,10 @@ impl AsyncUdpSocket for Socket {
 
     fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
         let segment = transmit.segment_size.unwrap_or(transmit.contents.len()).max(1);
-        self.segment.store(segment, Ordering::Relaxed);
+        // Small ones are acknowledgements and the like, and say nothing about the next batch.
+        if segment >= SMALLEST_MTU {
+            self.segment.store(segment, Ordering::Relaxed);
+        }
         let most = (usize::from(MAX_UDP_PAYLOAD) / segment).max(1) * segment;
         if transmit.contents.len() <= most {
             return self.inner.try_send(transmit);
@@ -150,5 +156,30 @@ mod tests {
     #[test]
     fn the_route_tells_loopback_from_the_rest() {
         assert_eq!(route_payload("127.0.0.1:9".parse().unwrap()), MAX_UDP_PAYLOAD);
+    }
+
+    #[tokio::test]
+    async fn what_exceeds_one_call_is_cut_into_several() {
+        let target = UdpSocket::bind("127.0.0.1:0").unwrap();
+        target.set_read_timeout(Some(std::time::Duration::from_secs(5))).unwrap();
+        let socket = Socket::new(open("127.0.0.1:0".parse().unwrap()).unwrap()).unwrap();
+        assert_eq!(socket.max_receive_segments(), 1);
+        let contents: Vec<u8> = (0..105_000u32).map(|at| (at / 20_000) as u8).collect();
+        let transmit = Transmit {
+            destination: target.local_addr().unwrap(),
+            ecn: None,
+            contents: &contents,
+            segment_size: Some(20_000),
+            src_ip: None,
+        };
+        let mut poller = socket.clone().create_io_poller();
+        std::future::poll_fn(|cx| poller.as_mut().poll_writable(cx)).await.unwrap();
+        socket.try_send(&transmit).unwrap();
+        assert_eq!(socket.max_transmit_segments(), 3);
+        let mut buffer = vec![0; 65_536];
+        for (number, len) in [20_000, 20_000, 20_000, 20_000, 20_000, 5_000].into_iter().enumerate() {
+            assert_eq!(target.recv(&mut buffer).unwrap(), len);
+            assert!(buffer[..len].iter().all(|byte| usize::from(*byte) == number));
+        }
     }
 }
