@@ -6,7 +6,8 @@ measured is the decode leg's time to the first token: the handoff and one token'
 ids, new each time, so that neither engine has a prefix of one; both sides get the same prompts and take turns.
 Baton's agents run as in production: mutual TLS, checksums, a coordinator. Nixl's payload is plain.
 
-All four engines run at once with the same flags, and the pair that is not asked sleeps. Ends in one JSON line.
+All four engines run at once with the same flags, and the pair that is not asked is stopped (SIGSTOP): an idle
+engine with NixlConnector takes most of a core for its progress thread. Ends in one JSON line.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ MODEL = "smollm2"
 HOST = "127.0.0.1"
 START_S = 420.0
 # An engine's worker spins for a second behind its last step before it sleeps.
-SETTLE_S = 1.3
+SETTLE_S = 1.5
 # A decode leg that computed more than this many prompt tokens has not used what it was handed.
 MOST_COMPUTED = 32
 
@@ -106,6 +107,11 @@ class Side:
     seconds: dict[int, list[float]] = field(default_factory=dict)
     prefill_seconds: dict[int, list[float]] = field(default_factory=dict)
 
+    def signal(self, how: signal.Signals) -> None:
+        """To both engines, with all their processes."""
+        for engine in (self.prefill, self.decode):
+            os.killpg(engine.process.pid, how)
+
     def handoff(self, tokens: list[int], out: int) -> tuple[float, float, str]:
         body = {"model": MODEL, "prompt": tokens, "temperature": 0}
         began = time.perf_counter()
@@ -143,6 +149,7 @@ class Stack(contextlib.ExitStack):
         for how, patience in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0)):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, how)
+                os.killpg(process.pid, signal.SIGCONT)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(patience)
                 break
@@ -305,7 +312,9 @@ def main() -> None:
                 tokens = rng.choices(vocabulary, k=size)
                 rng.shuffle(sides)
                 texts = []
-                for side in sides:
+                for side, other in (sides, sides[::-1]):
+                    other.signal(signal.SIGSTOP)
+                    side.signal(signal.SIGCONT)
                     time.sleep(SETTLE_S)
                     prefill_s, first_s, text = side.handoff(tokens, out=8)
                     texts.append(text)
