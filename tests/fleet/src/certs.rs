@@ -22,7 +22,7 @@ pub const AUTHORITY_DAYS: u32 = 3650;
 /// Days for which a certificate is valid where nothing else is said.
 pub const DEFAULT_DAYS: u32 = 365;
 
-/// A certificate that could not be made.
+/// A certificate that could not be made. Causes are in the chain of sources, not in the text.
 #[derive(Debug, thiserror::Error)]
 pub enum CertError {
     /// It is there already.
@@ -32,13 +32,13 @@ pub enum CertError {
     #[error("no certificate authority in {}: make one with `baton certs init {}`", .0.display(), .0.display())]
     NoAuthority(PathBuf),
     /// A name that no part of a fleet can have.
-    #[error("certificate name: {0}")]
+    #[error("certificate name")]
     Name(#[from] IdError),
     /// A validity that ends before it begins, or after the authority's.
     #[error("--days {0}: use 1 to {AUTHORITY_DAYS}")]
     Days(u32),
     /// A file that cannot be read or written.
-    #[error("{}: {source}", path.display())]
+    #[error("{}", path.display())]
     Io {
         /// The file or directory.
         path: PathBuf,
@@ -46,7 +46,7 @@ pub enum CertError {
         source: io::Error,
     },
     /// A key or certificate that does not parse, or could not be signed.
-    #[error("{}: {source}", path.display())]
+    #[error("{}", path.display())]
     Crypto {
         /// The file it is in, or was to go to.
         path: PathBuf,

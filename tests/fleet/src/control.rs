@@ -10,11 +10,11 @@ use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity
 /// The name that the coordinator's certificate carries.
 const COORDINATOR: &str = "coordinator";
 
-/// A call to the control plane that failed.
+/// A call to the control plane that failed. Causes are in the chain of sources, not in the text.
 #[derive(Debug, thiserror::Error)]
 pub enum ControlError {
     /// A certificate or key that cannot be read.
-    #[error("{path}: {source}")]
+    #[error("{path}")]
     File {
         /// The file.
         path: String,

@@ -6,7 +6,8 @@ use std::path::PathBuf;
 use crate::certs::CertError;
 use crate::http::HttpError;
 
-/// A fleet that could not be started, or a part of it that does not do what it should.
+/// A fleet that could not be started, or a part of it that does not do what it should. Causes are in the chain of
+/// sources, not in the text.
 #[derive(Debug, thiserror::Error)]
 pub enum FleetError {
     /// The spec cannot be started as it is.
@@ -23,7 +24,7 @@ pub enum FleetError {
         mend: String,
     },
     /// A file or process operation failed.
-    #[error("{what}: {source}")]
+    #[error("{what}")]
     Io {
         /// What was being done, with the path or program.
         what: String,

@@ -403,8 +403,12 @@ impl Fleet {
                 let slot = self.slot_mut(*part);
                 let Some(process) = slot.process.take() else { continue };
                 let name = slot.job.name.clone();
-                // vLLM exits with the signal or with 0, as its version has it.
-                let any_code = matches!(part, Part::Engine(i) if matches!(self.spec.engines[*i].kind, EngineKind::Vllm(_)));
+                // etcd ends with the signal; vLLM with the signal or with 0, as its version has it.
+                let any_code = match part {
+                    Part::Etcd => true,
+                    Part::Engine(i) => matches!(self.spec.engines[*i].kind, EngineKind::Vllm(_)),
+                    Part::Coordinator | Part::Agent(_) => false,
+                };
                 stopping.spawn(async move {
                     let early = process.ended();
                     let status = process.stop(STOP_GRACE).await;

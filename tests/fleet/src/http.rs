@@ -56,7 +56,7 @@ pub enum HttpError {
         body: String,
     },
     /// An answer or event that is no JSON.
-    #[error("{method} {url}: not JSON ({source}): {text}")]
+    #[error("{method} {url}: not JSON: {text}")]
     Json {
         /// Method.
         method: Method,

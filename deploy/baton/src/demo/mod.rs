@@ -185,6 +185,7 @@ fn show(modes: &[(Policy, Figures)], runs: &[Vec<Outcome>], seed: u64) {
     println!("\n{ENGINES} mock engines, each timed like an 8B model on an L40S; workload of seed {seed}.");
     println!("Prefix caches were emptied before each mode; every mode ran the same requests.\n");
     print!("{}", report::table(modes));
+    println!("\nhit tokens: prompt tokens that no engine had to compute; moved: KV that agents received.");
 
     for ((policy, _), outcomes) in modes.iter().zip(runs) {
         let failed = outcomes.iter().filter_map(|outcome| outcome.result.as_ref().err());
