@@ -35,8 +35,7 @@ pub async fn serve(
 }
 
 async fn show_metrics(State(shown): State<Shown>) -> impl IntoResponse {
-    let totals = shown.endpoint.stats();
-    shown.metrics.set_transfer_totals(totals.received_bytes, totals.sent_bytes, totals.corrupt_blocks);
+    shown.metrics.set_transfer_totals(shown.endpoint.stats());
     const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
     ([(CONTENT_TYPE, OPEN_METRICS)], shown.metrics.encode())
 }

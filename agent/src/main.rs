@@ -42,7 +42,10 @@ fn run(args: &Args) -> anyhow::Result<()> {
         .init();
     // An error says only that it was installed before.
     let _ = rustls::crypto::ring::default_provider().install_default();
-    tokio::runtime::Builder::new_multi_thread().enable_all().build().context("runtime")?.block_on(async {
+    // The rest of the host is the engine's; transfers have threads of their own.
+    let threads = std::thread::available_parallelism().map_or(2, |cores| cores.get().min(4));
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(threads).enable_all().build();
+    runtime.context("runtime")?.block_on(async {
         let mut terminate = signal(SignalKind::terminate()).context("SIGTERM")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT")?;
         let agent = Agent::start(config).await.with_context(|| args.config.display().to_string())?;

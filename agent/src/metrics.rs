@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use baton_kv_transfer::Stats;
 use prometheus_client::encoding::{EncodeLabelSet, EncodeMetric, MetricEncoder, text};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -107,6 +108,7 @@ pub struct Metrics {
     received_bytes: Counter,
     sent_bytes: Counter,
     corrupt_blocks: Counter,
+    connections: Gauge,
     event_gaps: Family<MendLabel, Counter>,
     events_ignored: Family<ReasonLabel, Counter>,
     owned_blocks: Gauge,
@@ -145,6 +147,7 @@ impl Default for Metrics {
         let sent_bytes = register!("sent_bytes", "Bytes of KV sent to other agents", Counter::default());
         let corrupt_blocks =
             register!("corrupt_blocks", "Blocks that arrived with a wrong checksum", Counter::default());
+        let connections = register!("connections", "Connections with other agents", Gauge::default());
         let event_gaps = register!(
             "event_gaps",
             "Gaps in the engine's KV events, by how they were mended",
@@ -180,6 +183,7 @@ impl Default for Metrics {
             received_bytes,
             sent_bytes,
             corrupt_blocks,
+            connections,
             event_gaps,
             events_ignored,
             owned_blocks,
@@ -231,10 +235,11 @@ impl Metrics {
     }
 
     /// Takes over the transfer endpoint's running totals.
-    pub fn set_transfer_totals(&self, received_bytes: u64, sent_bytes: u64, corrupt_blocks: u64) {
-        self.received_bytes.inner().store(received_bytes, Ordering::Relaxed);
-        self.sent_bytes.inner().store(sent_bytes, Ordering::Relaxed);
-        self.corrupt_blocks.inner().store(corrupt_blocks, Ordering::Relaxed);
+    pub fn set_transfer_totals(&self, totals: Stats) {
+        self.received_bytes.inner().store(totals.received_bytes, Ordering::Relaxed);
+        self.sent_bytes.inner().store(totals.sent_bytes, Ordering::Relaxed);
+        self.corrupt_blocks.inner().store(totals.corrupt_blocks, Ordering::Relaxed);
+        self.connections.set(totals.connections as i64);
     }
 
     /// A gap in the engine's events was mended.

@@ -2,13 +2,19 @@
 //!
 //! The engine names blocks by hashes of its own; here each is translated once, when it is stored, by hashing its
 //! content. Knowledge errs on the side of too little: what cannot be translated with certainty is not
-//! owned, and is counted by reason. An engine may keep several copies of one block and say `removed` when the first of
-//! them goes; the block counts as gone then.
+//! owned, and is counted by reason.
+//!
+//! # Several copies of one block
+//! Requests with equal prompts that run at once leave an engine with several copies of a block. It says `stored` for
+//! each, as it also may for a block that is merely used again, and `removed` when any copy goes. So a block counts as gone
+//! with the first `removed`, and its translation is kept for a while: when the engine stores a block *behind* it,
+//! the request that did so has the whole prefix, and what of it counts as gone is owned again.
 //!
 //! # Bounds
-//! At most [`Ownership::MAX_BLOCKS`] engine hashes are known, about 200 MiB; stores beyond are ignored and counted.
+//! At most [`Ownership::MAX_BLOCKS`] engine hashes are known, those gone included: about 250 MiB. Where there is no
+//! room, those gone first are forgotten first; where none is gone, stores are ignored and counted.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 
 use baton_proto::block_hash::{BlockHash, BlockHasher, ExtraKey};
 use baton_proto::control::v1::Tier;
@@ -82,9 +88,15 @@ fn slot(tier: Tier) -> usize {
 /// A block under one of the engine's hashes.
 struct Known {
     block: BlockHash,
-    /// One bit for each of [`TIERS`].
+    parent: Option<EngineHash>,
+    /// One bit for each of [`TIERS`]; none where the block is gone.
     tiers: u8,
+    /// Whether a block was stored behind it.
+    followed: bool,
 }
+
+/// The bit of the GPU's tier.
+const ON_GPU: u8 = 1;
 
 /// Translates an engine's events.
 pub struct Ownership {
@@ -92,6 +104,8 @@ pub struct Ownership {
     block_size: u32,
     max_blocks: usize,
     known: HashMap<EngineHash, Known>,
+    /// Hashes of blocks that went, oldest first. Some may have come back.
+    gone: VecDeque<EngineHash>,
     /// Under how many of the engine's hashes a block is owned, for each of [`TIERS`].
     owned: HashMap<BlockHash, [u32; 3]>,
     /// The group of layers that counts: that of the first store with full attention.
@@ -109,6 +123,7 @@ impl Ownership {
             block_size,
             max_blocks: Self::MAX_BLOCKS,
             known: HashMap::new(),
+            gone: VecDeque::new(),
             owned: HashMap::new(),
             group: None,
         }
@@ -144,6 +159,7 @@ impl Ownership {
     /// Forgets all.
     pub fn clear(&mut self, applied: &mut Applied) {
         self.known.clear();
+        self.gone.clear();
         self.owned.clear();
         self.group = None;
         applied.changes.push(Change::Cleared);
@@ -157,10 +173,13 @@ impl Ownership {
         let mut parent = match stored.parent {
             None => None,
             Some(hash) => match self.known.get(&hash) {
-                Some(known) => Some(known.block),
+                Some(known) => Some((hash, known.block)),
                 None => return applied.ignored.push(Ignored::UnknownParent),
             },
         };
+        if let (Some((hash, _)), Tier::Gpu) = (parent, tier) {
+            self.restore_prefix(hash, applied);
+        }
         let blocks = stored.token_ids.chunks_exact(self.block_size as usize);
         for (i, (hash, tokens)) in stored.hashes.iter().zip(blocks).enumerate() {
             let values = stored.extra_keys.as_ref().and_then(|keys| keys[i].as_deref()).unwrap_or_default();
@@ -168,11 +187,33 @@ impl Ownership {
             let Some(keys) = extra_keys(values, stored.lora_name.as_deref(), first) else {
                 return applied.ignored.push(Ignored::Unreadable);
             };
-            let block = self.hasher.block(parent, tokens, keys);
-            if !self.add(*hash, block, tier, applied) {
+            let block = self.hasher.block(parent.map(|(_, block)| block), tokens, keys);
+            if !self.add(*hash, block, parent.map(|(hash, _)| hash), tier, applied) {
                 return applied.ignored.push(Ignored::Full);
             }
-            parent = Some(block);
+            parent = Some((*hash, block));
+        }
+    }
+
+    /// A block is stored behind this one on the GPU: all before it is there.
+    ///
+    /// The whole prefix is looked at only where the block is gone or was followed before, so once for each use of a
+    /// cached prefix and not for each block that a long answer adds.
+    fn restore_prefix(&mut self, last: EngineHash, applied: &mut Applied) {
+        let Some(known) = self.known.get_mut(&last) else { return };
+        let look = known.followed || known.tiers & ON_GPU == 0;
+        known.followed = true;
+        let mut at = look.then_some(last);
+        // An engine that gives one hash to two contents could make a prefix without a beginning.
+        for _ in 0..self.known.len() {
+            let Some(hash) = at else { return };
+            let Some(known) = self.known.get_mut(&hash) else { return };
+            at = known.parent;
+            if known.tiers & ON_GPU == 0 {
+                known.tiers |= ON_GPU;
+                let block = known.block;
+                self.count(block, Tier::Gpu, applied);
+            }
         }
     }
 
@@ -204,8 +245,14 @@ impl Ownership {
     }
 
     /// Whether there was room.
-    fn add(&mut self, hash: EngineHash, block: BlockHash, tier: Tier, applied: &mut Applied) -> bool {
-        let room = self.known.len() < self.max_blocks;
+    fn add(
+        &mut self,
+        hash: EngineHash,
+        block: BlockHash,
+        parent: Option<EngineHash>,
+        tier: Tier,
+        applied: &mut Applied,
+    ) -> bool {
         let bit = 1 << slot(tier);
         match self.known.get_mut(&hash) {
             Some(known) if known.block == block => {
@@ -216,25 +263,46 @@ impl Ownership {
             }
             Some(_) => {
                 // The same hash for other content: only an engine that restarted unnoticed does that.
-                self.forget(hash, applied);
-                self.known.insert(hash, Known { block, tiers: bit });
+                for tier in TIERS {
+                    self.remove(hash, tier, applied);
+                }
+                self.known.insert(hash, Known { block, parent, tiers: bit, followed: false });
             }
-            None if room => {
-                self.known.insert(hash, Known { block, tiers: bit });
+            None => {
+                if !self.make_room() {
+                    return false;
+                }
+                self.known.insert(hash, Known { block, parent, tiers: bit, followed: false });
             }
-            None => return false,
         }
-        let count = &mut self.owned.entry(block).or_default()[slot(tier)];
-        *count += 1;
-        if *count == 1 {
-            applied.changes.push(Change::Stored(block, tier));
+        self.count(block, tier, applied);
+        true
+    }
+
+    fn make_room(&mut self) -> bool {
+        while self.known.len() >= self.max_blocks {
+            if !self.forget_oldest() {
+                return false;
+            }
         }
         true
     }
 
-    fn forget(&mut self, hash: EngineHash, applied: &mut Applied) {
-        for tier in TIERS {
-            self.remove(hash, tier, applied);
+    /// Forgets the translation of the block that went first. False where none is gone.
+    fn forget_oldest(&mut self) -> bool {
+        let Some(oldest) = self.gone.pop_front() else { return false };
+        if self.known.get(&oldest).is_some_and(|known| known.tiers == 0) {
+            self.known.remove(&oldest);
+        }
+        true
+    }
+
+    /// A block is owned under one more engine hash.
+    fn count(&mut self, block: BlockHash, tier: Tier, applied: &mut Applied) {
+        let count = &mut self.owned.entry(block).or_default()[slot(tier)];
+        *count += 1;
+        if *count == 1 {
+            applied.changes.push(Change::Stored(block, tier));
         }
     }
 
@@ -242,9 +310,12 @@ impl Ownership {
         let bit = 1 << slot(tier);
         let Some(known) = self.known.get_mut(&hash).filter(|known| known.tiers & bit != 0) else { return };
         known.tiers &= !bit;
-        let (block, gone) = (known.block, known.tiers == 0);
-        if gone {
-            self.known.remove(&hash);
+        let block = known.block;
+        if known.tiers == 0 {
+            self.gone.push_back(hash);
+            if self.gone.len() > self.max_blocks {
+                self.forget_oldest();
+            }
         }
         let Some(counts) = self.owned.get_mut(&block) else { return };
         counts[slot(tier)] -= 1;

@@ -184,7 +184,8 @@ impl Session {
         let listens = self.ownership.is_some();
         let wants = wiring.status.borrow().up && listens;
         let flush_at = self.flush_at;
-        let full = has_message(&self.reports, &self.outbox, self.unanswered, self.load_due);
+        let settled = self.unanswered == 0 && (self.load_due || self.outbox.has_batch());
+        let waiting = self.redescribed || !self.reports.is_empty() || settled;
         let link = async {
             match &mut self.link {
                 Link::Down { until } => {
@@ -197,7 +198,7 @@ impl Session {
                 Link::Beginning { attempt, .. } => Event::Begun(attempt.await),
                 Link::Up { said, messages } => tokio::select! {
                     message = said.message() => Event::Said(message),
-                    Ok(_) = messages.reserve(), if full => Event::Room,
+                    Ok(_) = messages.reserve(), if waiting => Event::Room,
                     () = sleep_until(self.heartbeat_at) => Event::Heartbeat,
                 },
             }
@@ -499,10 +500,6 @@ impl Session {
             self.outbox.take(|| owned.into_iter().flat_map(Ownership::iter), || metrics.snapshot())?;
         Some(Say::Events(batch))
     }
-}
-
-fn has_message(reports: &VecDeque<Say>, outbox: &Outbox, unanswered: u32, load_due: bool) -> bool {
-    !reports.is_empty() || (unanswered == 0 && (load_due || outbox.has_batch()))
 }
 
 fn message(say: Say) -> v1::AgentMessage {

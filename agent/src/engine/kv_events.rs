@@ -65,8 +65,18 @@ enum ReplayError {
     Timeout,
     #[error("{0}")]
     Socket(#[from] ZmqError),
+    #[error("the engine closed the connection")]
+    Disconnected,
     #[error("answer of {0} frames")]
     Malformed(usize),
+}
+
+type Monitor = futures::channel::mpsc::Receiver<SocketEvent>;
+
+/// The socket that asks, and word of its connection.
+struct Asker {
+    socket: DealerSocket,
+    monitor: Monitor,
 }
 
 /// Reads until `stop` is cancelled or the receiver is gone; connects anew whenever the engine goes away.
@@ -92,7 +102,7 @@ struct Reader {
     /// How often all was forgotten.
     losses: u64,
     /// Kept between replays.
-    replay: Option<DealerSocket>,
+    replay: Option<Asker>,
 }
 
 impl Reader {
@@ -118,8 +128,7 @@ impl Reader {
     }
 
     /// Reads one connection to its end.
-    async fn follow(&mut self, mut socket: SubSocket) -> Result<(), Closed> {
-        let mut monitor = socket.monitor();
+    async fn follow(&mut self, Subscription { mut socket, mut monitor }: Subscription) -> Result<(), Closed> {
         self.catch_up(REPLAY_ATTEMPTS).await?;
         loop {
             tokio::select! {
@@ -261,24 +270,35 @@ impl Reader {
 
     async fn ask_replay(&mut self, from: u64) -> Result<(), ReplayError> {
         let endpoint = self.endpoints.replay.as_deref().ok_or(ReplayError::NotConfigured)?;
-        let socket = match &mut self.replay {
-            Some(socket) => socket,
+        let asker = match &mut self.replay {
+            Some(asker) => asker,
             None => {
                 let mut socket = DealerSocket::new();
+                let monitor = socket.monitor();
                 timeout(PATIENCE, socket.connect(endpoint)).await.map_err(|_| ReplayError::Timeout)??;
-                self.replay.insert(socket)
+                self.replay.insert(Asker { socket, monitor })
             }
         };
         let mut request = ZmqMessage::from(Bytes::new());
         request.push_back(Bytes::copy_from_slice(&from.to_be_bytes()));
-        timeout(PATIENCE, socket.send(request)).await.map_err(|_| ReplayError::Timeout)??;
+        timeout(PATIENCE, asker.socket.send(request)).await.map_err(|_| ReplayError::Timeout)??;
         Ok(())
     }
 
     /// The next batch of the replay that was asked for; `None` at its end.
     async fn next_replayed(&mut self) -> Result<Option<(u64, Bytes)>, ReplayError> {
-        let socket = self.replay.as_mut().ok_or(ReplayError::NotConfigured)?;
-        let message = timeout(PATIENCE, socket.recv()).await.map_err(|_| ReplayError::Timeout)??;
+        let asker = self.replay.as_mut().ok_or(ReplayError::NotConfigured)?;
+        let message = loop {
+            tokio::select! {
+                event = asker.monitor.next() => match event {
+                    Some(SocketEvent::Disconnected(_)) | None => return Err(ReplayError::Disconnected),
+                    Some(_) => {}
+                },
+                message = timeout(PATIENCE, asker.socket.recv()) => {
+                    break message.map_err(|_| ReplayError::Timeout)??;
+                }
+            }
+        };
         let frames = message.into_vec();
         let (seq, payload) = match &frames[..] {
             [_, seq, payload] | [_, _, seq, payload] => (seq, payload),
@@ -312,11 +332,18 @@ impl Reader {
     }
 }
 
-async fn subscribe(endpoint: &str) -> Result<SubSocket, ZmqError> {
+/// The socket that listens, and word of its connection from its beginning on.
+struct Subscription {
+    socket: SubSocket,
+    monitor: Monitor,
+}
+
+async fn subscribe(endpoint: &str) -> Result<Subscription, ZmqError> {
     let mut socket = SubSocket::new();
+    let monitor = socket.monitor();
     socket.subscribe("").await?;
     socket.connect(endpoint).await?;
-    Ok(socket)
+    Ok(Subscription { socket, monitor })
 }
 
 fn number(frame: &[u8]) -> Option<u64> {

@@ -140,6 +140,58 @@ fn stores_beyond_the_cap_are_ignored() {
     assert_eq!((applied.changes.len(), applied.ignored), (2, vec![Ignored::Full]));
     apply(&mut ownership, KvEvent::Removed(removed(1, 1)));
     assert_eq!(apply(&mut ownership, KvEvent::Stored(stored(Some(0), 5, 1))).changes.len(), 1);
+    // However often blocks come and go, the translations of those gone take no more room than there is.
+    for i in 10..30 {
+        apply(&mut ownership, KvEvent::Removed(removed(if i == 10 { 5 } else { i - 1 }, 1)));
+        assert_eq!(apply(&mut ownership, KvEvent::Stored(stored(Some(0), i, 1))).changes.len(), 1);
+        assert!(ownership.known.len() <= 2 && ownership.gone.len() <= 2);
+    }
+}
+
+#[test]
+fn a_block_is_owned_as_long_as_one_of_the_engines_hashes_for_it_is() {
+    let mut ownership = ownership();
+    let alias = |hash| Stored { hashes: vec![EngineHash(hash)], ..stored(None, 0, 1) };
+    assert_eq!(apply(&mut ownership, KvEvent::Stored(alias(0))).changes.len(), 1);
+    assert_eq!(apply(&mut ownership, KvEvent::Stored(alias(7))).changes, []);
+    assert_eq!(apply(&mut ownership, KvEvent::Removed(removed(0, 1))).changes, []);
+    assert_eq!(apply(&mut ownership, KvEvent::Removed(removed(7, 1))).changes.len(), 1);
+}
+
+#[test]
+fn a_prefix_whose_copies_went_is_owned_again_when_it_is_used() {
+    let mut ownership = ownership();
+    let prefix = chain(&(0..12).collect::<Vec<_>>(), &ContentKeys::default());
+    for _ in 0..2 {
+        apply(&mut ownership, KvEvent::Stored(stored(None, 0, 3)));
+    }
+    apply(&mut ownership, KvEvent::Stored(stored(Some(2), 3, 1)));
+    // The copies that nobody uses go, the last one first.
+    apply(&mut ownership, KvEvent::Removed(removed(2, 1)));
+    apply(&mut ownership, KvEvent::Removed(removed(1, 1)));
+    assert_eq!(ownership.len(), 2);
+    // A store in another tier says nothing of the GPU.
+    let on_host = Stored { medium: Some("CPU".into()), ..stored(Some(2), 8, 1) };
+    assert_eq!(apply(&mut ownership, KvEvent::Stored(on_host)).changes.len(), 1);
+    let applied = apply(&mut ownership, KvEvent::Stored(stored(Some(2), 9, 1)));
+    assert_eq!(
+        applied.changes[..2],
+        [Change::Stored(prefix[2], Tier::Gpu), Change::Stored(prefix[1], Tier::Gpu)]
+    );
+    assert_eq!(applied.changes.len(), 3);
+    // Also where its last block has stayed.
+    apply(&mut ownership, KvEvent::Removed(removed(1, 1)));
+    let applied = apply(&mut ownership, KvEvent::Stored(stored(Some(2), 10, 1)));
+    assert_eq!((applied.changes.len(), applied.changes[0]), (2, Change::Stored(prefix[1], Tier::Gpu)));
+}
+
+#[test]
+fn a_prefix_without_a_beginning_ends() {
+    let mut ownership = ownership();
+    apply(&mut ownership, KvEvent::Stored(stored(None, 0, 1)));
+    apply(&mut ownership, KvEvent::Stored(stored(Some(0), 1, 1)));
+    apply(&mut ownership, KvEvent::Stored(stored(Some(1), 0, 1)));
+    assert_eq!(apply(&mut ownership, KvEvent::Stored(stored(Some(1), 2, 1))).changes.len(), 1);
 }
 
 #[test]
@@ -181,7 +233,10 @@ fn any_op() -> impl Strategy<Value = Op> {
 struct Model {
     /// Every hash ever made: its whole prefix, one token for each block, and the alias.
     made: Vec<(Vec<u32>, u8)>,
+    /// Tiers of each hash since the last clear; none where it is gone.
     held: BTreeMap<usize, BTreeSet<i32>>,
+    parents: BTreeMap<usize, Option<usize>>,
+    followed: BTreeSet<usize>,
 }
 
 impl Model {
@@ -191,6 +246,19 @@ impl Model {
             self.made.push(key);
             self.made.len() - 1
         })
+    }
+
+    fn restore_prefix(&mut self, last: usize) {
+        let gpu = Tier::Gpu as i32;
+        let gone = !self.held[&last].contains(&gpu);
+        if self.followed.insert(last) && !gone {
+            return;
+        }
+        let mut at = Some(last);
+        while let Some(hash) = at {
+            self.held.get_mut(&hash).unwrap().insert(gpu);
+            at = self.parents[&hash];
+        }
     }
 
     fn owned(&self) -> BTreeSet<(BlockHash, i32)> {
@@ -221,14 +289,20 @@ proptest! {
                     let parent = parent.filter(|_| !model.made.is_empty()).map(|i| i % model.made.len());
                     let mut prefix = parent.map(|hash| model.made[hash].0.clone()).unwrap_or_default();
                     let known = parent.is_none_or(|hash| model.held.contains_key(&hash));
+                    if let (Some(hash), true, Tier::Gpu) = (parent, known, tier) {
+                        model.restore_prefix(hash);
+                    }
                     let mut hashes = Vec::new();
+                    let mut last = parent;
                     for token in &tokens {
                         prefix.push(*token);
                         let hash = model.hash(prefix.clone(), alias);
                         hashes.push(EngineHash(hash as u128));
                         if known {
                             model.held.entry(hash).or_default().insert(tier as i32);
+                            model.parents.entry(hash).or_insert(last);
                         }
+                        last = Some(hash);
                     }
                     let applied = apply(&mut ownership, KvEvent::Stored(Stored {
                         hashes,
@@ -245,9 +319,6 @@ proptest! {
                     for hash in &blocks {
                         if let Some(tiers) = model.held.get_mut(hash) {
                             tiers.remove(&(tier as i32));
-                            if tiers.is_empty() {
-                                model.held.remove(hash);
-                            }
                         }
                     }
                     let hashes = blocks.iter().map(|hash| EngineHash(*hash as u128)).collect();
@@ -259,6 +330,8 @@ proptest! {
                 }
                 Op::Clear => {
                     model.held.clear();
+                    model.parents.clear();
+                    model.followed.clear();
                     apply(&mut ownership, KvEvent::Cleared)
                 }
             };
@@ -273,6 +346,132 @@ proptest! {
             let snapshot: BTreeSet<_> = ownership.iter().map(|(block, tier)| (block, tier as i32)).collect();
             prop_assert_eq!(&told, &snapshot);
             prop_assert_eq!(ownership.known.len(), model.held.len());
+        }
+    }
+}
+
+/// What happens in an engine with a cache of its own.
+#[derive(Clone, Debug)]
+enum Work {
+    /// So many requests with one prompt, at once; one token stands for a block.
+    Requests {
+        prompt: Vec<u32>,
+        at_once: usize,
+    },
+    /// It says again what of a prompt is cached.
+    Report(Vec<u32>),
+    /// A copy of a block goes.
+    Evict(usize),
+    Reset,
+}
+
+fn any_work() -> impl Strategy<Value = Work> {
+    let prompt = || prop::collection::vec(0..2u32, 1..6);
+    prop_oneof![
+        10 => (prompt(), 1..3usize).prop_map(|(prompt, at_once)| Work::Requests { prompt, at_once }),
+        2 => prompt().prop_map(Work::Report),
+        12 => (0..64usize).prop_map(Work::Evict),
+        1 => Just(Work::Reset),
+    ]
+}
+
+/// An engine's cache, with all its copies.
+#[derive(Default)]
+struct Cache {
+    names: Vec<Vec<u32>>,
+    copies: Vec<u128>,
+    followed: BTreeSet<u128>,
+}
+
+impl Cache {
+    fn name(&mut self, prefix: &[u32]) -> u128 {
+        let at = self.names.iter().position(|name| name == prefix).unwrap_or_else(|| {
+            self.names.push(prefix.to_vec());
+            self.names.len() - 1
+        });
+        at as u128
+    }
+
+    /// Leading blocks of a prompt that are cached.
+    fn hit(&mut self, prompt: &[u32]) -> usize {
+        (0..prompt.len())
+            .take_while(|i| {
+                let name = self.name(&prompt[..=*i]);
+                self.copies.contains(&name)
+            })
+            .count()
+    }
+
+    fn event(&mut self, prompt: &[u32], from: usize, to: usize) -> KvEvent {
+        let parent = (from > 0).then(|| EngineHash(self.name(&prompt[..from])));
+        KvEvent::Stored(Stored {
+            hashes: (from..to).map(|i| EngineHash(self.name(&prompt[..=i]))).collect(),
+            parent,
+            token_ids: prompt[from..to].iter().flat_map(|token| [*token; BLOCK as usize]).collect(),
+            block_size: BLOCK,
+            ..Stored::default()
+        })
+    }
+
+    fn block(prefix: &[u32]) -> BlockHash {
+        let tokens: Vec<u32> = prefix.iter().flat_map(|token| [*token; BLOCK as usize]).collect();
+        *chain(&tokens, &ContentKeys::default()).last().unwrap()
+    }
+}
+
+proptest! {
+    /// Whatever an engine with several copies of blocks does, nothing is believed to be there that is not; and a prefix
+    /// that is used again and extended is known as a whole.
+    #[test]
+    fn never_more_than_the_engine_has(works in prop::collection::vec(any_work(), 1..80)) {
+        let mut ownership = ownership();
+        let mut cache = Cache::default();
+        for work in works {
+            let mut used = None;
+            match work {
+                Work::Requests { prompt, at_once } => {
+                    let hit = cache.hit(&prompt);
+                    if hit < prompt.len() {
+                        let event = cache.event(&prompt, hit, prompt.len());
+                        for _ in 0..at_once {
+                            apply(&mut ownership, event.clone());
+                            for i in hit..prompt.len() {
+                                let name = cache.name(&prompt[..=i]);
+                                cache.copies.push(name);
+                            }
+                        }
+                        let last = cache.name(&prompt[..hit]);
+                        let seen = !cache.followed.insert(last);
+                        used = (hit == 0 || seen || at_once > 1).then_some(prompt);
+                    }
+                }
+                Work::Report(prompt) => {
+                    let hit = cache.hit(&prompt);
+                    if hit > 0 {
+                        let event = cache.event(&prompt, 0, hit);
+                        apply(&mut ownership, event);
+                    }
+                }
+                Work::Evict(i) if i < cache.copies.len() => {
+                    let name = cache.copies.remove(i);
+                    apply(&mut ownership, KvEvent::Removed(removed(name, 1)));
+                }
+                Work::Evict(_) => {}
+                Work::Reset => {
+                    cache.copies.clear();
+                    cache.followed.clear();
+                    apply(&mut ownership, KvEvent::Cleared);
+                }
+            }
+            let claimed: BTreeSet<_> = ownership.iter().map(|(block, _)| block).collect();
+            let there: BTreeSet<_> =
+                cache.copies.iter().map(|name| Cache::block(&cache.names[*name as usize])).collect();
+            prop_assert!(claimed.is_subset(&there));
+            if let Some(prompt) = used {
+                for i in 0..prompt.len() {
+                    prop_assert!(claimed.contains(&Cache::block(&prompt[..=i])), "block {i} of {prompt:?}");
+                }
+            }
         }
     }
 }

@@ -36,6 +36,8 @@ pub const MAX_STORAGES: usize = 4096;
 pub const MAX_RANKS: u32 = 64;
 /// Longest lease and deadline; longer ones are cut.
 pub const MAX_LEASE: Duration = Duration::from_secs(600);
+/// Most requests that the engine wants held before its workers have registered their memory.
+const MAX_UNHELD: usize = 16 << 10;
 /// Longest text in a hello, in bytes.
 const MAX_TEXT: usize = 1024;
 
@@ -163,6 +165,8 @@ struct Life {
     shape: EngineShape,
     scheduler: Option<ConnId>,
     workers: BTreeMap<u32, Worker>,
+    /// Requests whose blocks came to be held before all workers were ready to be told of their release.
+    unheld: Vec<String>,
 }
 
 struct Worker {
@@ -380,7 +384,7 @@ impl Core {
         let epoch = self.epoch;
         let life = self.life.get_or_insert_with(|| {
             tracing::info!(%epoch, instance, ?shape, "the engine's connector is here");
-            Life { epoch, instance, shape, scheduler: None, workers: BTreeMap::new() }
+            Life { epoch, instance, shape, scheduler: None, workers: BTreeMap::new(), unheld: Vec::new() }
         });
         let stage = match side {
             Side::Scheduler => {
@@ -461,7 +465,11 @@ impl Core {
                 };
                 tracing::info!(rank, block_bytes = memory.block_bytes(), "a worker's memory is mapped");
                 worker.ready = Some(Ready { memory, layout });
+                let request_ids = life.unheld.clone();
                 self.welcome(conn);
+                if !request_ids.is_empty() {
+                    self.actions.push(Action::Send(conn, ToConnector::Released { request_ids }));
+                }
             }
             Err(reason) => {
                 tracing::warn!(reason, "refused a worker's memory");
@@ -474,11 +482,21 @@ impl Core {
     }
 
     fn hold(&mut self, now: Now, hold: Hold, hashes: Vec<BlockHash>) {
-        let Some(life) = &self.life else { return };
-        let Some(ranks) = life.ranks() else {
-            // Releases go to workers, and not all are there: the connector gives all back when it is cut off.
-            return self.end_life(now, "a hold came before all workers");
-        };
+        let Some(life) = &mut self.life else { return };
+        if life.ranks().is_none() {
+            if life.unheld.len() == MAX_UNHELD {
+                return self.end_life(now, "too many holds came before all workers");
+            }
+            self.metrics.hold_ended(HoldEnd::Dropped);
+            let ready = life.workers.values().filter(|worker| worker.ready.is_some());
+            for worker in ready {
+                let released = ToConnector::Released { request_ids: vec![hold.request_id.clone()] };
+                self.actions.push(Action::Send(worker.conn, released));
+            }
+            life.unheld.push(hold.request_id);
+            return;
+        }
+        let Some(ranks) = life.ranks() else { return };
         let num_blocks = life.shape.num_blocks;
         let epoch = life.epoch;
         let workers = &life.workers;

@@ -416,12 +416,18 @@ fn a_request_held_twice_never_frees_the_first_hold_early() {
 }
 
 #[test]
-fn a_hold_before_all_workers_ends_the_connections() {
+fn a_hold_before_all_workers_is_given_back_as_they_come() {
     let mut bed = Bed::new();
-    bed.attach("i", SCHEDULER, Side::Scheduler, 1);
+    bed.attach("i", SCHEDULER, Side::Scheduler, 2);
+    bed.attach("i", worker(1), Side::Worker(1), 2);
+    bed.sent();
     bed.hold(1, vec![7], 4);
-    assert_eq!(bed.closed(), [SCHEDULER].into());
-    assert!(bed.core.attachment().epoch > Epoch(1000));
+    assert_eq!(bed.sent(), [(worker(1), released(1))]);
+    bed.attach("i", worker(0), Side::Worker(0), 2);
+    assert_eq!(bed.sent().pop(), Some((worker(0), released(1))));
+    assert!(bed.core.attachment().can_transfer);
+    bed.hold(2, vec![8], 4);
+    assert!(bed.checksum_job().is_some());
 }
 
 #[test]
