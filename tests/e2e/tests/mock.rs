@@ -16,8 +16,9 @@ async fn every_acceptance_line_holds_on_mock_engines() {
     for scenario in scenarios {
         report.lines.extend(scenario.run(&mut bed).await);
     }
-    bed.shutdown().await.expect("the fleet stops in order");
+    let stopped = bed.shutdown().await;
     let failed: Vec<String> =
         report.lines.iter().filter(|line| !line.ok).map(|line| line.to_string()).collect();
     assert!(report.ok(), "\n{}", failed.join("\n"));
+    stopped.expect("the fleet stops in order");
 }
