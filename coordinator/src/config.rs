@@ -319,6 +319,13 @@ mod tests {
     }
 
     #[test]
+    fn the_example_parses_and_shows_the_defaults() {
+        let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/coordinator.example.toml");
+        let config = Config::read(&file).unwrap();
+        assert_eq!(format!("{:?}", config.limits), format!("{:?}", Limits::default()));
+    }
+
+    #[test]
     fn stores_parse() {
         assert_eq!(
             "etcd:http://a:2379,https://b:2379".parse(),

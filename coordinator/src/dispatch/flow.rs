@@ -285,10 +285,13 @@ impl Flow<'_> {
                 .await
                 .map_err(|error| {
                     debug!(engine = %engine.id, %error, "prefill leg failed");
-                    if matches!(error, UpstreamError::Connect(_)) {
-                        engine.suspect(Instant::now());
+                    match error {
+                        UpstreamError::Connect(_) => {
+                            engine.suspect(Instant::now());
+                            "prefill_unreachable"
+                        }
+                        UpstreamError::Broken(_) | UpstreamError::Url(_) => "prefill_broke_off",
                     }
-                    "prefill_unreachable"
                 })?;
             if !response.status().is_success() {
                 return Err("prefill_refused");

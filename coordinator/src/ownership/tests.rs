@@ -85,6 +85,11 @@ async fn survives_a_restart(open: impl AsyncFn() -> Box<dyn KvStore>) {
     let gone = before.register(register("gone", 1)).entry;
     before.store(&gone, 1, 1, 0..20);
     before.flush().await.unwrap();
+    let later = Instant::now() + Duration::from_secs(100);
+    one.heard(later);
+    ten.heard(later);
+    assert_eq!(before.registry.expire(later, Duration::from_secs(1), Duration::from_secs(1)).len(), 2);
+    before.index.write().forget(gone.slot);
     before.ownership.erase(&gone.id);
     before.flush().await.unwrap();
     drop(before);
@@ -99,6 +104,9 @@ async fn survives_a_restart(open: impl AsyncFn() -> Box<dyn KvStore>) {
     assert_eq!((restarted.next_event_seq, restarted.emptied), (0, true));
 
     // An engine's keys go without those of another whose name begins alike.
+    let later = Instant::now() + Duration::from_secs(100);
+    restarted.entry.heard(later);
+    assert_eq!(after.registry.expire(later, Duration::from_secs(1), Duration::from_secs(1)).len(), 2);
     after.ownership.erase(&one.id);
     after.flush().await.unwrap();
     drop(after);

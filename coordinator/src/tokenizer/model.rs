@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value as Json};
-use tokenizers::processors::template::TemplateProcessing;
 use tokenizers::{AddedToken, Tokenizer};
 
 use super::RenderError;
@@ -141,7 +140,18 @@ fn token_text(token: &Json) -> Option<&str> {
 
 fn special_tokens(settings: &Map<String, Json>) -> Vec<(String, String)> {
     let token = |name: &&str| Some(((*name).to_owned(), token_text(settings.get(*name)?)?.to_owned()));
-    SPECIAL_TOKENS.iter().filter_map(token).collect()
+    let mut tokens: Vec<(String, String)> = SPECIAL_TOKENS.iter().filter_map(token).collect();
+    // A model may name tokens of its own: image_token and the like.
+    let own = settings
+        .iter()
+        .filter(|(name, _)| name.ends_with("_token") && !SPECIAL_TOKENS.contains(&name.as_str()));
+    tokens.extend(own.filter_map(|(name, token)| Some((name.clone(), token.as_str()?.to_owned()))));
+    if let Some(Json::Object(named)) = settings.get("extra_special_tokens") {
+        tokens.extend(
+            named.iter().filter_map(|(name, token)| Some((name.clone(), token_text(token)?.to_owned()))),
+        );
+    }
+    tokens
 }
 
 /// Applies to `tokenizer.json` what transformers applies after loading it.
@@ -176,27 +186,6 @@ fn adjust(
         }
     }
 
-    let flag = |name: &str| settings.get(name).and_then(Json::as_bool);
-    if flag("add_bos_token").is_some() || flag("add_eos_token").is_some() {
-        let token = |name: &str, wanted: Option<bool>| {
-            let text = &specials.iter().find(|special| special.0 == name)?.1;
-            let id = tokenizer.token_to_id(text)?;
-            wanted.unwrap_or(false).then(|| (text.clone(), id))
-        };
-        let bos = token("bos_token", flag("add_bos_token"));
-        let eos = token("eos_token", flag("add_eos_token"));
-        let mut pieces: Vec<String> = Vec::new();
-        pieces.extend(bos.iter().map(|token| format!("{}:0", token.0)));
-        pieces.push("$A:0".to_owned());
-        pieces.extend(eos.iter().map(|token| format!("{}:0", token.0)));
-        let processor = TemplateProcessing::builder()
-            .try_single(pieces)
-            .map_err(|error| text(&error))?
-            .special_tokens(bos.into_iter().chain(eos).collect::<Vec<_>>())
-            .build()
-            .map_err(|error| text(&error))?;
-        tokenizer.with_post_processor(Some(processor));
-    }
     Ok(())
 }
 

@@ -157,6 +157,84 @@ impl Style {
     }
 }
 
+/// `str(value)`: what a template's `{{ value }}` prints.
+pub(super) fn print(out: &mut minijinja::Output<'_>, value: &Value) -> Result<(), Error> {
+    let text = match value.kind() {
+        ValueKind::Undefined => return Ok(()),
+        ValueKind::Number if !value.is_integer() => {
+            let number = f64::try_from(value.clone())?;
+            out.write_str(&repr_float(number)).map_err(Error::from)?;
+            return Ok(());
+        }
+        ValueKind::Seq | ValueKind::Map if has_float(value)? => {
+            let mut text = String::new();
+            repr(&mut text, value)?;
+            text
+        }
+        // Everything else minijinja prints as Python does.
+        _ => match value.as_str() {
+            Some(text) => return out.write_str(text).map_err(Error::from),
+            None => value.to_string(),
+        },
+    };
+    out.write_str(&text).map_err(Error::from)
+}
+
+fn has_float(value: &Value) -> Result<bool, Error> {
+    Ok(match value.kind() {
+        ValueKind::Number => !value.is_integer(),
+        ValueKind::Seq => {
+            let mut found = false;
+            for item in value.try_iter()? {
+                found |= has_float(&item)?;
+            }
+            found
+        }
+        ValueKind::Map => {
+            let mut found = false;
+            for key in value.try_iter()? {
+                found |= has_float(&value.get_item(&key)?)?;
+            }
+            found
+        }
+        _ => false,
+    })
+}
+
+fn repr(out: &mut String, value: &Value) -> Result<(), Error> {
+    match value.kind() {
+        ValueKind::Number if !value.is_integer() => out.push_str(&repr_float(f64::try_from(value.clone())?)),
+        ValueKind::Seq => {
+            out.push('[');
+            for (i, item) in value.try_iter()?.enumerate() {
+                out.push_str(if i > 0 { ", " } else { "" });
+                repr(out, &item)?;
+            }
+            out.push(']');
+        }
+        ValueKind::Map => {
+            out.push('{');
+            for (i, key) in value.try_iter()?.enumerate() {
+                out.push_str(if i > 0 { ", " } else { "" });
+                repr(out, &key)?;
+                out.push_str(": ");
+                repr(out, &value.get_item(&key)?)?;
+            }
+            out.push('}');
+        }
+        _ => out.push_str(&format!("{value:?}")),
+    }
+    Ok(())
+}
+
+fn repr_float(value: f64) -> String {
+    match value {
+        value if value.is_nan() => "nan".to_owned(),
+        value if value.is_infinite() => if value > 0.0 { "inf" } else { "-inf" }.to_owned(),
+        value => float(value),
+    }
+}
+
 /// `repr` of a float: the shortest digits that read back the same, in scientific form below 1e-4 and from
 /// 1e16 on.
 fn float(value: f64) -> String {

@@ -9,7 +9,7 @@ use serde_json::{Map, Value as Json};
 
 use super::content_format::detect;
 use super::messages::ContentFormat;
-use super::python::{from_json, is_space, tojson};
+use super::python::{from_json, is_space, print, tojson};
 use super::{RenderError, messages};
 
 /// What transformers appends to the message that is to be continued, to find its end again.
@@ -142,6 +142,7 @@ fn environment() -> Result<Environment<'static>, Error> {
     environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
     environment.set_undefined_behavior(UndefinedBehavior::Lenient);
     environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+    environment.set_formatter(|out, _, value| print(out, value));
     environment.add_filter("tojson", tojson);
     // In Python strings and mappings have a length and items, too.
     environment.add_test("sequence", |value: &Value| {
