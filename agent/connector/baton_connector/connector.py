@@ -134,6 +134,9 @@ class BatonConnector(KVConnectorBase_V1):
         except (memory.MemoryRefused, layout.LayoutError) as error:
             logger.error("Baton: %s; serving without transfers", error)
             return
+        if self._worker is not None:
+            # An engine may lay out its cache anew.
+            self._worker.close()
         self._worker = Worker(Link(self._socket, self._hello({"worker": self._rank}), registration))
 
     def _describe(self, kv_caches: dict[str, torch.Tensor]) -> Registration:
