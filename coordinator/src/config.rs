@@ -320,7 +320,7 @@ mod tests {
 
     #[test]
     fn the_example_parses_and_shows_the_defaults() {
-        let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/coordinator.example.toml");
+        let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/examples/coordinator.toml");
         let config = Config::read(&file).unwrap();
         assert_eq!(format!("{:?}", config.limits), format!("{:?}", Limits::default()));
     }
