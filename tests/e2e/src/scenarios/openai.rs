@@ -241,7 +241,7 @@ async fn parameters(bed: &mut Bed) -> anyhow::Result<Line> {
                     excerpt(&theirs["choices"])
                 )
             });
-            if *name == "allowed_token_ids" {
+            if *name == "allowed_token_ids" && ours.get("error").is_none() {
                 let only = ours["choices"][0]["token_ids"]
                     .as_array()
                     .is_some_and(|ids| ids.iter().all(|id| *id == other));

@@ -19,6 +19,9 @@ impl App {
         if fields.raw("chat_template").is_some() {
             return Err(ApiError::unsupported("chat_template", "it uses the model's own; leave it out"));
         }
+        if fields.get_or("continue_final_message", false)? {
+            return Err(ApiError::unsupported("continue_final_message", "leave it out"));
+        }
         let input = ChatInput {
             messages: fields.get("messages")?.ok_or_else(|| {
                 ApiError::bad_request("messages", "messages: a list of messages is required")
