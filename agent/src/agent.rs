@@ -1,6 +1,7 @@
 //! All parts of one agent, put together.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use baton_kv_transfer::tls::Identity as TransferIdentity;
@@ -61,7 +62,7 @@ pub enum StartError {
 /// A running agent. Dropping it stops it without waiting; see [`Agent::stop`].
 pub struct Agent {
     stop: CancellationToken,
-    endpoint: Endpoint,
+    endpoint: Arc<Endpoint>,
     connectors: JoinHandle<()>,
     tasks: Vec<JoinHandle<()>>,
     metrics_addr: SocketAddr,
@@ -87,10 +88,10 @@ impl Agent {
 
         let metrics = Metrics::default();
         let holds = Holds::new();
-        let endpoint = Endpoint::bind(
+        let endpoint = Arc::new(Endpoint::bind(
             EndpointConfig { listen: config.transfer.listen, identity: tls, limits: Limits::default() },
             holds.clone(),
-        )?;
+        )?);
         let transfer_address = match &config.transfer.advertise {
             Some(address) => address.clone(),
             // The port may have been left to the system.
@@ -101,7 +102,7 @@ impl Agent {
         let connectors = connector::start(
             &config.engine.socket,
             &holds,
-            endpoint.clone(),
+            Endpoint::clone(&endpoint),
             reports,
             metrics.clone(),
             stop.clone(),
@@ -122,11 +123,15 @@ impl Agent {
             status: watched,
             reports: reported,
             release: connectors.release,
-            endpoint: endpoint.clone(),
+            endpoint: Endpoint::clone(&endpoint),
             metrics: metrics.clone(),
         };
-        let serve =
-            http::serve(metrics_listener, metrics.clone(), endpoint.clone(), stop.clone().cancelled_owned());
+        let serve = http::serve(
+            metrics_listener,
+            metrics.clone(),
+            Arc::downgrade(&endpoint),
+            stop.clone().cancelled_owned(),
+        );
         let tasks = vec![
             tokio::spawn(kv_events::read(events, heard, metrics.clone(), stop.clone())),
             tokio::spawn(poller.run(status, metrics, stop.clone())),

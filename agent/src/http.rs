@@ -2,6 +2,7 @@
 
 use std::future::Future;
 use std::io;
+use std::sync::Weak;
 
 use axum::extract::State;
 use axum::http::header::CONTENT_TYPE;
@@ -17,14 +18,15 @@ use crate::metrics::Metrics;
 #[derive(Clone)]
 struct Shown {
     metrics: Metrics,
-    endpoint: Endpoint,
+    /// Weak, so that a client who keeps its connection does not keep the endpoint's port.
+    endpoint: Weak<Endpoint>,
 }
 
 /// Serves until `stop` is over.
 pub async fn serve(
     listener: TcpListener,
     metrics: Metrics,
-    endpoint: Endpoint,
+    endpoint: Weak<Endpoint>,
     stop: impl Future<Output = ()> + Send + 'static,
 ) -> io::Result<()> {
     let app = Router::new()
@@ -35,7 +37,9 @@ pub async fn serve(
 }
 
 async fn show_metrics(State(shown): State<Shown>) -> impl IntoResponse {
-    shown.metrics.set_transfer_totals(shown.endpoint.stats());
+    if let Some(endpoint) = shown.endpoint.upgrade() {
+        shown.metrics.set_transfer_totals(endpoint.stats());
+    }
     const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
     ([(CONTENT_TYPE, OPEN_METRICS)], shown.metrics.encode())
 }

@@ -492,7 +492,7 @@ impl Session {
             return None;
         }
         if std::mem::take(&mut self.load_due) {
-            return Some(Say::Load(self.wiring.status.borrow().load.clone()));
+            return Some(Say::Load(self.wiring.status.borrow().load));
         }
         let owned = self.ownership.as_ref().map(|(_, _, ownership)| ownership);
         let metrics = &self.wiring.metrics;
