@@ -6,10 +6,10 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
-use std::thread::JoinHandle;
+use std::sync::{Arc, OnceLock};
+use std::thread::{JoinHandle, Thread};
 use std::time::Instant;
 
 use baton_proto::connector::ToAgent;
@@ -51,8 +51,6 @@ pub enum Command {
     Released(Vec<String>),
     /// Forget the prefix cache, after preempting the running requests if so; the answer is whether that was done.
     Reset(bool, oneshot::Sender<bool>),
-    /// End the loop.
-    Stop,
 }
 
 /// What the engine works with.
@@ -95,6 +93,25 @@ struct Shared {
     next_key: AtomicU64,
     requests: AtomicUsize,
     alive: AtomicBool,
+    stopping: AtomicBool,
+    thread: OnceLock<Thread>,
+}
+
+impl Shared {
+    fn wake(&self) {
+        if let Some(thread) = self.thread.get() {
+            thread.unpark();
+        }
+    }
+}
+
+/// Tells that the loop has ended, however it did.
+struct Alive(Arc<Shared>);
+
+impl Drop for Alive {
+    fn drop(&mut self) {
+        self.0.alive.store(false, Ordering::Release);
+    }
 }
 
 /// A request that runs. Dropping it aborts what is left of it.
@@ -153,7 +170,15 @@ impl EngineHandle {
 
     /// Tells the engine something; `false` when it has stopped.
     pub fn send(&self, command: Command) -> bool {
-        self.commands.send(command).is_ok()
+        let sent = self.commands.send(command).is_ok();
+        self.shared.wake();
+        sent
+    }
+
+    /// Ends the loop, in the middle of a step as well.
+    pub fn stop(&self) {
+        self.shared.stopping.store(true, Ordering::Release);
+        self.shared.wake();
     }
 
     /// Whether the loop runs.
@@ -162,19 +187,23 @@ impl EngineHandle {
     }
 }
 
-/// Starts the engine's thread. It ends, with its error if its memory fails it, on [`Command::Stop`].
+/// Starts the engine's thread. It ends on [`EngineHandle::stop`], or with an error when its memory fails it.
 pub fn start(parts: EngineParts) -> io::Result<(EngineHandle, JoinHandle<io::Result<()>>)> {
     let (sender, commands) = channel();
     let shared = Arc::new(Shared {
         next_key: AtomicU64::new(0),
         requests: AtomicUsize::new(0),
         alive: AtomicBool::new(true),
+        stopping: AtomicBool::new(false),
+        thread: OnceLock::new(),
     });
     let handle = EngineHandle { commands: sender, shared: shared.clone() };
-    let engine = Engine { parts, commands, clients: HashMap::new(), agent: None };
+    let alive = Alive(shared.clone());
     let thread = std::thread::Builder::new().name("engine".into()).spawn(move || {
+        let _alive = alive;
+        let _ = shared.thread.set(std::thread::current());
+        let engine = Engine { parts, commands, clients: HashMap::new(), agent: None, shared };
         let result = engine.run();
-        shared.alive.store(false, Ordering::Release);
         if let Err(error) = &result {
             tracing::error!(%error, "the engine has failed");
         }
@@ -194,6 +223,7 @@ struct Engine {
     commands: Receiver<Command>,
     clients: HashMap<u64, Client>,
     agent: Option<mpsc::UnboundedSender<ToAgent>>,
+    shared: Arc<Shared>,
 }
 
 impl Engine {
@@ -217,7 +247,7 @@ impl Engine {
             self.parts.metrics.record().stats(self.parts.scheduler.stats());
             let until = Instant::now() + self.parts.timing.of_step(&rows);
             let sampled = self.compute(&rows)?;
-            std::thread::sleep(until.saturating_duration_since(Instant::now()));
+            self.sleep(until);
             let outputs = self.parts.scheduler.complete(&rows, sampled);
             self.send_messages();
             self.publish();
@@ -227,25 +257,35 @@ impl Engine {
 
     /// Takes what there is, after waiting for something where `wait`. `false`: stop.
     fn take_commands(&mut self, wait: bool) -> bool {
-        if wait {
-            let Ok(command) = self.commands.recv() else { return false };
-            if !self.take(command) {
+        let mut wait = wait;
+        loop {
+            if self.shared.stopping.load(Ordering::Acquire) {
                 return false;
             }
-        }
-        loop {
-            let go_on = match self.commands.try_recv() {
-                Ok(command) => self.take(command),
+            match self.commands.try_recv() {
+                Ok(command) => {
+                    self.take(command);
+                    wait = false;
+                }
+                Err(TryRecvError::Disconnected) => return false,
+                Err(TryRecvError::Empty) if wait => std::thread::park(),
                 Err(TryRecvError::Empty) => return true,
-                Err(TryRecvError::Disconnected) => false,
-            };
-            if !go_on {
-                return false;
             }
         }
     }
 
-    fn take(&mut self, command: Command) -> bool {
+    /// Sleeps until a step is over; stopping ends that.
+    fn sleep(&self, until: Instant) {
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() || self.shared.stopping.load(Ordering::Acquire) {
+                return;
+            }
+            std::thread::park_timeout(left);
+        }
+    }
+
+    fn take(&mut self, command: Command) {
         let scheduler = &mut self.parts.scheduler;
         match command {
             Command::Add(request, arrived, outputs) => {
@@ -274,9 +314,7 @@ impl Engine {
                 // Nobody may be waiting for the answer any more.
                 let _ = answer.send(scheduler.reset_prefix_cache(preempt_running));
             }
-            Command::Stop => return false,
         }
-        true
     }
 
     fn send_messages(&mut self) {

@@ -1,6 +1,9 @@
 //! The KV cache: real bytes in shared memory that an agent can map.
 //!
 //! Each layer is one storage of the form `[block][K, V][token][head][byte]`, so a block is made of two pieces per layer.
+//!
+//! The storages are memory files named `baton-kv-0`, `baton-kv-1` and so on: a test that wants a byte to be wrong finds them
+//! among the process's open files (`/proc/PID/fd`) and writes to one.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

@@ -12,7 +12,7 @@
 //! | [`engine`] | the loop that runs them on real time |
 //! | [`connector`] | the KV connector, towards the agent |
 //! | [`events`] | KV events |
-//! | [`http`], [`tokenizer`], [`detokenize`], [`chat`], [`metrics`] | the API server |
+//! | [`http`], [`tokenizer`], [`fast_bpe`], [`detokenize`], [`chat`], [`metrics`] | the API server |
 //! | [`make_model`] | a model folder with a tokenizer and without weights |
 //! | [`server`] | all of it as one process |
 
@@ -22,6 +22,7 @@ pub mod connector;
 pub mod detokenize;
 pub mod engine;
 pub mod events;
+pub mod fast_bpe;
 pub mod hashing;
 pub mod http;
 pub mod kv_memory;

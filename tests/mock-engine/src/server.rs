@@ -12,7 +12,7 @@ use tokio::net::TcpListener;
 
 use crate::chat::ChatTemplate;
 use crate::connector::{self, ConnectorConfig};
-use crate::engine::{self, Command, EngineHandle, EngineParts};
+use crate::engine::{self, EngineHandle, EngineParts};
 use crate::events::{self, PublisherConfig};
 use crate::hashing::EngineHasher;
 use crate::http::{App, HttpConfig, Ids, router};
@@ -98,14 +98,14 @@ pub struct ServeConfig {
     pub enable_prompt_tokens_details: bool,
 }
 
-/// An engine that runs. The server stops when this is dropped; [`Server::stop`] waits for that.
+/// An engine that runs. It stops when this is dropped; [`Server::stop`] also lets answers end, and waits.
 #[derive(Debug)]
 pub struct Server {
     address: SocketAddr,
     engine: EngineHandle,
-    thread: std::thread::JoinHandle<std::io::Result<()>>,
+    thread: Option<std::thread::JoinHandle<std::io::Result<()>>>,
     serving: tokio::task::JoinHandle<std::io::Result<()>>,
-    end: tokio::sync::oneshot::Sender<()>,
+    end: Option<tokio::sync::oneshot::Sender<()>>,
     /// Publisher and connector.
     tasks: Vec<tokio::task::JoinHandle<()>>,
     storages: Vec<std::os::fd::OwnedFd>,
@@ -201,17 +201,18 @@ impl Server {
         };
         let (end, ended) = tokio::sync::oneshot::channel::<()>();
         let listener = listener.tap_io(|stream| {
-            // Tokens go out one by one.
+            // Tokens go out one by one. A connection that is gone already fails elsewhere.
             let _ = stream.set_nodelay(true);
         });
         let serving = axum::serve(listener, router(Arc::new(app))).with_graceful_shutdown(async {
+            // Dropping the sender says it.
             let _ = ended.await;
         });
         let serving = tokio::spawn(serving.into_future());
         let kv_bytes = shape.kv_bytes_per_token();
         tracing::info!(%address, max_model_len, kv_bytes_per_token = kv_bytes, "serving");
         let storages = storages.into_iter().map(|(fd, _)| fd).collect();
-        Ok(Self { address, engine, thread, serving, end, tasks, storages })
+        Ok(Self { address, engine, thread: Some(thread), serving, end: Some(end), tasks, storages })
     }
 
     /// Where it listens.
@@ -239,21 +240,32 @@ impl Server {
         }
     }
 
-    /// Stops: requests that are under way get a second to end.
+    /// Stops: answers that are under way get a second to end.
     pub async fn stop(mut self) -> anyhow::Result<()> {
-        let _ = self.end.send(());
+        self.end = None;
         if tokio::time::timeout(GRACE, &mut self.serving).await.is_err() {
             self.serving.abort();
         }
-        self.engine.send(Command::Stop);
-        for task in &self.tasks {
-            task.abort();
-        }
-        let ended = tokio::task::spawn_blocking(move || self.thread.join()).await?;
-        match ended {
+        self.end_tasks();
+        let Some(thread) = self.thread.take() else { return Ok(()) };
+        match tokio::task::spawn_blocking(move || thread.join()).await? {
             Ok(result) => result.context("the engine failed"),
             Err(_) => bail!("the engine panicked"),
         }
+    }
+
+    fn end_tasks(&self) {
+        for task in &self.tasks {
+            task.abort();
+        }
+        self.engine.stop();
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.serving.abort();
+        self.end_tasks();
     }
 }
 

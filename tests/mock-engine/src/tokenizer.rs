@@ -4,6 +4,8 @@ use std::path::{Path, PathBuf};
 
 use tokenizers::DecoderWrapper;
 
+use crate::fast_bpe::FastBpe;
+
 /// The model's tokenizer cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum TokenizerError {
@@ -36,14 +38,19 @@ pub struct Tokenizer {
     /// For each token id its bytes; empty where there is no such token.
     bytes: Vec<Box<[u8]>>,
     special: Vec<bool>,
+    /// Where the tokenizer is of the kind that can be done faster.
+    fast: Option<FastBpe>,
 }
 
 impl Tokenizer {
     /// Reads `tokenizer.json` from a model's folder.
     pub fn load(model: &Path) -> Result<Self, TokenizerError> {
         let path = model.join("tokenizer.json");
-        let inner = tokenizers::Tokenizer::from_file(&path)
-            .map_err(|error| TokenizerError::Load { path: path.clone(), reason: error.to_string() })?;
+        let failed = |reason: String| TokenizerError::Load { path: path.clone(), reason };
+        let json = std::fs::read(&path).map_err(|error| failed(error.to_string()))?;
+        let inner = tokenizers::Tokenizer::from_bytes(&json).map_err(|error| failed(error.to_string()))?;
+        let json = serde_json::from_slice(&json).map_err(|error| failed(error.to_string()))?;
+        let fast = FastBpe::new(&json, byte_of);
         if !matches!(inner.get_decoder(), Some(DecoderWrapper::ByteLevel(_))) {
             return Err(TokenizerError::NotByteLevel { path });
         }
@@ -60,15 +67,25 @@ impl Tokenizer {
         for (id, token) in &added {
             special[*id as usize] = token.special;
         }
-        Ok(Self { inner, bytes, special })
+        Ok(Self { inner, bytes, special, fast })
     }
 
     /// The tokens of a text; with `add_special_tokens`, what the model puts around a prompt comes with them.
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, TokenizerError> {
+        match &self.fast {
+            Some(fast) => fast.encode(text, |text, ids| {
+                ids.extend(self.encode_slowly(text, false)?);
+                Ok(())
+            }),
+            None => self.encode_slowly(text, add_special_tokens),
+        }
+    }
+
+    /// As [`Self::encode`], always with the `tokenizers` crate.
+    pub fn encode_slowly(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, TokenizerError> {
         let encoding = self.inner.encode_fast(text, add_special_tokens);
-        encoding
-            .map(|encoding| encoding.get_ids().to_vec())
-            .map_err(|e| TokenizerError::Encode(e.to_string()))
+        let encoding = encoding.map_err(|error| TokenizerError::Encode(error.to_string()))?;
+        Ok(encoding.get_ids().to_vec())
     }
 
     /// The text of tokens, special ones included.

@@ -2,10 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::LazyLock;
 
 use baton_mock_engine::chat::{ChatInput, ChatTemplate};
 use baton_mock_engine::make_model::make_model;
 use baton_mock_engine::tokenizer::Tokenizer;
+use proptest::prelude::*;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
@@ -92,6 +94,31 @@ fn it_reads_as_with_hugging_face() {
         let prompt = chat.render(&input).unwrap();
         assert_eq!(prompt, golden.prompt);
         assert_eq!(tokenizer.encode(&prompt, false).unwrap(), golden.ids);
+    }
+}
+
+fn tokenizer() -> &'static Tokenizer {
+    static TOKENIZER: LazyLock<Tokenizer> = LazyLock::new(|| {
+        let folder = tempfile::tempdir().unwrap();
+        make_model(folder.path()).unwrap();
+        Tokenizer::load(folder.path()).unwrap()
+    });
+    &TOKENIZER
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2000))]
+
+    #[test]
+    fn the_fast_way_and_the_slow_one_agree(
+        text in prop_oneof![
+            "[ -~\t\r\n\x0b\x0c\x1f\x00]{0,60}",
+            "(('s|'t|'re|'ve|'m|'ll|'d|'S| |  |\n|the|The|a1|22|--|<\\|im_end\\|>|<\\|im|Ge|ü|é |\u{a0}|世)){0,30}",
+            "(a|b| ){240,300}",
+        ]
+    ) {
+        let tokenizer = tokenizer();
+        prop_assert_eq!(tokenizer.encode(&text, true).unwrap(), tokenizer.encode_slowly(&text, true).unwrap());
     }
 }
 
