@@ -151,8 +151,8 @@ async fn prompt(
     let began = Instant::now();
     let size = body.bytes().len();
     let tokens = {
-        let body = body.clone();
-        coordinator.models.run(size, move || token_ids(&model, endpoint, &body)).await
+        let (body, worker) = (body.clone(), model.clone());
+        coordinator.models.run(&model, size, move || token_ids(&worker, endpoint, &body)).await
     };
     match tokens {
         Ok(tokens) => {

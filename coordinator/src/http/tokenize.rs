@@ -56,7 +56,7 @@ async fn answer(coordinator: &Arc<Coordinator>, body: Body) -> Result<Value, Api
     };
     let ids = coordinator
         .models
-        .run(size, work)
+        .run(&model, size, work)
         .await
         .map_err(|error| ApiError::bad_request(error.to_string(), None))?;
     Ok(json!({

@@ -82,7 +82,8 @@ fn one(message: Value, format: ContentFormat) -> Result<Value, RenderError> {
     }
     let mut content = Vec::with_capacity(parts.len());
     for part in parts {
-        content.extend(text_part(part, format)?);
+        // vLLM leaves out what is falsy in Python: an empty text, where it stands alone and not in an object.
+        content.extend(text_part(part, format)?.filter(|text| text != ""));
     }
     let mut content = match format {
         ContentFormat::Parts => Value::Array(content),

@@ -9,6 +9,7 @@ mod messages;
 mod model;
 mod python;
 mod template;
+mod words;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -45,9 +46,11 @@ impl RenderError {
     }
 }
 
-/// Texts up to this many bytes are handled where they are; a longer one takes long enough (about 0.2 ms a KiB) to
-/// hold up other requests, and goes to a thread of its own.
+/// Texts up to this many bytes are handled where they are; a longer one takes long enough (0.1 to 0.2 ms a KiB)
+/// to hold up other requests, and goes to a thread of its own.
 const INLINE_BYTES: usize = 1 << 10;
+/// The same for models whose words come from a cache (some 0.02 ms a KiB).
+const INLINE_BYTES_CACHED: usize = 16 << 10;
 
 /// All models, and the threads that tokenise for them.
 pub struct Models {
@@ -81,10 +84,12 @@ impl Models {
     /// Does the work for a text of about `bytes`: here, or on a thread where it is long.
     pub async fn run<T: Send + 'static>(
         &self,
+        model: &Model,
         bytes: usize,
         work: impl FnOnce() -> Result<T, RenderError> + Send + 'static,
     ) -> Result<T, RenderError> {
-        if bytes <= INLINE_BYTES {
+        let inline = if model.caches_words() { INLINE_BYTES_CACHED } else { INLINE_BYTES };
+        if bytes <= inline {
             return work();
         }
         let _place = Place::take(&self.queued, self.queue).ok_or(RenderError::Unknown("queue_full"))?;

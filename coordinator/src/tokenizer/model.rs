@@ -8,6 +8,7 @@ use tokenizers::{AddedToken, Tokenizer};
 
 use super::RenderError;
 use super::template::{Chat, ChatTemplates};
+use super::words::Words;
 use crate::config::ModelConfig;
 
 /// Named special tokens, in transformers' order.
@@ -43,6 +44,9 @@ pub struct ModelError {
 pub struct Model {
     name: String,
     tokenizer: Tokenizer,
+    words: Option<Words>,
+    /// What the post-processor puts around a text.
+    around: (Vec<u32>, Vec<u32>),
     chat: Result<ChatTemplates, &'static str>,
     max_model_len: u64,
 }
@@ -82,8 +86,11 @@ impl Model {
                 }
             }
         };
+        let around = around(&tokenizer);
         Ok(Self {
             name: config.name.clone(),
+            words: around.is_some().then(|| Words::for_tokenizer(&tokenizer)).flatten(),
+            around: around.unwrap_or_default(),
             tokenizer,
             chat,
             max_model_len: max_model_len(&architecture, &settings),
@@ -105,12 +112,19 @@ impl Model {
         self.chat.as_ref().map(|_| ()).map_err(|why| *why)
     }
 
+    /// Whether words are tokenised from a cache, some ten times as fast.
+    pub fn caches_words(&self) -> bool {
+        self.words.is_some()
+    }
+
     /// Token ids of a text.
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, RenderError> {
-        self.tokenizer
-            .encode_fast(text, add_special_tokens)
-            .map(|encoding| encoding.get_ids().to_vec())
-            .map_err(|_| RenderError::Unknown("tokenizer_failed"))
+        let Some(words) = &self.words else { return encode(&self.tokenizer, text, add_special_tokens) };
+        let ids = words.encode(text, |piece| encode(&self.tokenizer, piece, false))?;
+        match add_special_tokens {
+            true => Ok([&self.around.0[..], &ids, &self.around.1].concat()),
+            false => Ok(ids),
+        }
     }
 
     /// The text that a chat becomes.
@@ -122,6 +136,25 @@ impl Model {
     pub fn token_texts(&self, ids: &[u32]) -> Vec<Option<String>> {
         ids.iter().map(|id| self.tokenizer.id_to_token(*id)).collect()
     }
+}
+
+fn encode(tokenizer: &Tokenizer, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, RenderError> {
+    tokenizer
+        .encode_fast(text, add_special_tokens)
+        .map(|encoding| encoding.get_ids().to_vec())
+        .map_err(|_| RenderError::Unknown("tokenizer_failed"))
+}
+
+/// What the post-processor puts around a text, read off a sample; `None` where it does more than that.
+fn around(tokenizer: &Tokenizer) -> Option<(Vec<u32>, Vec<u32>)> {
+    let sample = "sample";
+    let plain = encode(tokenizer, sample, false).ok()?;
+    let with = encode(tokenizer, sample, true).ok()?;
+    let extra = with.len().checked_sub(plain.len())?;
+    let start = (0..=extra).find(|start| with[*start..start + plain.len()] == plain)?;
+    let around = (with[..start].to_vec(), with[start + plain.len()..].to_vec());
+    let empty = encode(tokenizer, "", true).ok()?;
+    (empty == [&around.0[..], &around.1].concat()).then_some(around)
 }
 
 /// An optional file's JSON object.

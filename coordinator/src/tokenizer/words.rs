@@ -1,0 +1,267 @@
+//! Tokenising word by word, from a cache, with exactly the ids of the whole text.
+//!
+//! A text is cut before every space that stands alone between two visible characters. For the pre-tokenizers in
+//! [`SAFE_PATTERNS`] such a place is always a token boundary, and nothing on one side of it shows on the other:
+//!
+//! - No alternative of these patterns matches a space behind a character that is no white space, so whatever
+//!   matches before the cut ends at it, cut or not.
+//! - Their only look-ahead, `\s+(?!\S)`, is taken behind white space, and no piece ends in white space unless the text does.
+//! - `Digits` looks at one character, `ByteLevel` maps bytes, BPE merges within a pre-token, and NFC composes
+//!   nothing with a space.
+//! - Added tokens are found before all that; with one that holds white space or takes in the white space around it the cache is
+//!   not used.
+//!
+//! So the ids of a text are those of its pieces, one after the other; a piece that was seen before costs one look-up.
+//!
+//! # Memory
+//! At most [`CAPACITY`] pieces of at most [`LONGEST`] bytes: 7 MB for each model with ordinary text, 30 MB at
+//! worst. A full cache starts over empty.
+
+use std::collections::HashMap;
+use std::sync::RwLock;
+
+use serde_json::Value as Json;
+use tokenizers::Tokenizer;
+
+/// Most pieces that are kept.
+const CAPACITY: usize = 1 << 16;
+/// Longest piece that is kept, in bytes.
+const LONGEST: usize = 64;
+
+/// Patterns of `Split` pre-tokenizers for which the argument above was made: Llama 3's, Qwen's, and o200k's.
+const SAFE_PATTERNS: [&str; 4] = [
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+];
+
+/// The cache of one tokenizer.
+#[derive(Debug, Default)]
+pub(super) struct Words {
+    known: RwLock<HashMap<Box<str>, Box<[u32]>>>,
+}
+
+impl Words {
+    /// A cache for this tokenizer, if it cuts words as described.
+    pub(super) fn for_tokenizer(tokenizer: &Tokenizer) -> Option<Self> {
+        let json = |part: Option<Json>| part.unwrap_or(Json::Null);
+        let normalizer = json(tokenizer.get_normalizer().and_then(|part| serde_json::to_value(part).ok()));
+        let cutter = json(tokenizer.get_pre_tokenizer().and_then(|part| serde_json::to_value(part).ok()));
+        let model = serde_json::to_value(tokenizer.get_model()).ok()?;
+        let added = tokenizer.get_added_tokens_decoder();
+        let plain = |token: &tokenizers::AddedToken| {
+            !token.lstrip
+                && !token.rstrip
+                && !token.single_word
+                && !token.content.is_empty()
+                && !token.content.contains(char::is_whitespace)
+        };
+        let safe = (normalizer.is_null() || normalizer["type"] == "NFC")
+            && cuts_words(&cutter)
+            && model["type"] == "BPE"
+            && model["dropout"].as_f64().unwrap_or(0.0) == 0.0
+            && added.values().all(plain);
+        safe.then(Self::default)
+    }
+
+    /// The ids of a text, without those that a post-processor adds. `encode` is asked for pieces that are not
+    /// known.
+    pub(super) fn encode<E>(
+        &self,
+        text: &str,
+        encode: impl Fn(&str) -> Result<Vec<u32>, E>,
+    ) -> Result<Vec<u32>, E> {
+        let mut ids = Vec::with_capacity(text.len() / 3);
+        let mut learned: Vec<(&str, Vec<u32>)> = Vec::new();
+        {
+            let known = self.known.read().expect(POISON);
+            for piece in Pieces(text) {
+                match known.get(piece) {
+                    Some(cached) => ids.extend_from_slice(cached),
+                    None => {
+                        let fresh = encode(piece)?;
+                        ids.extend_from_slice(&fresh);
+                        if piece.len() <= LONGEST {
+                            learned.push((piece, fresh));
+                        }
+                    }
+                }
+            }
+        }
+        if !learned.is_empty() {
+            let mut known = self.known.write().expect(POISON);
+            if known.len() + learned.len() > CAPACITY {
+                known.clear();
+            }
+            known.extend(
+                learned.into_iter().take(CAPACITY).map(|(piece, ids)| (piece.into(), ids.into_boxed_slice())),
+            );
+        }
+        Ok(ids)
+    }
+}
+
+const POISON: &str = "no code that holds this lock panics";
+
+/// Whether a pre-tokenizer is one that the argument at the head of this file covers.
+fn cuts_words(cutter: &Json) -> bool {
+    let byte_level = |part: &Json, regex: bool| {
+        part["type"] == "ByteLevel" && part["add_prefix_space"] == false && part["use_regex"] == regex
+    };
+    let split = |part: &Json| {
+        let pattern = part["pattern"]["Regex"].as_str();
+        part["type"] == "Split"
+            && part["behavior"] == "Isolated"
+            && part["invert"] == false
+            && pattern.is_some_and(|pattern| SAFE_PATTERNS.contains(&pattern))
+    };
+    match cutter["type"].as_str() {
+        Some("ByteLevel") => byte_level(cutter, true),
+        Some("Sequence") => match cutter["pretokenizers"].as_array().map(Vec::as_slice) {
+            Some([digits, bytes]) if digits["type"] == "Digits" => byte_level(bytes, true),
+            Some([cut, bytes]) => split(cut) && byte_level(bytes, false),
+            _ => false,
+        },
+        _ => false,
+    }
+}
+
+/// A text in pieces, each up to the next place where it may be cut.
+struct Pieces<'a>(&'a str);
+
+impl<'a> Iterator for Pieces<'a> {
+    type Item = &'a str;
+
+    fn next(&mut self) -> Option<&'a str> {
+        let text = self.0;
+        if text.is_empty() {
+            return None;
+        }
+        let bytes = text.as_bytes();
+        let mut from = 1;
+        while let Some(found) = bytes.get(from..).and_then(|rest| rest.iter().position(|byte| *byte == b' '))
+        {
+            let at = from + found;
+            if visible(text[..at].chars().next_back()) && visible(text[at + 1..].chars().next()) {
+                let (piece, rest) = text.split_at(at);
+                self.0 = rest;
+                return Some(piece);
+            }
+            from = at + 1;
+        }
+        self.0 = "";
+        Some(text)
+    }
+}
+
+/// Surely no white space, for any engine of regular expressions, and nothing that combines.
+fn visible(c: Option<char>) -> bool {
+    c.is_some_and(|c| c.is_ascii_graphic() || (!c.is_ascii() && c.is_alphanumeric()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::path::Path;
+    use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+    use tokenizers::pre_tokenizers::sequence::Sequence;
+    use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
+    use tokenizers::{NormalizerWrapper, PreTokenizerWrapper, SplitDelimiterBehavior};
+
+    /// The corpus's tokenizer, and the same with every other cut that is accepted.
+    fn tokenizers() -> Vec<Tokenizer> {
+        let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/corpus/models/chatml/tokenizer.json");
+        let digits = Tokenizer::from_file(file).unwrap();
+        let mut all = vec![digits.clone()];
+        let mut gpt2 = digits.clone();
+        gpt2.with_pre_tokenizer(Some(PreTokenizerWrapper::ByteLevel(ByteLevel::new(false, true, true))));
+        all.push(gpt2);
+        for pattern in SAFE_PATTERNS {
+            let split =
+                Split::new(SplitPattern::Regex(pattern.into()), SplitDelimiterBehavior::Isolated, false)
+                    .unwrap();
+            let parts = vec![
+                PreTokenizerWrapper::Split(split),
+                PreTokenizerWrapper::ByteLevel(ByteLevel::new(false, true, false)),
+            ];
+            let mut tokenizer = digits.clone();
+            tokenizer.with_pre_tokenizer(Some(PreTokenizerWrapper::Sequence(Sequence::new(parts))));
+            tokenizer
+                .with_normalizer(Some(NormalizerWrapper::NFC(tokenizers::normalizers::unicode::NFC)))
+                .unwrap();
+            all.push(tokenizer);
+        }
+        all
+    }
+
+    fn whole(tokenizer: &Tokenizer, text: &str) -> Vec<u32> {
+        tokenizer.encode_fast(text, false).unwrap().get_ids().to_vec()
+    }
+
+    fn by_words(words: &Words, tokenizer: &Tokenizer, text: &str) -> Vec<u32> {
+        words.encode(text, |piece| Ok::<_, ()>(whole(tokenizer, piece))).unwrap()
+    }
+
+    /// Bits of text that meet at cuts: letters, marks, digits, quotes, all kinds of white space, added tokens.
+    fn texts() -> impl Strategy<Value = String> {
+        let bit = prop::sample::select(vec![
+            " ", " ", " ", " ", "  ", "\n", "\r\n", "\t", "\u{a0}", "\u{2028}", "\u{200b}", "\u{3000}",
+            "\u{feff}", "\u{1c}", "a", "the", "Quick", "it's", "'s", "'LL", "x1", "12345", "7", ".", ",",
+            "!?", "—", "/", "日本", "e\u{301}", "\u{301}", "é", "ß", "नि", "🙂", "<|end|>", "<s>", "<think>",
+            "<|en", "_", "٣", "½", "\u{1f}", "\0",
+        ]);
+        prop::collection::vec(bit, 0..40).prop_map(|bits| bits.concat())
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(1000))]
+        #[test]
+        fn ids_are_those_of_the_whole_text(text in texts()) {
+            for tokenizer in tokenizers_once() {
+                let words = Words::for_tokenizer(tokenizer).expect("its cut is accepted");
+                let expected = whole(tokenizer, &text);
+                prop_assert_eq!(&by_words(&words, tokenizer, &text), &expected, "cold");
+                prop_assert_eq!(&by_words(&words, tokenizer, &text), &expected, "warm");
+            }
+        }
+    }
+
+    fn tokenizers_once() -> &'static [Tokenizer] {
+        static ALL: std::sync::OnceLock<Vec<Tokenizer>> = std::sync::OnceLock::new();
+        ALL.get_or_init(tokenizers)
+    }
+
+    #[test]
+    fn pieces_are_cut_before_lone_spaces_only() {
+        let pieces = |text| Pieces(text).collect::<Vec<_>>();
+        assert_eq!(pieces("a b  c \n d e "), ["a", " b  c \n d", " e "]);
+        assert_eq!(pieces(" a"), [" a"]);
+        assert_eq!(pieces("é \u{301}x é"), ["é \u{301}x", " é"]);
+        assert_eq!(pieces(""), [""; 0]);
+    }
+
+    #[test]
+    fn other_tokenizers_are_left_alone() {
+        let mut tokenizer = tokenizers_once()[0].clone();
+        tokenizer.add_tokens([tokenizers::AddedToken::from("two words", false)]).unwrap();
+        assert!(Words::for_tokenizer(&tokenizer).is_none());
+        let mut tokenizer = tokenizers_once()[0].clone();
+        tokenizer.with_pre_tokenizer(Some(PreTokenizerWrapper::ByteLevel(ByteLevel::new(true, true, true))));
+        assert!(Words::for_tokenizer(&tokenizer).is_none());
+        let mut tokenizer = tokenizers_once()[0].clone();
+        tokenizer.with_pre_tokenizer(None::<PreTokenizerWrapper>);
+        assert!(Words::for_tokenizer(&tokenizer).is_none());
+    }
+
+    #[test]
+    fn a_full_cache_starts_over() {
+        let words = Words::default();
+        let text: String = (0..CAPACITY + 10).map(|n| format!(" w{n}")).collect();
+        words.encode(&text[1..], |_| Ok::<_, ()>(vec![1])).unwrap();
+        assert!(words.known.read().unwrap().len() <= CAPACITY);
+        words.encode("x y", |_| Ok::<_, ()>(vec![1])).unwrap();
+        assert!(words.known.read().unwrap().len() <= CAPACITY);
+    }
+}
