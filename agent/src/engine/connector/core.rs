@@ -6,22 +6,29 @@
 //! are cancelled and the epoch moves on; and when the last copy from or to its memory is over, and not before, all of
 //! its connections are closed. That is how the connectors learn that their blocks are theirs again.
 
+mod hello;
+mod interface;
+
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use baton_kernels::{BlockMemory, Guard};
+use baton_kernels::BlockMemory;
 use baton_kv_transfer::checksum::Checksums;
 use baton_kv_transfer::{
     Hold as HeldRequest, HoldEnd as TableEnd, HoldError, HoldTable, Peer, PullError, PullReport, PullRequest,
     RankHold,
 };
-use baton_proto::connector::{Hello, Hold, Layout, Pull, Side, ToAgent, ToConnector, VERSION};
+use baton_proto::connector::{Hello, Hold, Pull, Side, ToAgent, ToConnector, VERSION};
 use baton_proto::control::v1;
 use baton_proto::wire::ErrorCode;
 use baton_proto::{BlockHash, Epoch, TransferId};
 
+use self::interface::kind;
+pub use self::interface::{
+    Action, Attachment, ChecksumJob, ConnId, EngineShape, Extra, Input, Mapped, Now, PullId,
+};
 use super::outcomes::Outcomes;
 use crate::layout::{self, RankLayout};
 use crate::metrics::{HoldEnd, Metrics};
@@ -38,126 +45,6 @@ pub const MAX_RANKS: u32 = 64;
 pub const MAX_LEASE: Duration = Duration::from_secs(600);
 /// Most requests that the engine wants held before its workers have registered their memory.
 const MAX_UNHELD: usize = 16 << 10;
-/// Longest text in a hello, in bytes.
-const MAX_TEXT: usize = 1024;
-
-/// One connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct ConnId(pub u64);
-
-/// One pull.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct PullId(pub u64);
-
-/// The present, as the core is told it.
-#[derive(Clone, Copy, Debug)]
-pub struct Now {
-    /// For leases and durations.
-    pub instant: Instant,
-    /// For epochs.
-    pub unix_ms: u64,
-}
-
-/// What happens to the core.
-#[derive(Debug)]
-pub enum Input {
-    /// A connection was accepted.
-    Connected(ConnId),
-    /// It sent a message.
-    Message(ConnId, ToAgent, Extra),
-    /// It sent what is no message.
-    Malformed(ConnId, String),
-    /// It sends nothing more.
-    Ended(ConnId),
-    /// The memory asked for by [`Action::Map`].
-    Mapped(ConnId, Mapped),
-    /// A pull is over; nothing writes to its blocks any more.
-    PullEnded(PullId, Result<PullReport, PullError>),
-    /// The coordinator does not need a hold any more.
-    Release(TransferId),
-    /// The hold table called, or its time has come.
-    Woken,
-    /// The agent stops.
-    Stop,
-}
-
-/// What comes with a message, or follows from it alone.
-#[derive(Debug, Default)]
-pub struct Extra {
-    /// File descriptor of a `Storage`.
-    pub fd: Option<OwnedFd>,
-    /// Block hashes of the content of a `Hold` or a `Pull`.
-    pub hashes: Vec<BlockHash>,
-}
-
-/// A worker's memory, or why it cannot be used.
-pub struct Mapped(pub Result<Arc<dyn BlockMemory>, String>);
-
-impl std::fmt::Debug for Mapped {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_tuple("Mapped").field(&self.0.as_ref().map(|_| ())).finish()
-    }
-}
-
-/// What is to be done, in order.
-pub enum Action {
-    /// Send a message.
-    Send(ConnId, ToConnector),
-    /// Close the connection when what was sent is written. It is not named again.
-    Close(ConnId),
-    /// Map a worker's memory, and answer with [`Input::Mapped`].
-    Map(ConnId, Vec<(OwnedFd, u64)>, Layout, u64),
-    /// Make the checksums of a hold, then drop the guard.
-    Checksum(ChecksumJob),
-    /// Start a pull, and answer with [`Input::PullEnded`].
-    Pull(PullId, PullRequest, Arc<dyn BlockMemory>, Vec<u32>),
-    /// Cancel it; it still ends.
-    CancelPull(PullId),
-    /// Tell the coordinator.
-    Outcome(v1::TransferOutcome),
-    /// Tell the coordinator.
-    Link(v1::LinkSample),
-}
-
-/// Checksums to make.
-pub struct ChecksumJob {
-    /// Each rank's memory, and where its checksums go.
-    pub ranks: Vec<(Arc<dyn BlockMemory>, Arc<Checksums>)>,
-    /// The blocks.
-    pub block_ids: Vec<u32>,
-    /// Keeps the blocks from being released.
-    pub guard: Guard,
-    /// When the hold was taken.
-    pub taken: Instant,
-}
-
-/// What the rest of the agent sees of the engine through its connectors.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Attachment {
-    /// The engine's present epoch.
-    pub epoch: Epoch,
-    /// As the scheduler or a worker described it; `None` without a connector.
-    pub engine: Option<EngineShape>,
-    /// Whether all ranks and the scheduler are there.
-    pub can_transfer: bool,
-    /// Bytes of one block over all ranks; 0 until then.
-    pub block_bytes: u64,
-    /// See [`layout::describe`]; empty until then.
-    pub layout: String,
-}
-
-/// The facts that all connections of a life agree on.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct EngineShape {
-    /// Model, as the engine serves it.
-    pub model: String,
-    /// Tokens in one block.
-    pub block_size: u32,
-    /// Blocks in the GPU cache.
-    pub num_blocks: u64,
-    /// Worker ranks.
-    pub tp_size: u32,
-}
 
 struct Life {
     epoch: Epoch,
@@ -359,7 +246,7 @@ impl Core {
     }
 
     fn hello(&mut self, now: Now, conn: ConnId, hello: Hello) {
-        if let Err(reason) = check_hello(&hello) {
+        if let Err(reason) = hello::check(&hello) {
             return self.refuse(now, conn, reason);
         }
         let Hello { instance, side, tp_size, model, block_size, num_blocks, .. } = hello;
@@ -701,46 +588,6 @@ impl Core {
 /// A panic elsewhere leaves the table as it was between two of its calls.
 pub(super) fn lock(table: &Mutex<HoldTable>) -> std::sync::MutexGuard<'_, HoldTable> {
     table.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn check_hello(hello: &Hello) -> Result<(), String> {
-    if hello.version != VERSION {
-        return Err(format!(
-            "hello.version: the connector speaks {} and the agent {VERSION}; install the connector that came with this agent",
-            hello.version
-        ));
-    }
-    for (field, text) in [("instance", &hello.instance), ("model", &hello.model)] {
-        if text.is_empty() || text.len() > MAX_TEXT {
-            return Err(format!("hello.{field}: {} bytes; send 1 to {MAX_TEXT}", text.len()));
-        }
-    }
-    if !(1..=MAX_RANKS).contains(&hello.tp_size) {
-        return Err(format!("hello.tp_size: {}; 1 to {MAX_RANKS} workers are supported", hello.tp_size));
-    }
-    if !(1..=1 << 16).contains(&hello.block_size) {
-        return Err(format!("hello.block_size: {}; 1 to 65536 tokens are supported", hello.block_size));
-    }
-    if !(1..=u64::from(u32::MAX)).contains(&hello.num_blocks) {
-        return Err(format!("hello.num_blocks: {}; 1 to 2^32 - 1 are supported", hello.num_blocks));
-    }
-    match hello.side {
-        Side::Worker(rank) if rank >= hello.tp_size => {
-            Err(format!("hello.side: rank {rank} of {} workers", hello.tp_size))
-        }
-        _ => Ok(()),
-    }
-}
-
-fn kind(message: &ToAgent) -> &'static str {
-    match message {
-        ToAgent::Hello(_) => "hello",
-        ToAgent::Storage { .. } => "storage",
-        ToAgent::Layout(_) => "layout",
-        ToAgent::Hold(_) => "hold",
-        ToAgent::Pull(_) => "pull",
-        ToAgent::Cancel { .. } => "cancel",
-    }
 }
 
 #[cfg(test)]

@@ -1,0 +1,142 @@
+//! What goes into the core and what comes out.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Instant;
+
+use baton_kernels::{BlockMemory, Guard};
+use baton_kv_transfer::checksum::Checksums;
+use baton_kv_transfer::{PullError, PullReport, PullRequest};
+use baton_proto::connector::{Layout, ToAgent, ToConnector};
+use baton_proto::control::v1;
+use baton_proto::{BlockHash, Epoch, TransferId};
+
+/// One connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ConnId(pub u64);
+
+/// One pull.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PullId(pub u64);
+
+/// The present, as the core is told it.
+#[derive(Clone, Copy, Debug)]
+pub struct Now {
+    /// For leases and durations.
+    pub instant: Instant,
+    /// For epochs.
+    pub unix_ms: u64,
+}
+
+/// What happens to the core.
+#[derive(Debug)]
+pub enum Input {
+    /// A connection was accepted.
+    Connected(ConnId),
+    /// It sent a message.
+    Message(ConnId, ToAgent, Extra),
+    /// It sent what is no message.
+    Malformed(ConnId, String),
+    /// It sends nothing more.
+    Ended(ConnId),
+    /// The memory asked for by [`Action::Map`].
+    Mapped(ConnId, Mapped),
+    /// A pull is over; nothing writes to its blocks any more.
+    PullEnded(PullId, Result<PullReport, PullError>),
+    /// The coordinator does not need a hold any more.
+    Release(TransferId),
+    /// The hold table called, or its time has come.
+    Woken,
+    /// The agent stops.
+    Stop,
+}
+
+/// What comes with a message, or follows from it alone.
+#[derive(Debug, Default)]
+pub struct Extra {
+    /// File descriptor of a `Storage`.
+    pub fd: Option<OwnedFd>,
+    /// Block hashes of the content of a `Hold` or a `Pull`.
+    pub hashes: Vec<BlockHash>,
+}
+
+/// A worker's memory, or why it cannot be used.
+pub struct Mapped(pub Result<Arc<dyn BlockMemory>, String>);
+
+impl std::fmt::Debug for Mapped {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Mapped").field(&self.0.as_ref().map(|_| ())).finish()
+    }
+}
+
+/// What is to be done, in order.
+pub enum Action {
+    /// Send a message.
+    Send(ConnId, ToConnector),
+    /// Close the connection when what was sent is written. It is not named again.
+    Close(ConnId),
+    /// Map a worker's memory, and answer with [`Input::Mapped`].
+    Map(ConnId, Vec<(OwnedFd, u64)>, Layout, u64),
+    /// Make the checksums of a hold, then drop the guard.
+    Checksum(ChecksumJob),
+    /// Start a pull, and answer with [`Input::PullEnded`].
+    Pull(PullId, PullRequest, Arc<dyn BlockMemory>, Vec<u32>),
+    /// Cancel it; it still ends.
+    CancelPull(PullId),
+    /// Tell the coordinator.
+    Outcome(v1::TransferOutcome),
+    /// Tell the coordinator.
+    Link(v1::LinkSample),
+}
+
+/// Checksums to make.
+pub struct ChecksumJob {
+    /// Each rank's memory, and where its checksums go.
+    pub ranks: Vec<(Arc<dyn BlockMemory>, Arc<Checksums>)>,
+    /// The blocks.
+    pub block_ids: Vec<u32>,
+    /// Keeps the blocks from being released.
+    pub guard: Guard,
+    /// When the hold was taken.
+    pub taken: Instant,
+}
+
+/// What the rest of the agent sees of the engine through its connectors.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Attachment {
+    /// The engine's present epoch.
+    pub epoch: Epoch,
+    /// As the scheduler or a worker described it; `None` without a connector.
+    pub engine: Option<EngineShape>,
+    /// Whether all ranks and the scheduler are there.
+    pub can_transfer: bool,
+    /// Bytes of one block over all ranks; 0 until then.
+    pub block_bytes: u64,
+    /// See [`crate::layout::describe`]; empty until then.
+    pub layout: String,
+}
+
+/// The facts that all connections of a life agree on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EngineShape {
+    /// Model, as the engine serves it.
+    pub model: String,
+    /// Tokens in one block.
+    pub block_size: u32,
+    /// Blocks in the GPU cache.
+    pub num_blocks: u64,
+    /// Worker ranks.
+    pub tp_size: u32,
+}
+
+/// Name of a message, as in its `type`.
+pub(super) fn kind(message: &ToAgent) -> &'static str {
+    match message {
+        ToAgent::Hello(_) => "hello",
+        ToAgent::Storage { .. } => "storage",
+        ToAgent::Layout(_) => "layout",
+        ToAgent::Hold(_) => "hold",
+        ToAgent::Pull(_) => "pull",
+        ToAgent::Cancel { .. } => "cancel",
+    }
+}
