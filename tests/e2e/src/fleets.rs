@@ -36,8 +36,11 @@ pub fn vllm(python: &Path, connector: &Path, model: PathBuf, name: &str, fast: b
         let mut engine = VllmEngine::new(python, connector);
         // Greedy answers are compared token by token: in float32 no near-tie decides them.
         engine.args.extend(["--dtype", "float32", "--max-model-len", "4096"].map(str::to_owned));
-        // Without a parser vLLM refuses chat requests with tools, the corpus's too.
-        engine.args.extend(["--enable-auto-tool-choice", "--tool-call-parser", "hermes"].map(str::to_owned));
+        // Chat requests with tools need a parser, /render its own switch.
+        engine.args.extend(
+            ["--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--enable-scale-out"]
+                .map(str::to_owned),
+        );
         // For /reset_prefix_cache, which succeeds only where no block is in use.
         engine.env.push(("VLLM_SERVER_DEV_MODE".into(), "1".into()));
         EngineKind::Vllm(engine)

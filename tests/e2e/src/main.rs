@@ -33,6 +33,9 @@ struct Options {
     /// Only these scenarios, by name; a prefix will do.
     #[arg(long, num_args = 1..)]
     only: Vec<String>,
+    /// Not these scenarios, by name; a prefix will do. `ttft` compares times, which needs an idle machine.
+    #[arg(long, num_args = 1..)]
+    skip: Vec<String>,
     /// End in one JSON line: {line: {figure…, ok}}.
     #[arg(long)]
     json: bool,
@@ -65,7 +68,7 @@ async fn main() -> ExitCode {
 
 #[allow(clippy::print_stdout, reason = "the report is what this program is for")]
 async fn run(options: &Options) -> anyhow::Result<bool> {
-    let scenarios = chosen(&options.only)?;
+    let scenarios = chosen(&options.only, &options.skip)?;
     let (mut spec, scale) = match options.engine {
         Engine::Mock => fleets::mock(),
         Engine::Vllm => {
@@ -116,14 +119,18 @@ async fn run(options: &Options) -> anyhow::Result<bool> {
     Ok(report.ok())
 }
 
-fn chosen(only: &[String]) -> anyhow::Result<Vec<Scenario>> {
-    for name in only {
-        let known = Scenario::ALL.iter().any(|scenario| scenario.name().starts_with(name.as_str()));
+fn chosen(only: &[String], skip: &[String]) -> anyhow::Result<Vec<Scenario>> {
+    let is = |scenario: &Scenario, name: &String| scenario.name().starts_with(name.as_str());
+    for (flag, name) in
+        only.iter().map(|name| ("--only", name)).chain(skip.iter().map(|name| ("--skip", name)))
+    {
         let names: Vec<&str> = Scenario::ALL.iter().map(|scenario| scenario.name()).collect();
-        ensure!(known, "--only {name}: no such scenario; there are {}", names.join(", "));
+        let known = Scenario::ALL.iter().any(|scenario| is(scenario, name));
+        ensure!(known, "{flag} {name}: no such scenario; there are {}", names.join(", "));
     }
     let wanted = |scenario: &Scenario| {
-        only.is_empty() || only.iter().any(|name| scenario.name().starts_with(name.as_str()))
+        (only.is_empty() || only.iter().any(|name| is(scenario, name)))
+            && !skip.iter().any(|name| is(scenario, name))
     };
     Ok(Scenario::ALL.into_iter().filter(wanted).collect())
 }
