@@ -73,11 +73,12 @@ impl Detokenizer {
             while !self.text.is_char_boundary(from) {
                 from -= 1;
             }
-            if let Some(at) = self.text[from..].find(stop.as_str()) {
-                let end = from + at + stop.len();
-                if found.is_none_or(|(earliest, _)| end < earliest) {
-                    found = Some((end, stop));
-                }
+            let mut ends =
+                self.text[from..].match_indices(stop.as_str()).map(|(at, _)| from + at + stop.len());
+            if let Some(end) = ends.find(|end| *end > before)
+                && found.is_none_or(|(earliest, _)| end < earliest)
+            {
+                found = Some((end, stop));
             }
         }
         let (end, stop) = found?;
@@ -104,5 +105,77 @@ impl Detokenizer {
     /// Tokens so far.
     pub fn tokens(&self) -> usize {
         self.tokens
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::make_model::make_model;
+
+    fn tokenizer() -> Tokenizer {
+        let folder = tempfile::tempdir().unwrap();
+        make_model(folder.path()).unwrap();
+        Tokenizer::load(folder.path()).unwrap()
+    }
+
+    /// The token of each byte.
+    fn bytes(tokenizer: &Tokenizer, bytes: &[u8]) -> Vec<u32> {
+        let token = |byte: &u8| (0..tokenizer.len() as u32).find(|id| tokenizer.bytes(*id) == [*byte]);
+        bytes.iter().map(|byte| token(byte).unwrap()).collect()
+    }
+
+    fn deltas(tokenizer: &Tokenizer, options: TextOptions, tokens: &[u32]) -> (Vec<String>, Option<String>) {
+        let mut detokenizer = Detokenizer::new(options);
+        let mut deltas = Vec::new();
+        for token in tokens {
+            let stop = detokenizer.push(tokenizer, *token, false);
+            deltas.push(detokenizer.delta(stop.is_some()).to_owned());
+            if stop.is_some() {
+                return (deltas, stop);
+            }
+        }
+        deltas.push(detokenizer.delta(true).to_owned());
+        (deltas, None)
+    }
+
+    #[test]
+    fn characters_come_out_whole() {
+        let tokenizer = tokenizer();
+        let tokens = bytes(&tokenizer, "aé世!".as_bytes());
+        let (pieces, _) = deltas(&tokenizer, TextOptions::default(), &tokens);
+        assert_eq!(pieces, ["a", "", "é", "", "", "世", "!", ""]);
+        // What is no character is replaced as soon as that is certain.
+        let tokens = bytes(&tokenizer, b"\xe4\xb8a\xffb\xc3");
+        let (pieces, _) = deltas(&tokenizer, TextOptions::default(), &tokens);
+        assert_eq!(pieces, ["", "", "\u{fffd}a", "\u{fffd}", "b", "", ""]);
+    }
+
+    #[test]
+    fn what_may_become_a_stop_string_is_kept_back() {
+        let tokenizer = tokenizer();
+        let tokens = bytes(&tokenizer, "say énd now".as_bytes());
+        let options = |min_tokens| TextOptions {
+            stop: vec!["énd".into(), "zzzz".into()],
+            min_tokens,
+            ..TextOptions::default()
+        };
+        let (pieces, stop) = deltas(&tokenizer, options(0), &tokens);
+        assert_eq!((pieces.concat().as_str(), stop.as_deref()), ("say ", Some("énd")));
+        // Too early to count, and never looked for again.
+        let (pieces, stop) = deltas(&tokenizer, options(8), &tokens);
+        assert_eq!((pieces.concat().as_str(), stop), ("say énd now", None));
+        let kept = TextOptions { include_stop: true, ..options(0) };
+        assert_eq!(deltas(&tokenizer, kept, &tokens).0.concat(), "say énd");
+    }
+
+    #[test]
+    fn special_tokens_leave_text_only_where_asked_for() {
+        let tokenizer = tokenizer();
+        let end = tokenizer.id("<|im_end|>").unwrap();
+        for (skip_special_tokens, text) in [(true, ""), (false, "<|im_end|>")] {
+            let options = TextOptions { skip_special_tokens, ..TextOptions::default() };
+            assert_eq!(deltas(&tokenizer, options, &[end]).0.concat(), text);
+        }
     }
 }

@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use axum::body::Bytes;
 use axum::extract::State;
 use axum::http::HeaderMap;
 use axum::response::Response;
@@ -11,12 +10,12 @@ use axum::response::Response;
 use super::App;
 use super::answer::{Answering, Api};
 use super::error::ApiError;
-use super::fields::Fields;
+use super::fields::{Fields, RawBody};
 
 pub(super) async fn create(
     State(app): State<Arc<App>>,
     headers: HeaderMap,
-    body: Bytes,
+    RawBody(body): RawBody,
 ) -> Result<Response, ApiError> {
     let arrived = Instant::now();
     let fields = Fields::parse(&body)?;

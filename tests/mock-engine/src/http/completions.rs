@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use axum::body::Bytes;
 use axum::extract::State;
 use axum::http::HeaderMap;
 use axum::response::Response;
@@ -12,7 +11,7 @@ use serde::Deserialize;
 use super::App;
 use super::answer::{Answering, Api};
 use super::error::ApiError;
-use super::fields::Fields;
+use super::fields::{Fields, RawBody};
 
 /// Output tokens where the client does not say.
 const DEFAULT_MAX_TOKENS: i64 = 16;
@@ -20,7 +19,7 @@ const DEFAULT_MAX_TOKENS: i64 = 16;
 pub(super) async fn create(
     State(app): State<Arc<App>>,
     headers: HeaderMap,
-    body: Bytes,
+    RawBody(body): RawBody,
 ) -> Result<Response, ApiError> {
     let arrived = Instant::now();
     let fields = Fields::parse(&body)?;

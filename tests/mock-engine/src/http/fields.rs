@@ -2,10 +2,32 @@
 
 use std::collections::HashMap;
 
+use axum::body::Bytes;
+use axum::extract::rejection::BytesRejection;
+use axum::extract::{FromRequest, Request};
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
 use super::error::ApiError;
+
+/// A request's body, whole.
+pub(super) struct RawBody(pub(super) Bytes);
+
+impl<S: Send + Sync> FromRequest<S> for RawBody {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, ApiError> {
+        let body = Bytes::from_request(request, state).await;
+        body.map(Self).map_err(|error: BytesRejection| {
+            let kind = error.status().canonical_reason().unwrap_or("BadRequestError");
+            ApiError::new(
+                error.status(),
+                kind,
+                format!("the request body cannot be read: {}", error.body_text()),
+            )
+        })
+    }
+}
 
 /// The fields of a JSON object; unknown ones are ignored, as vLLM does.
 pub struct Fields<'a>(HashMap<String, &'a RawValue>);

@@ -3,14 +3,13 @@
 use std::sync::Arc;
 
 use axum::Json;
-use axum::body::Bytes;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use serde_json::json;
 
 use super::App;
 use super::error::ApiError;
-use super::fields::Fields;
+use super::fields::{Fields, RawBody};
 use crate::chat::ChatInput;
 
 impl App {
@@ -36,7 +35,10 @@ impl App {
     }
 }
 
-pub(super) async fn tokenize(State(app): State<Arc<App>>, body: Bytes) -> Result<Response, ApiError> {
+pub(super) async fn tokenize(
+    State(app): State<Arc<App>>,
+    RawBody(body): RawBody,
+) -> Result<Response, ApiError> {
     let fields = Fields::parse(&body)?;
     app.model(&fields)?;
     let tokens = if fields.raw("messages").is_some() {
@@ -59,7 +61,10 @@ pub(super) async fn tokenize(State(app): State<Arc<App>>, body: Bytes) -> Result
     .into_response())
 }
 
-pub(super) async fn detokenize(State(app): State<Arc<App>>, body: Bytes) -> Result<Response, ApiError> {
+pub(super) async fn detokenize(
+    State(app): State<Arc<App>>,
+    RawBody(body): RawBody,
+) -> Result<Response, ApiError> {
     let fields = Fields::parse(&body)?;
     app.model(&fields)?;
     let tokens: Vec<u32> = fields
