@@ -40,7 +40,8 @@ e2e-random: build ## acceptance suite on real vLLM with a small random-weight mo
 	tests/e2e/run.sh random --skip ttft $(json)
 
 bench: setup ## what tokenising and proxying add to TTFT
-	$(CARGO) run --release -p baton-bench-overhead -- $(json)
+	$(CARGO) build --release -p baton-bench-overhead -p baton-coordinator -p baton-agent -p baton-mock-engine
+	target/release/baton-bench-overhead $(json)
 
 bench-transfer: setup ## block transfer between two processes on loopback
 	$(CARGO) run --release -p baton-kv-transfer --example transfer_bench
