@@ -82,6 +82,7 @@ pub struct Outbox {
     kept: VecDeque<Kept>,
     kept_hashes: usize,
     max_kept: usize,
+    max_batch: usize,
 }
 
 impl Outbox {
@@ -97,6 +98,7 @@ impl Outbox {
             kept: VecDeque::new(),
             kept_hashes: 0,
             max_kept: KEPT_BYTES / BlockHash::LEN,
+            max_batch: BATCH,
         }
     }
 
@@ -121,7 +123,7 @@ impl Outbox {
             Change::Removed(hash, tier) => self.open.push(Kind::Removed(tier), Some(hash)),
             Change::Cleared => self.open.push(Kind::Cleared, None),
         }
-        if self.open.hashes >= BATCH {
+        if self.open.hashes >= self.max_batch {
             self.flush();
         }
     }
@@ -215,7 +217,7 @@ impl Outbox {
         open.push(Kind::Cleared, None);
         for (tier, hashes) in [Tier::Gpu, Tier::Host, Tier::Disk].into_iter().zip(by_tier) {
             for hash in hashes {
-                if open.hashes >= BATCH {
+                if open.hashes >= self.max_batch {
                     self.snapshot_batch(&mut open);
                 }
                 open.push(Kind::Stored(tier), Some(hash));
@@ -403,9 +405,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_receiver_ends_with_what_is_owned(ops in prop::collection::vec(any_op(), 1..120), max_kept in 1..20usize) {
+        fn the_receiver_ends_with_what_is_owned(ops in prop::collection::vec(any_op(), 1..120), max_kept in 1..20usize, max_batch in 1..5usize) {
             let mut outbox = Outbox::new(Epoch(1));
-            outbox.max_kept = max_kept;
+            (outbox.max_kept, outbox.max_batch) = (max_kept, max_batch);
             let mut owned: BTreeSet<u64> = BTreeSet::new();
             let mut receiver = Receiver::default();
             let mut connected = false;
