@@ -172,6 +172,8 @@ pub struct Limits {
     pub hold_lease_ms: u32,
     /// How long a decode engine pulls before it computes instead.
     pub pull_deadline_ms: u32,
+    /// Most requests in flight; further ones are answered 503.
+    pub max_requests: usize,
     /// Largest request body. Two of them may be in memory for each request in flight.
     pub max_body_bytes: usize,
     /// Most memberships (an engine holds a block) in the index, about 80 bytes each: 640 MB by default. Past it
@@ -190,6 +192,7 @@ impl Default for Limits {
             forget_after_ms: 60_000,
             hold_lease_ms: 30_000,
             pull_deadline_ms: 10_000,
+            max_requests: 4_096,
             max_body_bytes: 64 << 20,
             index_max_blocks: 8_000_000,
             max_engines: 1_024,
@@ -253,7 +256,8 @@ impl Config {
             }
         }
         let limits = &self.limits;
-        let least: [(&'static str, u64, u64); 7] = [
+        let least: [(&'static str, u64, u64); 8] = [
+            ("limits.max_requests", limits.max_requests as u64, 1),
             ("limits.lease_ms", limits.lease_ms.into(), 100),
             ("limits.hold_lease_ms", limits.hold_lease_ms.into(), 100),
             ("limits.pull_deadline_ms", limits.pull_deadline_ms.into(), 10),

@@ -3,10 +3,11 @@
 use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use baton_coordinator_core::fleet::Fleet;
-use baton_coordinator_core::kv_index::{KvIndex, Tier, Tiers};
+use baton_coordinator_core::kv_index::{IndexError, KvIndex, Tier, Tiers};
 use baton_coordinator_core::links::Links;
 use baton_proto::control::{FieldError, unpack_hashes, v1};
-use baton_proto::{BlockHash, EngineId};
+use baton_proto::{BlockHash, EngineId, Epoch};
+use tokio::sync::Semaphore;
 use tokio::time::Instant;
 use tracing::{info, warn};
 
@@ -39,6 +40,9 @@ impl Index {
 
 const POISON: &str = "no code that holds this lock panics";
 
+/// Changes that are made under one lock: lookups wait for no more than these (about 1 ms).
+const HASHES_PER_LOCK: usize = 4096;
+
 /// The coordinator.
 pub struct Coordinator {
     /// As configured.
@@ -53,6 +57,8 @@ pub struct Coordinator {
     pub ownership: Ownership,
     /// The models' tokenizers.
     pub models: Models,
+    /// A permit for each request in flight.
+    pub requests: Arc<Semaphore>,
     links: RwLock<Links>,
 }
 
@@ -99,6 +105,7 @@ impl Coordinator {
             index: Index::new(config.limits.index_max_blocks),
             ownership,
             models,
+            requests: Arc::new(Semaphore::new(config.limits.max_requests)),
             links: RwLock::default(),
             config,
         }
@@ -154,24 +161,15 @@ impl Coordinator {
                 return Ok(if ask { Ingested::AskAll } else { Ingested::Waiting });
             }
         }
-        let epoch = baton_proto::Epoch(epoch);
-        {
-            let mut index = self.index.write();
-            for change in &changes {
-                let applied = match change {
-                    BlockChange::Stored(tiers, hashes) => {
-                        index.store(entry.slot, epoch, *tiers, hashes.iter().copied()).map(|_| ())
-                    }
-                    BlockChange::Removed(tiers, hashes) => {
-                        index.remove(entry.slot, epoch, *tiers, hashes.iter().copied())
-                    }
-                    BlockChange::Cleared => index.clear(entry.slot, epoch),
-                };
-                if applied.is_err() {
-                    // A newer session took the engine to its next epoch meanwhile; this one is about to end.
-                    return Ok(Ingested::Waiting);
-                }
+        let epoch = Epoch(epoch);
+        for change in &changes {
+            if self.apply(entry, epoch, change).is_err() {
+                // A newer session took the engine to its next epoch meanwhile; this one is about to end.
+                return Ok(Ingested::Waiting);
             }
+        }
+        {
+            let index = self.index.read();
             self.metrics.index_blocks.set(index.memberships() as i64);
             self.metrics.index_dropped.set(index.dropped() as i64);
         }
@@ -186,6 +184,23 @@ impl Coordinator {
         }
         self.metrics.batches_applied.inc();
         Ok(Ingested::Upto(batch.seq))
+    }
+
+    fn apply(&self, entry: &Entry, epoch: Epoch, change: &BlockChange) -> Result<(), IndexError> {
+        match change {
+            BlockChange::Stored(tiers, hashes) => {
+                for some in hashes.chunks(HASHES_PER_LOCK) {
+                    self.index.write().store(entry.slot, epoch, *tiers, some.iter().copied())?;
+                }
+            }
+            BlockChange::Removed(tiers, hashes) => {
+                for some in hashes.chunks(HASHES_PER_LOCK) {
+                    self.index.write().remove(entry.slot, epoch, *tiers, some.iter().copied())?;
+                }
+            }
+            BlockChange::Cleared => self.index.write().clear(entry.slot, epoch)?,
+        }
+        Ok(())
     }
 
     /// Takes a measurement of the link from `source` to the engine.

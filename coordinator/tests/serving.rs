@@ -416,3 +416,31 @@ async fn health_models_and_tokens_are_told() {
     let body = json!({"model": "m", "messages": [{"role": "user", "content": "x"}], "chat_template": "x"});
     assert_eq!(fleet.post("/tokenize", "adaptive", &body).await.status(), 400);
 }
+
+#[tokio::test]
+async fn an_engine_that_makes_other_tokens_is_told_of() {
+    let fleet = Fleet::start("").await;
+    let engine = Engine::start().await;
+    engine.tokenize_as(&[1, 2, 3]);
+    let _agent = Agent::connect(&fleet, register("e0", &engine.url())).await;
+    fleet.until_metric("baton_token_mismatches_total", 2.0).await;
+    assert_eq!(fleet.complete("adaptive", &completion()).await.status(), 200);
+}
+
+#[tokio::test]
+async fn requests_in_flight_are_bounded() {
+    let fleet = Fleet::start("max_requests = 1").await;
+    let (engine, _agent) = fleet.engine("e0").await;
+    engine.behave(Behaviour::Step);
+    engine.step(1);
+    let mut body = completion();
+    body["stream"] = json!(true);
+    let first = fleet.complete("colocated", &body).await;
+    let second = fleet.complete("colocated", &body).await;
+    assert_eq!((first.status().as_u16(), second.status().as_u16()), (200, 503));
+    assert_eq!(header(&second, "retry-after"), "1");
+    engine.step(10);
+    assert!(first.text().await.unwrap().ends_with("[DONE]\n\n"));
+    eventually("there is room again", async || fleet.complete("colocated", &body).await.status() == 200)
+        .await;
+}

@@ -22,7 +22,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::checksum::Checksums;
 
-/// Ended transfers that a table remembers, to tell why a late pull is refused.
+/// Ended transfers that a table remembers, to tell why a late pull is refused, and to take no hold behind its release.
 const REMEMBERED: usize = 1024;
 
 /// Called when a table has news, from any thread and with no lock held; should do little more than notify.
@@ -58,6 +58,9 @@ pub enum HoldError {
     /// The id is in use.
     #[error("transfer {0} is held already")]
     DuplicateTransfer(TransferId),
+    /// The hold is over, or was released before it came.
+    #[error("transfer {0} is over already")]
+    TransferOver(TransferId),
     /// The request has a hold.
     #[error("request {0:?} has a hold already")]
     DuplicateRequest(String),
@@ -245,6 +248,9 @@ impl HoldTable {
         if self.entries.contains_key(&hold.transfer_id) {
             return Err(HoldError::DuplicateTransfer(hold.transfer_id));
         }
+        if self.past(hold.transfer_id).is_some() {
+            return Err(HoldError::TransferOver(hold.transfer_id));
+        }
         if self.requests.contains(&hold.request_id) {
             return Err(HoldError::DuplicateRequest(hold.request_id));
         }
@@ -271,8 +277,8 @@ impl HoldTable {
             return Err(WireError::new(ErrorCode::StaleEpoch, self.epoch.0));
         }
         let Some(entry) = self.entries.get(&pull.transfer_id) else {
-            let ended = self.remembered.iter().rev().find(|(id, _)| *id == pull.transfer_id);
-            return Err(ended.map_or(ErrorCode::UnknownTransfer, |(_, end)| end.code()).into());
+            let ended = self.past(pull.transfer_id);
+            return Err(ended.map_or(ErrorCode::UnknownTransfer, HoldEnd::code).into());
         };
         if let Some(end) = entry.shared.end.get() {
             return Err(end.code().into());
@@ -311,8 +317,30 @@ impl HoldTable {
 
     /// Ends a hold by order. `false` where there is none, or it ended already. Its blocks are released by a later
     /// [`Self::poll`].
+    ///
+    /// The order may come by another way than the hold, and overtake it: then the hold is not taken when it comes.
     pub fn release(&mut self, transfer_id: TransferId) -> bool {
-        self.entries.get(&transfer_id).is_some_and(|entry| end(entry, HoldEnd::Released))
+        match self.entries.get(&transfer_id) {
+            Some(entry) => end(entry, HoldEnd::Released),
+            None => {
+                if self.past(transfer_id).is_none() {
+                    self.remember(transfer_id, HoldEnd::Released);
+                }
+                false
+            }
+        }
+    }
+
+    /// How a transfer ended, if that is remembered.
+    fn past(&self, transfer_id: TransferId) -> Option<HoldEnd> {
+        self.remembered.iter().rev().find(|(id, _)| *id == transfer_id).map(|(_, end)| *end)
+    }
+
+    fn remember(&mut self, transfer_id: TransferId, end: HoldEnd) {
+        if self.remembered.len() == REMEMBERED {
+            self.remembered.pop_front();
+        }
+        self.remembered.push_back((transfer_id, end));
     }
 
     /// Ends all holds and opens none of this epoch any more: the engine or the agent is another one from now on. The
@@ -348,10 +376,7 @@ impl HoldTable {
         for ReleasedHold { request_id, transfer_id, end } in &released {
             self.entries.remove(transfer_id);
             self.requests.remove(request_id);
-            if self.remembered.len() == REMEMBERED {
-                self.remembered.pop_front();
-            }
-            self.remembered.push_back((*transfer_id, *end));
+            self.remember(*transfer_id, *end);
         }
         released
     }

@@ -251,8 +251,8 @@ async fn a_source_that_is_gone_fails_the_pull_and_nothing_else() {
     let (failed, words) = d.engine.pulled(0).await;
     assert_eq!(failed, [10], "{words}");
     let q = Side::start(&site, "q", 1, "bf16", 1).await;
-    q.hold(1, &[3], 16, LEASE).await;
-    d.engine.pull(0, 1, q.source(), 0, &[10], 16).await;
+    q.hold(2, &[3], 16, LEASE).await;
+    d.engine.pull(0, 2, q.source(), 0, &[10], 16).await;
     assert_eq!(d.engine.pulled(0).await, (vec![], String::new()));
 }
 

@@ -20,6 +20,7 @@ use tracing::{debug, info, warn};
 use crate::registry::{COMMAND_QUEUE, PeerMap, RegisterError, Registered, Registration};
 use crate::state::{BatchError, Coordinator, Ingested};
 use crate::tls::is_certificate_of;
+use crate::tokenizer::agreement;
 
 /// Answers that may wait for the agent to read them. Past it we stop reading what the agent says.
 const ANSWERS: usize = 64;
@@ -50,7 +51,7 @@ pub(super) fn start(
 }
 
 async fn run(
-    coordinator: &Coordinator,
+    coordinator: &Arc<Coordinator>,
     certificate: &CertificateDer<'_>,
     mut said: Streaming<v1::AgentMessage>,
     answers: &Answers,
@@ -118,7 +119,7 @@ impl Drop for Session<'_> {
 
 impl<'a> Session<'a> {
     fn open(
-        coordinator: &'a Coordinator,
+        coordinator: &'a Arc<Coordinator>,
         certificate: &CertificateDer<'_>,
         register: v1::Register,
     ) -> Result<(mpsc::Receiver<Answer>, Self), Status> {
@@ -137,6 +138,9 @@ impl<'a> Session<'a> {
             RegisterError::OldEpoch { .. } => Status::failed_precondition(error.to_string()),
             RegisterError::Full(_) => Status::resource_exhausted(error.to_string()),
         })?;
+        if registered.emptied {
+            agreement::check(coordinator.clone(), registered.entry.clone());
+        }
         info!(engine = %id, epoch, can_transfer, next_event_seq = registered.next_event_seq, "registered");
         Ok((commands, Self { coordinator, registered, epoch, layout, told_peers: None }))
     }

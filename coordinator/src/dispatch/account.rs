@@ -1,7 +1,8 @@
-//! One request's entry in the metrics, made on every way out.
+//! One request's entry in the metrics, and its permit: made and given back on every way out.
 
 use std::sync::Arc;
 
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 
 use crate::metrics::{Mode, Outcome};
@@ -11,13 +12,18 @@ use crate::state::Coordinator;
 pub(super) struct Account {
     coordinator: Arc<Coordinator>,
     arrived: Instant,
+    _permit: OwnedSemaphorePermit,
     pub(super) mode: Mode,
     pub(super) outcome: Outcome,
 }
 
 impl Account {
-    pub(super) fn open(coordinator: Arc<Coordinator>, arrived: Instant) -> Self {
-        Self { coordinator, arrived, mode: Mode::None, outcome: Outcome::Cancelled }
+    pub(super) fn open(
+        coordinator: Arc<Coordinator>,
+        arrived: Instant,
+        permit: OwnedSemaphorePermit,
+    ) -> Self {
+        Self { coordinator, arrived, _permit: permit, mode: Mode::None, outcome: Outcome::Cancelled }
     }
 
     /// The first byte of a stream goes out.

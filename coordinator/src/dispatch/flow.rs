@@ -16,6 +16,7 @@ use http::{HeaderMap, HeaderValue, StatusCode};
 use http_body::Frame;
 use http_body_util::{BodyExt, Limited};
 use hyper::body::Incoming;
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
@@ -113,8 +114,8 @@ impl Wanted {
 ///
 /// # Cancel safety
 /// Dropping the future, or the answer's body, ends the work on every engine.
-pub async fn serve(coordinator: Arc<Coordinator>, wanted: Wanted) -> Response {
-    let account = Account::open(coordinator.clone(), wanted.arrived);
+pub async fn serve(coordinator: Arc<Coordinator>, wanted: Wanted, permit: OwnedSemaphorePermit) -> Response {
+    let account = Account::open(coordinator.clone(), wanted.arrived, permit);
     Flow { coordinator: &coordinator, wanted: &wanted, avoid: Vec::new() }.run(account).await
 }
 

@@ -46,8 +46,13 @@ async fn generate(
     headers: HeaderMap,
     body: Body,
 ) -> Response {
+    let Ok(permit) = coordinator.requests.clone().try_acquire_owned() else {
+        coordinator.metrics.request(Mode::None, Outcome::Refused);
+        let message = "Too many requests are in flight.";
+        return ApiError::of(StatusCode::SERVICE_UNAVAILABLE, message).into_response();
+    };
     match wanted(&coordinator, Some(endpoint), headers, body).await {
-        Ok(wanted) => dispatch::serve(coordinator, wanted).await,
+        Ok(wanted) => dispatch::serve(coordinator, wanted, permit).await,
         Err(error) => {
             coordinator.metrics.request(Mode::None, Outcome::Refused);
             error.into_response()

@@ -163,8 +163,8 @@ impl Ownership {
 
     /// The engine is not registered any more.
     pub fn erase(&self, id: &EngineId) {
-        let mut dirty = self.dirty.lock().expect(POISON);
-        *dirty.entry(id.clone()).or_default() = Dirty { marks: Marks::default(), erase: true };
+        // Marks stay: the engine may be back before the next flush.
+        self.dirty.lock().expect(POISON).entry(id.clone()).or_default().erase = true;
     }
 
     /// Writes what is marked. On an error it stays marked.
@@ -206,7 +206,9 @@ impl Ownership {
             .filter_map(|(id, dirty)| {
                 let entry = registry.get(id)?;
                 let (registration, seq) = entry.record();
-                Some((entry.slot, (entry, dirty.marks, registration, seq)))
+                // Of an engine that is back already everything was just erased.
+                let marks = if dirty.erase { Marks::ALL } else { dirty.marks };
+                Some((entry.slot, (entry, marks, registration, seq)))
             })
             .collect();
         let mut changes = Vec::new();

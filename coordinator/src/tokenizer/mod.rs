@@ -4,6 +4,7 @@
 //! and the model's own `tokenizer.json`. Where that cannot be known (images, truncation, an engine that renders in
 //! code of its own) the prompt counts as unknown. Nothing here ever fails a request: the engine is the judge.
 
+pub mod agreement;
 mod content_format;
 mod messages;
 mod model;

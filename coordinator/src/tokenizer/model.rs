@@ -120,7 +120,7 @@ impl Model {
     /// Token ids of a text.
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, RenderError> {
         let Some(words) = &self.words else { return encode(&self.tokenizer, text, add_special_tokens) };
-        let ids = words.encode(text, |piece| encode(&self.tokenizer, piece, false))?;
+        let ids = words.encode(text, |stretch| ids_and_starts(&self.tokenizer, stretch))?;
         match add_special_tokens {
             true => Ok([&self.around.0[..], &ids, &self.around.1].concat()),
             false => Ok(ids),
@@ -143,6 +143,12 @@ fn encode(tokenizer: &Tokenizer, text: &str, add_special_tokens: bool) -> Result
         .encode_fast(text, add_special_tokens)
         .map(|encoding| encoding.get_ids().to_vec())
         .map_err(|_| RenderError::Unknown("tokenizer_failed"))
+}
+
+/// Token ids of a text, each with the byte that it begins at.
+pub(super) fn ids_and_starts(tokenizer: &Tokenizer, text: &str) -> Result<Vec<(u32, usize)>, RenderError> {
+    let encoding = tokenizer.encode(text, false).map_err(|_| RenderError::Unknown("tokenizer_failed"))?;
+    Ok(encoding.get_ids().iter().zip(encoding.get_offsets()).map(|(id, offsets)| (*id, offsets.0)).collect())
 }
 
 /// What the post-processor puts around a text, read off a sample; `None` where it does more than that.

@@ -47,6 +47,7 @@ pub struct Engine {
 struct Inner {
     behaviour: Mutex<Behaviour>,
     requests: Mutex<Vec<(String, HeaderMap, Bytes)>>,
+    tokens: Mutex<Option<Vec<u32>>>,
     steps: Semaphore,
     aborted: AtomicUsize,
     came: Notify,
@@ -101,6 +102,7 @@ impl Engine {
         let inner = Arc::new(Inner {
             behaviour: Mutex::new(Behaviour::Serve),
             requests: Mutex::default(),
+            tokens: Mutex::default(),
             steps: Semaphore::new(0),
             aborted: AtomicUsize::new(0),
             came: Notify::new(),
@@ -123,7 +125,12 @@ impl Engine {
         self.inner.steps.add_permits(events);
     }
 
-    /// Bodies as they came, oldest first.
+    /// What it makes of every text.
+    pub fn tokenize_as(&self, tokens: &[u32]) {
+        *self.inner.tokens.lock().unwrap() = Some(tokens.to_vec());
+    }
+
+    /// Bodies of requests to generate as they came, oldest first.
     pub fn bodies(&self) -> Vec<Bytes> {
         self.inner.requests.lock().unwrap().iter().map(|request| request.2.clone()).collect()
     }
@@ -156,6 +163,12 @@ async fn answer(
     headers: HeaderMap,
     body: Bytes,
 ) -> Response {
+    if uri.path() == "/tokenize" {
+        return match &*inner.tokens.lock().unwrap() {
+            Some(tokens) => axum::Json(json!({ "tokens": tokens })).into_response(),
+            None => StatusCode::NOT_FOUND.into_response(),
+        };
+    }
     inner.requests.lock().unwrap().push((uri.path().to_owned(), headers, body.clone()));
     inner.came.notify_one();
     let behaviour = *inner.behaviour.lock().unwrap();

@@ -86,13 +86,13 @@ enum Operation {
 
 fn operation() -> impl Strategy<Value = Operation> {
     prop_oneof![
-        4 => (0..5u8, 0..5u8, 1..3usize, 1..60u64)
+        6 => (0..12u8, 0..5u8, 1..3usize, 1..60u64)
             .prop_map(|(number, request, ranks, lease)| Operation::Insert { number, request, ranks, lease }),
-        6 => (0..5u8, 0..3u32, prop::bool::weighted(0.1))
+        6 => (0..12u8, 0..3u32, prop::bool::weighted(0.1))
             .prop_map(|(number, rank, stale)| Operation::Open { number, rank, stale }),
         4 => any::<usize>().prop_map(Operation::Finish),
         6 => any::<usize>().prop_map(Operation::Drop),
-        1 => (0..5u8).prop_map(Operation::Release),
+        1 => (0..12u8).prop_map(Operation::Release),
         1 => Just(Operation::DropEpoch),
         4 => (1..40u64).prop_map(Operation::Advance),
         4 => Just(Operation::Poll),
@@ -124,6 +124,9 @@ impl Model {
     fn insert(&mut self, number: u8, request: u8, ranks: usize, lease: u64) -> Result<(), HoldError> {
         if self.find(number).is_some() {
             return Err(HoldError::DuplicateTransfer(id(number)));
+        }
+        if self.past.contains_key(&number) {
+            return Err(HoldError::TransferOver(id(number)));
         }
         if self.holds.iter().any(|hold| hold.request == request) {
             return Err(HoldError::DuplicateRequest(format!("r{request}")));
@@ -253,6 +256,9 @@ proptest! {
                 Operation::Release(number) => {
                     let live = model.find(number).filter(|hold| hold.end.is_none());
                     let expected = live.map(|hold| hold.end = Some(HoldEnd::Released)).is_some();
+                    if model.find(number).is_none() {
+                        model.past.entry(number).or_insert(HoldEnd::Released);
+                    }
                     prop_assert_eq!(table.release(id(number)), expected);
                 }
                 Operation::DropEpoch => {

@@ -49,7 +49,12 @@ pub struct Counters {
 impl Counters {
     /// Growth of an engine's counter since `before`.
     pub fn engine(&self, before: &Counters, i: usize, name: &str) -> f64 {
-        self.engines[i].sum(name, &[]) - before.engines[i].sum(name, &[])
+        self.engine_labelled(before, i, name, &[])
+    }
+
+    /// The same, of the series that carry these labels.
+    pub fn engine_labelled(&self, before: &Counters, i: usize, name: &str, labels: &[(&str, &str)]) -> f64 {
+        self.engines[i].sum(name, labels) - before.engines[i].sum(name, labels)
     }
 
     /// Growth of an agent's counter since `before`; all of it where the agent was restarted in between.

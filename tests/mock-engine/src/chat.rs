@@ -105,7 +105,10 @@ fn message_for_template(index: usize, message: &Json) -> Result<Json, ChatError>
         Some(Json::Array(parts)) => {
             let text = |part: &Json| Some(part.get("text")?.as_str()?.to_owned());
             let texts: Option<Vec<String>> = parts.iter().map(text).collect();
-            let texts = texts.ok_or(wrong(".content", "only text parts can be read, not images or audio"))?;
+            let mut texts =
+                texts.ok_or(wrong(".content", "only text parts can be read, not images or audio"))?;
+            // vLLM leaves out empty parts.
+            texts.retain(|text| !text.is_empty());
             message.insert("content".into(), texts.join("\n").into());
         }
         Some(_) => return Err(wrong(".content", "expected a string or a list of parts")),

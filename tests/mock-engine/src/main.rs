@@ -1,5 +1,6 @@
 //! The mock engine's command.
 
+use std::io::IsTerminal;
 use std::path::PathBuf;
 
 use baton_mock_engine::make_model::make_model;
@@ -23,7 +24,12 @@ enum Arguments {
 
 fn main() -> anyhow::Result<()> {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let stderr = std::io::stderr;
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(stderr().is_terminal())
+        .with_writer(stderr)
+        .init();
     match Arguments::parse() {
         Arguments::MakeModel { folder } => Ok(make_model(&folder)?),
         Arguments::Serve(config) => {

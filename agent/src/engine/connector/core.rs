@@ -9,7 +9,7 @@
 mod hello;
 mod interface;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -43,6 +43,8 @@ pub const MAX_STORAGES: usize = 4096;
 pub const MAX_RANKS: u32 = 64;
 /// Longest lease and deadline; longer ones are cut.
 pub const MAX_LEASE: Duration = Duration::from_secs(600);
+/// Most cancelled requests that are remembered, the latest.
+const MAX_CANCELLED: usize = 1024;
 /// Most requests that the engine wants held before its workers have registered their memory.
 const MAX_UNHELD: usize = 16 << 10;
 
@@ -52,6 +54,8 @@ struct Life {
     shape: EngineShape,
     scheduler: Option<ConnId>,
     workers: BTreeMap<u32, Worker>,
+    /// Requests that are over. Their pulls come by other connections, and may come later than that.
+    cancelled: VecDeque<String>,
     /// Requests whose blocks came to be held before all workers were ready to be told of their release.
     unheld: Vec<String>,
 }
@@ -233,7 +237,7 @@ impl Core {
                 }
             }
             (Stage::Scheduler, ToAgent::Hold(hold)) => self.hold(now, hold, extra.hashes),
-            (Stage::Scheduler, ToAgent::Cancel { request_id }) => self.cancel(&request_id),
+            (Stage::Scheduler, ToAgent::Cancel { request_id }) => self.cancel(request_id),
             (Stage::Worker { rank, .. }, ToAgent::Pull(pull)) => {
                 let rank = *rank;
                 self.pull(now, conn, rank, pull, extra.hashes);
@@ -271,7 +275,15 @@ impl Core {
         let epoch = self.epoch;
         let life = self.life.get_or_insert_with(|| {
             tracing::info!(%epoch, instance, ?shape, "the engine's connector is here");
-            Life { epoch, instance, shape, scheduler: None, workers: BTreeMap::new(), unheld: Vec::new() }
+            Life {
+                epoch,
+                instance,
+                shape,
+                scheduler: None,
+                workers: BTreeMap::new(),
+                cancelled: VecDeque::new(),
+                unheld: Vec::new(),
+            }
         });
         let stage = match side {
             Side::Scheduler => {
@@ -453,19 +465,23 @@ impl Core {
         let Pull { request_id, transfer_id, source, deadline_ms, first_block, block_ids, .. } = pull;
         let wanted = hashes.len().saturating_sub(first_block as usize);
         let num_blocks = life.shape.num_blocks;
-        let problem = if block_ids.is_empty() || wanted != block_ids.len() {
-            Some(format!("{} blocks from {first_block} of {}", block_ids.len(), hashes.len()))
+        let problem = if life.cancelled.contains(&request_id) {
+            Some((ErrorCode::Cancelled, "the request is over".to_owned()))
+        } else if block_ids.is_empty() || wanted != block_ids.len() {
+            let problem = format!("{} blocks from {first_block} of {}", block_ids.len(), hashes.len());
+            Some((ErrorCode::Range, problem))
         } else if let Some(block) = block_ids.iter().find(|block| u64::from(**block) >= num_blocks) {
-            Some(format!("block {block} of {num_blocks}"))
+            Some((ErrorCode::Range, format!("block {block} of {num_blocks}")))
         } else if self.pulls.len() >= MAX_PULLS {
-            Some(format!("{MAX_PULLS} pulls are under way"))
+            Some((ErrorCode::Busy, format!("{MAX_PULLS} pulls are under way")))
         } else {
             None
         };
         let (Some(last_hash), None) = (hashes.last(), &problem) else {
-            let error = format!("range: {}", problem.unwrap_or_default());
+            let (code, problem) = problem.unwrap_or((ErrorCode::Range, "no content".to_owned()));
+            let error = format!("{}: {problem}", code.name());
             tracing::warn!(%transfer_id, request_id, error, "pull refused");
-            self.metrics.pull_ended(ErrorCode::Range.name(), Duration::ZERO);
+            self.metrics.pull_ended(code.name(), Duration::ZERO);
             let done = ToConnector::PullDone { request_id, failed_blocks: block_ids, error };
             self.actions.push(Action::Send(conn, done));
             return;
@@ -497,13 +513,17 @@ impl Core {
         self.pulls.insert(id, running);
     }
 
-    fn cancel(&mut self, request_id: &str) {
+    fn cancel(&mut self, request_id: String) {
+        let Some(life) = &mut self.life else { return };
         for (id, pull) in &self.pulls {
-            if Some(pull.epoch) == self.life.as_ref().map(|life| life.epoch) && pull.request_id == request_id
-            {
+            if pull.epoch == life.epoch && pull.request_id == request_id {
                 self.actions.push(Action::CancelPull(*id));
             }
         }
+        if life.cancelled.len() == MAX_CANCELLED {
+            life.cancelled.pop_front();
+        }
+        life.cancelled.push_back(request_id);
     }
 
     fn pull_ended(&mut self, now: Now, id: PullId, result: Result<PullReport, PullError>) {

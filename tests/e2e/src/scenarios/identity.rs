@@ -110,7 +110,8 @@ async fn asks(bed: &mut Bed) -> anyhow::Result<Vec<Ask>> {
     Ok(asks)
 }
 
-/// Tokens of the answer's prompt that engine `i` computed itself: those it counted less local and external hits.
+/// Tokens of the answer's prompt that engine `i` computed itself: those it counted less local and external hits,
+/// or those it says it computed, whichever are more.
 async fn computed(bed: &Bed, before: &Counters, i: usize, answer: &Answer) -> anyhow::Result<f64> {
     let prompt = answer.prompt_tokens as f64;
     let mut computed = 0.0;
@@ -120,7 +121,14 @@ async fn computed(bed: &Bed, before: &Counters, i: usize, answer: &Answer) -> an
         let counted = now.engine(before, i, "vllm:prompt_tokens_total");
         let hits = now.engine(before, i, "vllm:prefix_cache_hits_total")
             + now.engine(before, i, "vllm:external_prefix_cache_hits_total");
-        computed = counted - hits;
+        // Two counts of one thing: hits as they are granted, and tokens as they are computed.
+        let local = now.engine_labelled(
+            before,
+            i,
+            "vllm:prompt_tokens_by_source_total",
+            &[("source", "local_compute")],
+        );
+        computed = local.max(counted - hits);
         Ok(if counted >= prompt { Ok(()) } else { Err(format!("{counted} of {prompt} tokens counted")) })
     })
     .await?;

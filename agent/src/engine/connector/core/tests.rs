@@ -386,6 +386,32 @@ fn the_coordinator_releases_holds() {
 }
 
 #[test]
+fn a_release_may_overtake_its_hold() {
+    let mut bed = Bed::attached(1);
+    bed.input(Input::Release(transfer(1)));
+    assert_eq!(bed.sent(), []);
+    bed.hold(1, vec![7], 4);
+    assert_eq!(bed.sent(), [(worker(0), released(1))]);
+    assert!(bed.checksum_job().is_none());
+}
+
+#[test]
+fn a_cancel_may_overtake_its_pull() {
+    let mut bed = Bed::attached(1);
+    bed.say(SCHEDULER, ToAgent::Cancel { request_id: "r1".into() });
+    bed.pull(1, 0, vec![5, 6], 1, 10);
+    assert_eq!(bed.pulls().len(), 0);
+    let done = ToConnector::PullDone {
+        request_id: "r1".into(),
+        failed_blocks: vec![5, 6],
+        error: "cancelled: the request is over".into(),
+    };
+    assert_eq!(bed.sent(), [(worker(0), done)]);
+    bed.pull(2, 0, vec![5, 6], 1, 10);
+    assert_eq!(bed.pulls().len(), 1);
+}
+
+#[test]
 fn blocks_that_cannot_be_held_are_given_back_at_once() {
     for (block_ids, tokens) in [(vec![1, 2, 3], 4), (vec![BLOCKS as u32], 4), (vec![], 0)] {
         let mut bed = Bed::attached(1);

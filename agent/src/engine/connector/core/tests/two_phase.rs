@@ -73,10 +73,8 @@ proptest! {
                         content: content(4),
                         block_ids: vec![u32::from(i)],
                     }));
-                    if let Some(job) = bed.checksum_job() {
-                        held.insert((epoch, i));
-                        jobs.push((epoch, i, job));
-                    }
+                    held.insert((epoch, i));
+                    jobs.extend(bed.checksum_job().map(|job| (epoch, i, job)));
                 }
                 Op::ChecksumsMade if !jobs.is_empty() => drop(jobs.remove(0)),
                 Op::Open { hold, rank } => {
