@@ -6,8 +6,9 @@ measured is the decode leg's time to the first token: the handoff and one token'
 ids, new each time, so that neither engine has a prefix of one; both sides get the same prompts and take turns.
 Baton's agents run as in production: mutual TLS, checksums, a coordinator. Nixl's payload is plain.
 
-All four engines run at once with the same flags, and the pair that is not asked is stopped (SIGSTOP): an idle
-engine with NixlConnector takes most of a core for its progress thread. Ends in one JSON line.
+All four engines run at once with the same flags. Nixl's pair is stopped (SIGSTOP) while Baton's is asked: an idle
+engine with NixlConnector takes most of a core for its progress thread. Baton's pair idles while Nixl's is asked; what
+it and its agents take of the processor meanwhile is in the result. Ends in one JSON line.
 """
 
 from __future__ import annotations
@@ -104,13 +105,29 @@ class Side:
     decode: Engine
     hold: Callable[[], dict[str, Any]]
     pull: Callable[[dict[str, Any]], dict[str, Any]]
+    # Whether its idle engines take so much of the processor that the other side cannot be measured beside them.
+    spins: bool
+    others: list[subprocess.Popen[bytes]] = field(default_factory=list)
     seconds: dict[int, list[float]] = field(default_factory=dict)
     prefill_seconds: dict[int, list[float]] = field(default_factory=dict)
 
-    def signal(self, how: signal.Signals) -> None:
-        """To both engines, with all their processes."""
-        for engine in (self.prefill, self.decode):
-            os.killpg(engine.process.pid, how)
+    def rest(self, stopped: bool) -> None:
+        """Stops both engines, with all their processes, or lets them go on, where the side needs it."""
+        if self.spins:
+            for engine in (self.prefill, self.decode):
+                os.killpg(engine.process.pid, signal.SIGSTOP if stopped else signal.SIGCONT)
+
+    def cpu_seconds(self) -> float:
+        """Of all processes of the side, so far."""
+        sessions = {process.pid for process in [self.prefill.process, self.decode.process, *self.others]}
+        ticks = 0
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                # Behind the name, which is in parentheses: state, parent, group, session, … and utime, stime.
+                fields = stat.read_text().rpartition(")")[2].split()
+                if int(fields[3]) in sessions:
+                    ticks += int(fields[11]) + int(fields[12])
+        return ticks / os.sysconf("SC_CLK_TCK")
 
     def handoff(self, tokens: list[int], out: int) -> tuple[float, float, str]:
         body = {"model": MODEL, "prompt": tokens, "temperature": 0}
@@ -187,6 +204,7 @@ def nixl(stack: Stack, model: Path, port: int) -> Side:
         *engines,
         hold=lambda: {"do_remote_decode": True, "do_remote_prefill": False},
         pull=lambda answer: answer,
+        spins=True,
     )
 
 
@@ -205,7 +223,7 @@ def baton(stack: Stack, model: Path, port: int, bins: Path, run: Path) -> Side:
         f'listen = "{HOST}:{port + 8}"\ncontrol_listen = "{HOST}:{control}"\nstore = "embedded:{run}/coordinator.redb"\n'
         f'{tls("coordinator")}[[models]]\nname = "{MODEL}"\npath = "{model}"\n'
     )
-    stack.start("coordinator", [str(bins / "baton-coordinator"), "--config", str(run / "coordinator.toml")])
+    others = [stack.start("coordinator", [str(bins / "baton-coordinator"), "--config", str(run / "coordinator.toml")])]
     engines = []
     for i, name in enumerate(("p0", "d0")):
         events, replay = port + 12 + 2 * i, port + 13 + 2 * i
@@ -216,7 +234,7 @@ def baton(stack: Stack, model: Path, port: int, bins: Path, run: Path) -> Side:
             f'kv_events_replay = "tcp://{HOST}:{replay}"\nsocket = "{run}/{name}.sock"\n'
             f'[transfer]\nlisten = "{HOST}:{transfers[i]}"\n{tls(name)}'
         )
-        stack.start(f"agent-{name}", [str(bins / "baton-agent"), "--config", str(run / f"{name}.toml")])
+        others.append(stack.start(f"agent-{name}", [str(bins / "baton-agent"), "--config", str(run / f"{name}.toml")]))
         config = {
             "kv_connector": "BatonConnector",
             "kv_connector_module_path": "baton_connector.connector",
@@ -236,7 +254,7 @@ def baton(stack: Stack, model: Path, port: int, bins: Path, run: Path) -> Side:
         plan = {"version": 1, "transfer_id": held["transfer_id"], "action": "pull", "num_tokens": held["num_tokens"]}
         return {"baton": plan | {"source": source, "deadline_ms": 30_000}}
 
-    return Side("baton", *engines, hold=hold, pull=pull)
+    return Side("baton", *engines, hold=hold, pull=pull, spins=False, others=others)
 
 
 def wait_ready(sides: list[Side]) -> None:
@@ -305,6 +323,7 @@ def main() -> None:
         wait_ready(sides)
 
         equal = total = 0
+        idle_cpu_s = idle_s = 0.0
         # The first handoff of each side pays for its connections, and the first of each size for its kernels.
         vocabulary = words(args.model)
         for counted, asked in ((False, iter(args.sizes)), (True, rounds(args.sizes, args.repeats, rng))):
@@ -313,10 +332,14 @@ def main() -> None:
                 rng.shuffle(sides)
                 texts = []
                 for side, other in (sides, sides[::-1]):
-                    other.signal(signal.SIGSTOP)
-                    side.signal(signal.SIGCONT)
+                    other.rest(stopped=True)
+                    side.rest(stopped=False)
                     time.sleep(SETTLE_S)
+                    began, other_began = time.perf_counter(), other.cpu_seconds()
                     prefill_s, first_s, text = side.handoff(tokens, out=8)
+                    if not other.spins:
+                        idle_cpu_s += other.cpu_seconds() - other_began
+                        idle_s += time.perf_counter() - began
                     texts.append(text)
                     if counted:
                         side.seconds.setdefault(size, []).append(first_s)
@@ -339,6 +362,7 @@ def main() -> None:
         "nixl": by_name["nixl"],
         "baton": by_name["baton"],
         "ratio_p50": ratios,
+        "baton_idle_cores": round(idle_cpu_s / idle_s, 3),
         "equal_answers": f"{equal}/{total}",
         "within_1_1": all(ratio <= 1.1 for ratio in ratios.values()),
     }
