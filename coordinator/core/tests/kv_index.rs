@@ -78,7 +78,9 @@ fn groups(kind: usize) -> Vec<Group> {
 const KINDS: usize = 10;
 
 fn operation(blocks: usize) -> impl Strategy<Value = Operation> {
-    let at = || (0..SLOTS, prop::sample::select(vec![1, 1, 1, 2u64]), prop::sample::select(vec![0, 0, 0, 1, 2u16]));
+    let at = || {
+        (0..SLOTS, prop::sample::select(vec![1, 1, 1, 2u64]), prop::sample::select(vec![0, 0, 0, 1, 2u16]))
+    };
     let tiers = || prop::sample::select(vec![1, 1, 1, 2, 4, 3, 7, 0u8]);
     let some = || prop::collection::vec(0..blocks, 0..12);
     let len = || prop_oneof![1..4usize, 1..blocks];
@@ -205,7 +207,12 @@ impl Model {
                 let groups = groups(kind);
                 let same = |engine: &Engine| engine.epoch == epoch && engine.groups == groups;
                 if !self.engines.get(&slot).is_some_and(same) {
-                    let engine = Engine { epoch, groups: groups.clone(), held: BTreeMap::new(), expected: BTreeMap::new() };
+                    let engine = Engine {
+                        epoch,
+                        groups: groups.clone(),
+                        held: BTreeMap::new(),
+                        expected: BTreeMap::new(),
+                    };
                     self.engines.insert(slot, engine);
                 }
                 index.open_groups(Slot(slot), Epoch(epoch), &groups).unwrap();
@@ -301,7 +308,11 @@ impl Model {
                 gpu_blocks: self.overlap(slot, path, held(1)),
             };
             assert_eq!(found.of(Slot(slot)), expected, "slot {slot}, path {path:?}");
-            assert_eq!(found.expected(Slot(slot)), self.overlap(slot, path, any), "slot {slot}, path {path:?}");
+            assert_eq!(
+                found.expected(Slot(slot)),
+                self.overlap(slot, path, any),
+                "slot {slot}, path {path:?}"
+            );
             slots += usize::from(expected.blocks > 0);
             let blocks = self.engines.get(&slot).map_or(0, |engine| engine.held.len() as u64);
             assert_eq!(index.blocks_of(Slot(slot)), blocks);

@@ -150,10 +150,7 @@ impl Chain {
             let after = change(State::NONE);
             if after.tiers != 0 {
                 delta.add(u32::from(last - first) + 1, State::NONE, after);
-                self.spans.insert(
-                    start,
-                    Span { lane, first, last, tiers: after.tiers, until: after.until },
-                );
+                self.spans.insert(start, Span { lane, first, last, tiers: after.tiers, until: after.until });
             }
             return delta;
         }

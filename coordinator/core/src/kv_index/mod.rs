@@ -355,6 +355,3 @@ impl KvIndex {
         self.data.write(|data| lanes.iter().for_each(|lane| data.lanes.release(*lane)));
     }
 }
-
-
-
