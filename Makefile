@@ -48,3 +48,7 @@ bench-transfer: setup ## block transfer between two processes on loopback
 
 peers-handoff: setup ## handoff beside vLLM's own NixlConnector on the same engines
 	benches/peers/handoff/run.sh
+
+.PHONY: peers-index
+peers-index: ## the KV index beside peers' own crates; TRACE=path of the Mooncake conversation trace
+	@TRACE="$(TRACE)" benches/peers/index/run.sh

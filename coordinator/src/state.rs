@@ -1,15 +1,15 @@
 //! What all parts of the coordinator share, and the few operations that touch more than one of them.
 
-use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, RwLock};
 
 use baton_coordinator_core::fleet::Fleet;
-use baton_coordinator_core::kv_index::{IndexError, KvIndex, Tier, Tiers};
+use baton_coordinator_core::kv_index::{Holder, IndexError, KvIndex, Limits, Run, Tier, Tiers};
 use baton_coordinator_core::links::Links;
 use baton_proto::control::{FieldError, unpack_hashes, v1};
 use baton_proto::{BlockHash, EngineId, Epoch};
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use crate::config::Config;
 use crate::metrics::Metrics;
@@ -17,31 +17,7 @@ use crate::ownership::Ownership;
 use crate::registry::{BatchOrder, Entry, Lapse, RegisterError, Registered, Registration, Registry};
 use crate::tokenizer::Models;
 
-/// The index behind its lock. It is held for one batch or one lookup at a time.
-#[derive(Debug)]
-pub struct Index(RwLock<KvIndex>);
-
-impl Index {
-    /// An empty index of at most so many memberships.
-    pub fn new(max_memberships: u64) -> Self {
-        Self(RwLock::new(KvIndex::new(max_memberships, rand::random())))
-    }
-
-    /// For lookups.
-    pub fn read(&self) -> RwLockReadGuard<'_, KvIndex> {
-        self.0.read().expect(POISON)
-    }
-
-    /// For changes.
-    pub fn write(&self) -> RwLockWriteGuard<'_, KvIndex> {
-        self.0.write().expect(POISON)
-    }
-}
-
 const POISON: &str = "no code that holds this lock panics";
-
-/// Changes that are made under one lock: lookups wait for no more than these (about 1 ms).
-const HASHES_PER_LOCK: usize = 4096;
 
 /// The coordinator.
 pub struct Coordinator {
@@ -52,7 +28,7 @@ pub struct Coordinator {
     /// The engines.
     pub registry: Registry,
     /// Their blocks.
-    pub index: Index,
+    pub index: KvIndex,
     /// What outlives this process.
     pub ownership: Ownership,
     /// The models' tokenizers.
@@ -102,7 +78,7 @@ impl Coordinator {
         Self {
             metrics: Metrics::new(),
             registry: Registry::new(config.limits.max_engines, tls),
-            index: Index::new(config.limits.index_max_blocks),
+            index: KvIndex::new(Limits::of(config.limits.index_max_blocks), rand::random()),
             ownership,
             models,
             requests: Arc::new(Semaphore::new(config.limits.max_requests)),
@@ -126,13 +102,13 @@ impl Coordinator {
         let (epoch, known) = (registration.epoch, self.registry.get(&registration.engine_id).is_some());
         let registered = self.registry.register(registration, commands, Instant::now())?;
         let entry = &registered.entry;
-        {
-            let mut index = self.index.write();
-            index.open(entry.slot, epoch);
-            if registered.emptied {
-                // The epoch was opened just above.
-                let _ = index.clear(entry.slot, epoch);
-            }
+        let mut opened = self.index.open(entry.slot, epoch);
+        if registered.emptied && opened.is_ok() {
+            opened = self.index.clear(entry.slot, epoch);
+        }
+        if let Err(error) = opened {
+            // Its events will be refused, and it is placed by load.
+            error!(engine = %entry.id, %error, "not indexed");
         }
         if registered.emptied && known {
             self.ownership.mark_all(entry);
@@ -168,11 +144,8 @@ impl Coordinator {
                 return Ok(Ingested::Waiting);
             }
         }
-        {
-            let index = self.index.read();
-            self.metrics.index_blocks.set(index.memberships() as i64);
-            self.metrics.index_dropped.set(index.dropped() as i64);
-        }
+        self.metrics.index_blocks.set(self.index.memberships() as i64);
+        self.metrics.index_dropped.set(self.index.dropped() as i64);
         entry.applied(batch.seq);
         for change in &changes {
             match change {
@@ -187,20 +160,15 @@ impl Coordinator {
     }
 
     fn apply(&self, entry: &Entry, epoch: Epoch, change: &BlockChange) -> Result<(), IndexError> {
+        let holder = Holder::new(entry.slot, epoch);
         match change {
+            // The events do not say yet how blocks hang together.
             BlockChange::Stored(tiers, hashes) => {
-                for some in hashes.chunks(HASHES_PER_LOCK) {
-                    self.index.write().store(entry.slot, epoch, *tiers, some.iter().copied())?;
-                }
+                self.index.store(holder, *tiers, Run::loose(hashes)).map(drop)
             }
-            BlockChange::Removed(tiers, hashes) => {
-                for some in hashes.chunks(HASHES_PER_LOCK) {
-                    self.index.write().remove(entry.slot, epoch, *tiers, some.iter().copied())?;
-                }
-            }
-            BlockChange::Cleared => self.index.write().clear(entry.slot, epoch)?,
+            BlockChange::Removed(tiers, hashes) => self.index.remove(holder, *tiers, hashes),
+            BlockChange::Cleared => self.index.clear(entry.slot, epoch),
         }
-        Ok(())
     }
 
     /// Takes a measurement of the link from `source` to the engine.
@@ -222,7 +190,7 @@ impl Coordinator {
                 }
                 Lapse::Forgotten(entry) => {
                     info!(engine = %entry.id, "gone for long: what it owned is dropped");
-                    self.index.write().forget(entry.slot);
+                    self.index.forget(entry.slot);
                     self.links.write().expect(POISON).forget(entry.slot);
                     self.ownership.erase(&entry.id);
                     self.registry.free(entry.slot);
@@ -247,7 +215,7 @@ impl Coordinator {
         let healthy = entries.iter().filter(|entry| entry.healthy()).count();
         self.metrics.engines_healthy.set(healthy as i64);
         self.metrics.engines_unhealthy.set((entries.len() - healthy) as i64);
-        self.metrics.index_blocks.set(self.index.read().memberships() as i64);
+        self.metrics.index_blocks.set(self.index.memberships() as i64);
     }
 }
 

@@ -12,6 +12,38 @@
 //! ```
 //!
 //! Tokens are 32-bit little-endian; each extra key is one tag byte, a 32-bit length and its bytes.
+//!
+//! # Why a tenant cannot make two contents collide
+//! Two blocks with one hash would be taken for the same KV: the holder's check of a pull and the agent's translation of
+//! store events compare hashes, and behind them stands no other comparison of content. So the hash must resist a tenant who
+//! chooses prompts to collide on purpose, and not only chance.
+//!
+//! - *What is hashed is unambiguous.* The number of tokens stands before the tokens, each extra key has a tag and a length,
+//!   the parent has a fixed length. Different inputs are different byte strings, so a collision of hashes is one of BLAKE3.
+//!   (A parent of 16 zero bytes stands for "none"; a block whose hash is that value would be a preimage of it, 2^128 work.)
+//! - *Chance.* Of `n` blocks some two collide with a probability of at most `n² / 2^129`: for 10 million blocks at once 2·10^-25,
+//!   for 2^50 blocks over a fleet's life 2·10^-9.
+//! - *Two contents of one's own* that collide cost about 2^64 evaluations (the birthday bound of 128 bits: BLAKE3 has no
+//!   shortcut known), each over a block and its parent; the key is public, since every agent and coordinator computes the
+//!   same hashes, so nothing hides the function. That is more work than the KV of any prompt is worth, and all it buys is this:
+//!   both contents are the tenant's, so the tenant reads answers computed from the tenant's own other prompt.
+//! - *Somebody else's content.* To be served another tenant's KV, or to plant KV that another tenant's prompt will find, a
+//!   given hash must be met: a second preimage, 2^128 work, or 2^128 / n against any of n given blocks, still 2^104 for 10
+//!   million. The birthday bound does not help against content that the attacker did not choose. An attacker who can make a
+//!   victim send a prefix of the attacker's choice is back at 2^64 for that prefix, unless the next point holds.
+//! - *Tenants with a cache salt are apart also then.* The salt is hashed into the first block and the chain carries it on:
+//!   who does not know it cannot evaluate the function on the tenant's content at all, so cannot prepare a collision with it
+//!   however much work is spent, nor learn by timing whether the tenant has sent a given prompt. A salt of 128 random bits
+//!   suffices. Salts are part of the content and not of the key because vLLM makes them one, per request.
+//! - *The key* sets models apart: a chain of one model's blocks is never another's, whatever the tokens.
+//!
+//! What hashes are *not* trusted for: bytes. A transfer carries a checksum of each block and checks it on arrival.
+//!
+//! The coordinator's index keeps all 128 bits of every block and compares them whole wherever a lookup enters a run of
+//! blocks, so it adds nothing to the probabilities above. Inside its table an entry keeps 28 bits of the hash mixed with a
+//! random secret of the process, to find the candidate quickly; a candidate counts only after the whole hash was compared. So the
+//! secret protects speed (nobody can choose prompts that crowd one bucket) and nothing depends on it for being right. Between
+//! the two ends of a run the index compares only some hashes: one equal hash vouches for all before it by the chain itself.
 
 use std::fmt;
 

@@ -58,7 +58,7 @@ pub(super) fn fleet(coordinator: &Coordinator) -> v1::FleetReply {
     let status = |entry: std::sync::Arc<crate::registry::Entry>| v1::EngineStatus {
         registration: Some(entry.registration().message.clone()),
         load: Some(entry.reported()),
-        owned_blocks: coordinator.index.read().blocks_of(entry.slot),
+        owned_blocks: coordinator.index.blocks_of(entry.slot),
         healthy: entry.healthy(),
     };
     v1::FleetReply { engines: coordinator.registry.entries().into_iter().map(status).collect() }

@@ -3,11 +3,9 @@
 use std::sync::Arc;
 
 use baton_coordinator_core::fleet::Fleet;
-use baton_coordinator_core::kv_index::Overlaps;
+use baton_coordinator_core::kv_index::{KvIndex, Overlaps};
 use baton_proto::ContentKeys;
 use baton_proto::block_hash::BlockHasher;
-
-use crate::state::Index;
 
 /// A prompt: its tokens, or what is assumed without them.
 #[derive(Clone, Debug)]
@@ -57,9 +55,10 @@ impl Prompt {
 
     /// What each engine that serves the model holds of it. Engines whose blocks are hashed alike (the same
     /// namespace and block size) share one lookup.
-    pub fn overlaps(&self, fleet: &Fleet, model: &str, index: &Index) -> Overlaps {
+    pub fn overlaps(&self, fleet: &Fleet, model: &str, index: &KvIndex) -> Overlaps {
         let mut overlaps = Overlaps::default();
         let Some(token_ids) = &self.token_ids else { return overlaps };
+        let mut found = Overlaps::default();
         let mut done: Vec<(&str, u32)> = Vec::new();
         for engine in fleet.engines() {
             let (Some(namespace), block_size) = (engine.info.models.first(), engine.info.block_size) else {
@@ -73,7 +72,7 @@ impl Prompt {
             let whole = token_ids.len() / block_size as usize * block_size as usize;
             let hashes =
                 BlockHasher::new(namespace).chain(&token_ids[..whole], block_size as usize, &self.keys);
-            let found = index.read().overlap(&hashes);
+            index.overlaps(&hashes, &mut found);
             let alike: Vec<_> = fleet
                 .engines()
                 .iter()

@@ -17,7 +17,7 @@ mod record;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
-use baton_coordinator_core::kv_index::{KvIndex, Slot, Tiers};
+use baton_coordinator_core::kv_index::{Holder, KvIndex, Run, Slot, Tiers};
 use baton_proto::{BlockHash, EngineId};
 use tokio::time::Instant;
 use tracing::warn;
@@ -28,10 +28,12 @@ pub use self::kv::{Change, KvStore, MAX_VALUE, StoreError};
 use crate::config::{Config, StoreConfig};
 use crate::metrics::Metrics;
 use crate::registry::{Entry, Registration, Registry};
-use crate::state::Index;
 
 /// Values that are gathered before they are written: bounds the memory of a flush.
 const WRITE_BATCH: usize = 4 << 20;
+
+/// Blocks of the index that are gathered at once, if no single engine has more: bounds the memory of a flush.
+const GATHERED_BLOCKS: u64 = 1 << 20;
 
 /// Opens the configured store.
 pub async fn open(config: &Config) -> Result<Box<dyn KvStore>, StoreError> {
@@ -39,6 +41,11 @@ pub async fn open(config: &Config) -> Result<Box<dyn KvStore>, StoreError> {
         StoreConfig::Embedded(path) => Box::new(Embedded::open(path)?),
         StoreConfig::Etcd(urls) => Box::new(Etcd::connect(urls, &config.tls).await?),
     })
+}
+
+/// The bucket that a block falls into.
+fn bucket_of(hash: &BlockHash) -> u8 {
+    hash.as_bytes()[0]
 }
 
 /// Buckets, one bit each.
@@ -103,7 +110,7 @@ impl Ownership {
     pub async fn restore(
         &self,
         registry: &Registry,
-        index: &Index,
+        index: &KvIndex,
         now: Instant,
     ) -> Result<Restored, StoreError> {
         let mut restored = Restored::default();
@@ -135,11 +142,18 @@ impl Ownership {
                     continue;
                 }
             };
-            let mut index = index.write();
-            index.open(entry.slot, epoch);
+            let mut by_tiers: BTreeMap<u8, Vec<BlockHash>> = BTreeMap::new();
             for (hash, tiers) in buckets.into_iter().flatten() {
-                // The epoch was opened just above.
-                let _ = index.store(entry.slot, epoch, tiers, [hash]);
+                by_tiers.entry(tiers.bits()).or_default().push(hash);
+            }
+            let stored = index.open(entry.slot, epoch).and_then(|()| {
+                by_tiers.iter().try_for_each(|(tiers, hashes)| {
+                    let holder = Holder::new(entry.slot, epoch);
+                    index.store(holder, Tiers::from_bits(*tiers), Run::loose(hashes)).map(drop)
+                })
+            });
+            if let Err(error) = stored {
+                warn!(engine = %id, %error, "not indexed");
             }
             restored.engines += 1;
             restored.blocks += index.blocks_of(entry.slot);
@@ -151,7 +165,7 @@ impl Ownership {
     pub fn mark<'a>(&self, entry: &Entry, hashes: impl IntoIterator<Item = &'a BlockHash>) {
         let mut marks = Marks::default();
         for hash in hashes {
-            marks.set(KvIndex::bucket_of(hash));
+            marks.set(bucket_of(hash));
         }
         self.dirty.lock().expect(POISON).entry(entry.id.clone()).or_default().marks.merge(marks);
     }
@@ -171,7 +185,7 @@ impl Ownership {
     pub async fn flush(
         &self,
         registry: &Registry,
-        index: &Index,
+        index: &KvIndex,
         metrics: &Metrics,
     ) -> Result<(), StoreError> {
         let taken = std::mem::take(&mut *self.dirty.lock().expect(POISON));
@@ -194,7 +208,7 @@ impl Ownership {
         &self,
         dirty: &BTreeMap<EngineId, Dirty>,
         registry: &Registry,
-        index: &Index,
+        index: &KvIndex,
     ) -> Result<(), StoreError> {
         for (id, _) in dirty.iter().filter(|(_, dirty)| dirty.erase) {
             self.store.write(vec![(record::engine_key(id), None)]).await?;
@@ -213,27 +227,33 @@ impl Ownership {
             .collect();
         let mut changes = Vec::new();
         let mut bytes = 0;
-        for bucket in 0..=255u8 {
-            let marked = |slot: &Slot| engines.get(slot).is_some_and(|engine| engine.1.has(bucket));
-            if !engines.keys().any(marked) {
-                continue;
+        let mut left: Vec<Slot> = engines.keys().copied().rev().collect();
+        while !left.is_empty() {
+            let mut parts: BTreeMap<(Slot, u8), Vec<(BlockHash, Tiers)>> = BTreeMap::new();
+            let (mut gathered, mut blocks) = (Vec::new(), 0);
+            while let Some(slot) = left.pop_if(|slot| {
+                blocks += index.blocks_of(*slot);
+                gathered.is_empty() || blocks <= GATHERED_BLOCKS
+            }) {
+                let marked = (0..=255u8).filter(|bucket| engines[&slot].1.has(*bucket));
+                parts.extend(marked.map(|bucket| ((slot, bucket), Vec::new())));
+                gathered.push(slot);
             }
-            let mut parts: BTreeMap<Slot, Vec<(BlockHash, Tiers)>> =
-                engines.keys().filter(|slot| marked(slot)).map(|slot| (*slot, Vec::new())).collect();
-            for (hash, slot, tiers) in index.read().bucket(bucket) {
-                if let Some(part) = parts.get_mut(&slot) {
+            for (holder, hash, tiers) in index.export(|slot| gathered.binary_search(&slot).is_ok()) {
+                if let Some(part) = parts.get_mut(&(holder.slot, bucket_of(&hash))) {
                     part.push((hash, tiers));
                 }
             }
-            for (slot, blocks) in parts {
+            for ((slot, bucket), mut blocks) in parts {
+                blocks.sort_unstable();
                 let (entry, _, registration, _) = &engines[&slot];
                 let value = (!blocks.is_empty()).then(|| record::encode_bucket(registration.epoch, &blocks));
                 bytes += value.as_ref().map_or(0, bytes::Bytes::len);
                 changes.push((record::bucket_key(&entry.id, bucket), value));
-            }
-            if bytes > WRITE_BATCH {
-                self.store.write(std::mem::take(&mut changes)).await?;
-                bytes = 0;
+                if bytes > WRITE_BATCH {
+                    self.store.write(std::mem::take(&mut changes)).await?;
+                    bytes = 0;
+                }
             }
         }
         for (entry, _, registration, seq) in engines.values() {

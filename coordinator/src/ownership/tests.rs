@@ -1,7 +1,7 @@
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use baton_coordinator_core::kv_index::Tier;
+use baton_coordinator_core::kv_index::{Limits, Overlaps, Tier};
 use baton_proto::control::v1;
 use baton_proto::{BlockHash, Epoch};
 use tokio::sync::mpsc;
@@ -19,7 +19,7 @@ fn hash(n: u32) -> BlockHash {
 
 struct Fixture {
     registry: Registry,
-    index: Index,
+    index: KvIndex,
     metrics: Metrics,
     ownership: Ownership,
 }
@@ -28,7 +28,7 @@ impl Fixture {
     fn new(store: Box<dyn KvStore>) -> Self {
         Self {
             registry: Registry::new(8, crate::testing::client_tls()),
-            index: Index::new(1_000_000),
+            index: KvIndex::new(Limits::of(1_000_000), 1),
             metrics: Metrics::new(),
             ownership: Ownership::new(store),
         }
@@ -39,21 +39,21 @@ impl Fixture {
         let registration = Registration::check(message).unwrap();
         let epoch = registration.epoch;
         let registered = self.registry.register(registration, commands, Instant::now()).unwrap();
-        self.index.write().open(registered.entry.slot, epoch);
+        self.index.open(registered.entry.slot, epoch).unwrap();
         self.ownership.mark_all(&registered.entry);
         registered
     }
 
     fn store(&self, entry: &Entry, epoch: u64, seq: u64, blocks: std::ops::Range<u32>) {
         let hashes: Vec<BlockHash> = blocks.map(hash).collect();
-        self.index.write().store(entry.slot, Epoch(epoch), Tier::Gpu, hashes.iter().copied()).unwrap();
+        self.index.store(Holder::new(entry.slot, Epoch(epoch)), Tier::Gpu, Run::loose(&hashes)).unwrap();
         self.ownership.mark(entry, &hashes);
         entry.applied(seq);
     }
 
     fn remove(&self, entry: &Entry, epoch: u64, seq: u64, blocks: std::ops::Range<u32>) {
         let hashes: Vec<BlockHash> = blocks.map(hash).collect();
-        self.index.write().remove(entry.slot, Epoch(epoch), Tier::Gpu, hashes.iter().copied()).unwrap();
+        self.index.remove(Holder::new(entry.slot, Epoch(epoch)), Tier::Gpu, &hashes).unwrap();
         self.ownership.mark(entry, &hashes);
         entry.applied(seq);
     }
@@ -69,7 +69,9 @@ impl Fixture {
     fn overlap(&self, id: &str, blocks: std::ops::Range<u32>) -> u32 {
         let chain: Vec<BlockHash> = blocks.map(hash).collect();
         let slot = self.registry.get(&id.parse().unwrap()).unwrap().slot;
-        self.index.read().overlap(&chain).of(slot).blocks
+        let mut found = Overlaps::default();
+        self.index.overlaps(&chain, &mut found);
+        found.of(slot).blocks
     }
 }
 
@@ -89,7 +91,7 @@ async fn survives_a_restart(open: impl AsyncFn() -> Box<dyn KvStore>) {
     one.heard(later);
     ten.heard(later);
     assert_eq!(before.registry.expire(later, Duration::from_secs(1), Duration::from_secs(1)).len(), 2);
-    before.index.write().forget(gone.slot);
+    before.index.forget(gone.slot);
     before.ownership.erase(&gone.id);
     before.flush().await.unwrap();
     drop(before);
@@ -140,7 +142,7 @@ async fn buckets_of_another_epoch_are_not_taken_for_whole() {
     let entry = before.register(register("e1", 3)).entry;
     before.store(&entry, 3, 7, 0..100);
     before.flush().await.unwrap();
-    let key = record::bucket_key(&entry.id, KvIndex::bucket_of(&hash(5)));
+    let key = record::bucket_key(&entry.id, bucket_of(&hash(5)));
     let other = record::encode_bucket(Epoch(2), &[(hash(5), Tiers::from(Tier::Gpu))]);
     before.ownership.store.write(vec![(key, Some(other))]).await.unwrap();
     drop(before);

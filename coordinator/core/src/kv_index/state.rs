@@ -1,0 +1,436 @@
+//! The index's data and every change to it, one small step at a time: who calls holds the lock for one step.
+
+use baton_proto::BlockHash;
+
+use super::chain::{Chains, Delta, EXPECTED, HELD, State};
+use super::lanes::Lanes;
+use super::table::{Key, MAX_CHAIN, Place, Table};
+use super::types::{Holder, Limits, Slot, Tiers};
+
+/// Blocks that one step stores, removes or lets go of at most.
+pub(super) const STEP: usize = 64;
+
+/// Chains up to this length are taken into the one they continue.
+const ABSORB: u32 = 16;
+
+/// Chains shorter than this keep their dead blocks.
+const MIN_SPLIT: u32 = 64;
+
+/// A block becomes this to a cache.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Mark {
+    /// Held in these tiers too.
+    Held(u8),
+    /// Expected until the tick whose low byte this is, unless it is held.
+    Expected(u8),
+}
+
+/// The data.
+#[derive(Debug)]
+pub(super) struct Data {
+    pub(super) table: Table,
+    pub(super) chains: Chains,
+    pub(super) lanes: Lanes,
+    pub(super) limits: Limits,
+    /// Over live lanes.
+    pub(super) memberships: u64,
+    /// Blocks expected and not held, over live lanes.
+    pub(super) expected: u64,
+    /// Memberships that the cap kept out, ever.
+    pub(super) dropped: u64,
+    /// Expectations that the cap kept out, ever.
+    pub(super) dropped_expected: u64,
+    /// Chains that may have expectations.
+    pub(super) expecting: Vec<u32>,
+    /// The last tick that expired.
+    pub(super) now: u64,
+}
+
+impl Data {
+    pub(super) fn new(limits: Limits, seed: u64) -> Self {
+        Self {
+            table: Table::new(seed),
+            chains: Chains::default(),
+            lanes: Lanes::default(),
+            limits,
+            memberships: 0,
+            expected: 0,
+            dropped: 0,
+            dropped_expected: 0,
+            expecting: Vec::new(),
+            now: 0,
+        }
+    }
+
+    pub(super) fn find(&self, hash: &BlockHash) -> Option<Place> {
+        self.find_keyed(self.table.key(hash), hash)
+    }
+
+    #[inline]
+    fn find_keyed(&self, key: Key, hash: &BlockHash) -> Option<Place> {
+        self.table.find(key, |place| self.chains[place.chain].hashes[place.pos as usize] == *hash)
+    }
+
+    /// Mixes the hashes and reads where their searches start, all at once.
+    fn touch(&self, hashes: &[BlockHash], keys: &mut [Key]) {
+        let mut read = 0u64;
+        for (key, hash) in keys.iter_mut().zip(hashes) {
+            *key = self.table.key(hash);
+            read = read.wrapping_add(self.table.touch(*key));
+        }
+        std::hint::black_box(read);
+    }
+
+    /// Marks up to [`STEP`] blocks for a lane. `parent` is the block before the first, where the blocks are chained and
+    /// it is known; `coming` says how many more follow. Returns how many a cap kept out.
+    pub(super) fn mark(
+        &mut self,
+        lane: u16,
+        mark: Mark,
+        chained: bool,
+        parent: Option<&BlockHash>,
+        hashes: &[BlockHash],
+        coming: usize,
+    ) -> u64 {
+        let mut keys = [Key::default(); STEP];
+        let mut touched = false;
+        let mut before = parent.and_then(|parent| self.find(parent));
+        let mut dropped = 0;
+        let mut i = 0;
+        while i < hashes.len() {
+            if !touched {
+                keys[i] = self.table.key(&hashes[i]);
+            }
+            let mut blocks = 1;
+            let place = if let Some(place) = self.find_keyed(keys[i], &hashes[i]) {
+                let place = before.and_then(|before| self.absorb(before, place)).unwrap_or(place);
+                if chained {
+                    blocks = self.common(place, &hashes[i..]);
+                }
+                dropped += self.cover(lane, place, blocks, mark);
+                Some(place)
+            } else {
+                if !touched {
+                    // From here on blocks are likely new, and their cache misses overlap.
+                    self.touch(&hashes[i..], &mut keys[i..]);
+                    touched = true;
+                }
+                let ahead = if chained { hashes.len() - i + coming } else { 1 };
+                let place = if self.has_room(mark, 1) { self.put(before, &hashes[i], ahead) } else { None };
+                if let Some(place) = place {
+                    self.table.insert(keys[i], place);
+                    if chained {
+                        blocks += self.append(place, mark, &hashes[i + 1..], &keys[i + 1..]);
+                    }
+                    self.edit(lane, place, blocks, mark);
+                } else {
+                    dropped += 1;
+                }
+                place
+            };
+            before = place.filter(|_| chained).map(|place| Place { pos: place.pos + blocks - 1, ..place });
+            i += blocks as usize;
+        }
+        match mark {
+            Mark::Held(_) => self.dropped += dropped,
+            Mark::Expected(_) => self.dropped_expected += dropped,
+        }
+        dropped
+    }
+
+    /// The lane does not hold these blocks, up to [`STEP`], in these tiers any more.
+    pub(super) fn unmark(&mut self, lane: u16, tiers: u8, hashes: &[BlockHash]) {
+        let mut keys = [Key::default(); STEP];
+        self.touch(hashes, &mut keys);
+        for (key, hash) in keys.iter().zip(hashes) {
+            let Some(place) = self.find_keyed(*key, hash) else { continue };
+            let chain = &mut self.chains[place.chain];
+            let delta = chain.edit(lane, place.pos, place.pos, |before| {
+                let left = before.tiers & !tiers;
+                if left == 0 { State::NONE } else { State { tiers: left, ..before } }
+            });
+            if delta.held != 0 {
+                self.count(lane, delta);
+                if !self.chains[place.chain].covered(place.pos) {
+                    self.table.remove(*key, place);
+                    self.chains[place.chain].dead += 1;
+                    self.tidy(place.chain);
+                }
+            }
+        }
+    }
+
+    /// Takes a piece of the chain, up to [`STEP`] blocks, from draining lanes. False where they have none of it.
+    pub(super) fn drain(&mut self, lanes: &[u16], chain: u32) -> bool {
+        let last = |lane: &u16| {
+            let spans = &self.chains[chain].spans;
+            spans[self.chains[chain].lane(*lane)].last().map(|span| (span.lane, span.first, span.last))
+        };
+        let Some((lane, first, last)) = lanes.iter().find_map(last) else { return false };
+        self.let_go(lane, chain, first.into(), last.into());
+        true
+    }
+
+    /// Ends due expectations in a piece of the chain, up to [`STEP`] blocks. False where none is due.
+    pub(super) fn expire(&mut self, chain: u32) -> bool {
+        let due = |until: u8| {
+            let left = until.wrapping_sub(self.now as u8);
+            left == 0 || u64::from(left) > super::MAX_TICKS
+        };
+        let spans = &self.chains[chain].spans;
+        let Some(span) = spans.iter().find(|span| span.tiers == EXPECTED && due(span.until)) else {
+            return false;
+        };
+        let (lane, first, last) = (span.lane, span.first, span.last);
+        self.let_go(lane, chain, first.into(), last.into());
+        true
+    }
+
+    /// Lanes that were just retired do not count any more.
+    pub(super) fn uncount(&mut self, lanes: &[u16]) {
+        for lane in lanes {
+            let lane = self.lanes.get(*lane);
+            self.memberships -= lane.held;
+            self.expected -= lane.expected;
+        }
+    }
+
+    /// Whether any of the lanes has anything in the chain.
+    pub(super) fn has_any(&self, lanes: &[u16], chain: u32) -> bool {
+        lanes.iter().any(|lane| !self.chains[chain].lane(*lane).is_empty())
+    }
+
+    /// Adds the chain's memberships of wanted engines.
+    pub(super) fn members(
+        &self,
+        chain: u32,
+        wanted: impl Fn(Slot) -> bool,
+        members: &mut Vec<(Holder, BlockHash, Tiers)>,
+    ) {
+        let chain = &self.chains[chain];
+        for span in &chain.spans {
+            let lane = self.lanes.get(span.lane);
+            if span.tiers & HELD == 0 || !lane.live || !wanted(lane.slot) {
+                continue;
+            }
+            let Some(epoch) = self.lanes.epoch(lane.slot) else { continue };
+            let holder = Holder { slot: lane.slot, epoch, group: lane.group };
+            let hashes = &chain.hashes[span.first.into()..=span.last.into()];
+            members.extend(hashes.iter().map(|hash| (holder, *hash, Tiers::from_bits(span.tiers))));
+        }
+    }
+
+    /// Whether anything in the chain is expected.
+    pub(super) fn expects(&self, chain: u32) -> bool {
+        self.chains[chain].spans.iter().any(|span| span.tiers == EXPECTED)
+    }
+
+    /// A cap leaves room for so many more.
+    fn has_room(&self, mark: Mark, blocks: u64) -> bool {
+        match mark {
+            Mark::Held(_) => self.memberships + blocks <= self.limits.memberships,
+            Mark::Expected(_) => self.expected + blocks <= self.limits.expected,
+        }
+    }
+
+    /// How many of the hashes follow each other in the chain from the place on, all live. The first is at the place.
+    fn common(&self, place: Place, hashes: &[BlockHash]) -> u32 {
+        let chain = &self.chains[place.chain];
+        let there = chain.hashes[place.pos as usize..].iter().zip(hashes);
+        let mut blocks = there.take_while(|(a, b)| a == b).count() as u32;
+        // A dead block is not in the table, or lives elsewhere by now.
+        if chain.dead > 0 {
+            blocks = chain.covered_from(place.pos, place.pos + blocks) - place.pos;
+        }
+        blocks
+    }
+
+    /// Marks blocks that are in the table, as far as the cap allows. Returns how many it kept out.
+    fn cover(&mut self, lane: u16, place: Place, blocks: u32, mark: Mark) -> u64 {
+        if self.has_room(mark, blocks.into()) {
+            self.edit(lane, place, blocks, mark);
+            return 0;
+        }
+        let mut dropped = 0;
+        for pos in place.pos..place.pos + blocks {
+            let state = self.chains[place.chain].state(lane, pos);
+            let counts = match mark {
+                Mark::Held(_) => !state.is_held(),
+                Mark::Expected(_) => state == State::NONE,
+            };
+            if counts && !self.has_room(mark, 1) {
+                dropped += 1;
+            } else {
+                self.edit(lane, Place { pos, ..place }, 1, mark);
+            }
+        }
+        dropped
+    }
+
+    /// Marks blocks.
+    fn edit(&mut self, lane: u16, place: Place, blocks: u32, mark: Mark) {
+        let now = self.now as u8;
+        let chain = &mut self.chains[place.chain];
+        let delta = chain.edit(lane, place.pos, place.pos + blocks - 1, |before| match mark {
+            Mark::Held(tiers) => State { tiers: before.tiers & HELD | tiers, until: 0 },
+            Mark::Expected(_) if before.is_held() => before,
+            Mark::Expected(until) => {
+                let later = before.is_expected() && before.until.wrapping_sub(now) > until.wrapping_sub(now);
+                State { tiers: EXPECTED, until: if later { before.until } else { until } }
+            }
+        });
+        if matches!(mark, Mark::Expected(_)) && !chain.listed {
+            chain.listed = true;
+            self.expecting.push(place.chain);
+        }
+        self.count(lane, delta);
+    }
+
+    fn count(&mut self, lane: u16, delta: Delta) {
+        let lane = self.lanes.get_mut(lane);
+        lane.held = lane.held.wrapping_add_signed(delta.held);
+        lane.expected = lane.expected.wrapping_add_signed(delta.expected);
+        if lane.live {
+            self.memberships = self.memberships.wrapping_add_signed(delta.held);
+            self.expected = self.expected.wrapping_add_signed(delta.expected);
+        }
+    }
+
+    /// A place for a block that is not in the table: behind `before` where the chain ends there, or where the block lay
+    /// before it died, else in a chain of its own. `ahead` is how many blocks the chain will likely take.
+    fn put(&mut self, before: Option<Place>, hash: &BlockHash, ahead: usize) -> Option<Place> {
+        if let Some(before) = before {
+            let pos = before.pos + 1;
+            let chain = &mut self.chains[before.chain];
+            if pos < chain.len() {
+                if chain.hashes[pos as usize] == *hash {
+                    chain.dead -= 1;
+                    return Some(Place { pos, ..before });
+                }
+            } else if chain.hashes.len() < MAX_CHAIN {
+                chain.push(*hash, ahead.min(MAX_CHAIN - pos as usize));
+                return Some(Place { pos, ..before });
+            }
+        }
+        let id = self.chains.create()?;
+        self.chains[id].push(*hash, ahead.min(MAX_CHAIN));
+        Some(Place { chain: id, pos: 0 })
+    }
+
+    /// Appends blocks behind a place, where the chain ends there, up to the first that is in the table already. Returns
+    /// how many.
+    fn append(&mut self, place: Place, mark: Mark, hashes: &[BlockHash], keys: &[Key]) -> u32 {
+        let mut blocks = 0;
+        if place.pos + 1 != self.chains[place.chain].len() {
+            return 0;
+        }
+        for (hash, key) in hashes.iter().zip(keys) {
+            let pos = place.pos + 1 + blocks;
+            let full = pos as usize >= MAX_CHAIN || !self.has_room(mark, u64::from(blocks) + 2);
+            if full || self.find_keyed(*key, hash).is_some() {
+                break;
+            }
+            self.chains[place.chain].push(*hash, 1);
+            self.table.insert(*key, Place { pos, ..place });
+            blocks += 1;
+        }
+        blocks
+    }
+
+    /// Where `place` begins a short chain and `before`, the block before it, ends another: makes them one. Returns where
+    /// the block is now.
+    fn absorb(&mut self, before: Place, place: Place) -> Option<Place> {
+        if place.pos != 0 || before.chain == place.chain {
+            return None;
+        }
+        let (into, from) = (&self.chains[before.chain], &self.chains[place.chain]);
+        let fits = from.len() <= ABSORB && (into.len() + from.len()) as usize <= MAX_CHAIN;
+        if before.pos + 1 != into.len() || !fits || from.dead > 0 {
+            return None;
+        }
+        self.carry(place.chain, 0, from.len() - 1, before.chain);
+        self.chains.release(place.chain);
+        Some(Place { chain: before.chain, pos: before.pos + 1 })
+    }
+
+    /// Appends live blocks of one chain to another. The old chain is left as it was: the caller releases it.
+    fn carry(&mut self, from: u32, first: u32, last: u32, to: u32) {
+        self.chains.moves += 1;
+        let base = self.chains[to].len();
+        for pos in first..=last {
+            let hash = self.chains[from].hashes[pos as usize];
+            let new = Place { chain: to, pos: base + pos - first };
+            self.table.moved(self.table.key(&hash), Place { chain: from, pos }, new);
+            self.chains[to].push(hash, (last - pos) as usize + 1);
+        }
+        let spans = self.chains[from].spans.clone();
+        for span in &spans {
+            let (start, end) = (first.max(span.first.into()), last.min(span.last.into()));
+            if start <= end {
+                let state = State { tiers: span.tiers, until: span.until };
+                // Nothing is counted: the blocks only move.
+                let _ = self.chains[to].edit(span.lane, base + start - first, base + end - first, |_| state);
+            }
+        }
+        if !self.chains[to].listed && self.expects(to) {
+            self.chains[to].listed = true;
+            self.expecting.push(to);
+        }
+    }
+
+    /// Takes the last blocks of a span, up to [`STEP`], from its lane.
+    fn let_go(&mut self, lane: u16, chain: u32, first: u32, last: u32) {
+        let first = first.max((last + 1).saturating_sub(STEP as u32));
+        let delta = self.chains[chain].edit(lane, first, last, |_| State::NONE);
+        self.count(lane, delta);
+        for pos in (first..=last).rev() {
+            if !self.chains[chain].covered(pos) {
+                let place = Place { chain, pos };
+                let key = self.table.key(&self.chains[chain].hashes[pos as usize]);
+                self.table.remove(key, place);
+                self.chains[chain].dead += 1;
+            }
+        }
+        self.tidy(chain);
+    }
+
+    /// Dead blocks at the chain's end go.
+    fn trim(&mut self, id: u32) {
+        let chain = &mut self.chains[id];
+        while chain.dead > 0 && !chain.covered(chain.len() - 1) {
+            chain.pop();
+            chain.dead -= 1;
+        }
+    }
+
+    /// Trims a chain of which blocks died, releases it if none is left, and cuts it up if more than three quarters are
+    /// dead.
+    fn tidy(&mut self, id: u32) {
+        self.trim(id);
+        let chain = &self.chains[id];
+        let len = chain.len();
+        if len == 0 {
+            self.chains.release(id);
+            return;
+        }
+        if len < MIN_SPLIT || chain.dead * 4 <= len * 3 {
+            return;
+        }
+        let mut runs: Vec<(u32, u32)> = Vec::new();
+        for pos in (0..len).filter(|pos| chain.covered(*pos)) {
+            match runs.last_mut() {
+                Some(run) if run.1 + 1 == pos => run.1 = pos,
+                _ => runs.push((pos, pos)),
+            }
+        }
+        if self.chains.room() < runs.len() {
+            return;
+        }
+        for (first, last) in runs {
+            if let Some(new) = self.chains.create() {
+                self.carry(id, first, last, new);
+            }
+        }
+        self.chains.release(id);
+    }
+}
