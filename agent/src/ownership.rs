@@ -11,21 +11,31 @@
 //! the request that did so has the whole prefix, and what of it counts as gone is owned again.
 //!
 //! # Bounds
-//! At most [`Ownership::MAX_BLOCKS`] engine hashes are known, those gone included: about 250 MiB. Where there is no
+//! At most [`Ownership::MAX_BLOCKS`] engine hashes are known, those gone included: about 350 MiB. Where there is no
 //! room, those gone first are forgotten first; where none is gone, stores are ignored and counted.
 
 use std::collections::{HashMap, VecDeque};
 
 use baton_proto::block_hash::{BlockHash, BlockHasher, ExtraKey};
 use baton_proto::control::v1::Tier;
+use indexmap::IndexMap;
 
 use crate::engine::event::{EngineHash, ExtraValue, KvEvent, Removed, Stored};
+
+/// A block, and where it belongs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Block {
+    /// Its hash.
+    pub hash: BlockHash,
+    /// The block before it; `None` at the start of a prompt.
+    pub parent: Option<BlockHash>,
+}
 
 /// A change to what the engine owns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Change {
     /// The engine owns a block in a tier where it did not before.
-    Stored(BlockHash, Tier),
+    Stored(Block, Tier),
     /// It does not any more.
     Removed(BlockHash, Tier),
     /// It owns nothing.
@@ -95,6 +105,14 @@ struct Known {
     followed: bool,
 }
 
+/// A block that is owned.
+#[derive(Default)]
+struct Owned {
+    parent: Option<BlockHash>,
+    /// Under how many of the engine's hashes, for each of [`TIERS`].
+    counts: [u32; 3],
+}
+
 /// The bit of the GPU's tier.
 const ON_GPU: u8 = 1;
 
@@ -106,8 +124,8 @@ pub struct Ownership {
     known: HashMap<EngineHash, Known>,
     /// Hashes of blocks that went, oldest first. Some may have come back.
     gone: VecDeque<EngineHash>,
-    /// Under how many of the engine's hashes a block is owned, for each of [`TIERS`].
-    owned: HashMap<BlockHash, [u32; 3]>,
+    /// By hash, about in the order in which they came, so that blocks of one prompt stand together.
+    owned: IndexMap<BlockHash, Owned>,
     /// The group of layers that counts: that of the first store with full attention.
     group: Option<i64>,
 }
@@ -124,7 +142,7 @@ impl Ownership {
             max_blocks: Self::MAX_BLOCKS,
             known: HashMap::new(),
             gone: VecDeque::new(),
-            owned: HashMap::new(),
+            owned: IndexMap::new(),
             group: None,
         }
     }
@@ -139,10 +157,11 @@ impl Ownership {
         self.owned.is_empty()
     }
 
-    /// All that is owned, in no particular order.
-    pub fn iter(&self) -> impl Iterator<Item = (BlockHash, Tier)> + '_ {
-        self.owned.iter().flat_map(|(block, counts)| {
-            TIERS.into_iter().filter(|tier| counts[slot(*tier)] > 0).map(|tier| (*block, tier))
+    /// All that is owned, blocks of one prompt mostly one behind the other.
+    pub fn iter(&self) -> impl Iterator<Item = (Block, Tier)> + '_ {
+        self.owned.iter().flat_map(|(hash, owned)| {
+            let block = Block { hash: *hash, parent: owned.parent };
+            TIERS.into_iter().filter(|tier| owned.counts[slot(*tier)] > 0).map(move |tier| (block, tier))
         })
     }
 
@@ -188,7 +207,7 @@ impl Ownership {
                 return applied.ignored.push(Ignored::Unreadable);
             };
             let block = self.hasher.block(parent.map(|(_, block)| block), tokens, keys);
-            if !self.add(*hash, block, parent.map(|(hash, _)| hash), tier, applied) {
+            if !self.add(*hash, block, parent, tier, applied) {
                 return applied.ignored.push(Ignored::Full);
             }
             parent = Some((*hash, block));
@@ -204,16 +223,20 @@ impl Ownership {
         let look = known.followed || known.tiers & ON_GPU == 0;
         known.followed = true;
         let mut at = look.then_some(last);
+        let mut back = Vec::new();
         // An engine that gives one hash to two contents could make a prefix without a beginning.
         for _ in 0..self.known.len() {
-            let Some(hash) = at else { return };
-            let Some(known) = self.known.get_mut(&hash) else { return };
+            let Some(known) = at.and_then(|hash| self.known.get_mut(&hash)) else { break };
             at = known.parent;
             if known.tiers & ON_GPU == 0 {
                 known.tiers |= ON_GPU;
-                let block = known.block;
-                self.count(block, Tier::Gpu, applied);
+                let hash = known.block;
+                let parent = at.and_then(|parent| self.known.get(&parent)).map(|parent| parent.block);
+                back.push(Block { hash, parent });
             }
+        }
+        for block in back.into_iter().rev() {
+            self.count(block, Tier::Gpu, applied);
         }
     }
 
@@ -249,11 +272,12 @@ impl Ownership {
         &mut self,
         hash: EngineHash,
         block: BlockHash,
-        parent: Option<EngineHash>,
+        before: Option<(EngineHash, BlockHash)>,
         tier: Tier,
         applied: &mut Applied,
     ) -> bool {
         let bit = 1 << slot(tier);
+        let parent = before.map(|(hash, _)| hash);
         match self.known.get_mut(&hash) {
             Some(known) if known.block == block => {
                 if known.tiers & bit != 0 {
@@ -275,7 +299,7 @@ impl Ownership {
                 self.known.insert(hash, Known { block, parent, tiers: bit, followed: false });
             }
         }
-        self.count(block, tier, applied);
+        self.count(Block { hash: block, parent: before.map(|(_, block)| block) }, tier, applied);
         true
     }
 
@@ -298,8 +322,10 @@ impl Ownership {
     }
 
     /// A block is owned under one more engine hash.
-    fn count(&mut self, block: BlockHash, tier: Tier, applied: &mut Applied) {
-        let count = &mut self.owned.entry(block).or_default()[slot(tier)];
+    fn count(&mut self, block: Block, tier: Tier, applied: &mut Applied) {
+        let owned = self.owned.entry(block.hash).or_default();
+        owned.parent = block.parent;
+        let count = &mut owned.counts[slot(tier)];
         *count += 1;
         if *count == 1 {
             applied.changes.push(Change::Stored(block, tier));
@@ -317,13 +343,13 @@ impl Ownership {
                 self.forget_oldest();
             }
         }
-        let Some(counts) = self.owned.get_mut(&block) else { return };
+        let Some(Owned { counts, .. }) = self.owned.get_mut(&block) else { return };
         counts[slot(tier)] -= 1;
         if counts[slot(tier)] == 0 {
             applied.changes.push(Change::Removed(block, tier));
         }
         if *counts == [0; 3] {
-            self.owned.remove(&block);
+            self.owned.swap_remove(&block);
         }
     }
 

@@ -5,7 +5,7 @@ use std::sync::{Arc, RwLock};
 use baton_coordinator_core::fleet::Fleet;
 use baton_coordinator_core::kv_index::{Holder, IndexError, KvIndex, Limits, Run, Tier, Tiers};
 use baton_coordinator_core::links::Links;
-use baton_proto::control::{FieldError, unpack_hashes, v1};
+use baton_proto::control::{FieldError, unpack_hashes, unpack_parent, v1};
 use baton_proto::{BlockHash, EngineId, Epoch};
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
@@ -67,7 +67,8 @@ pub enum Ingested {
 
 /// A change of a batch, with its hashes unpacked.
 enum BlockChange {
-    Stored(Tiers, Vec<BlockHash>),
+    /// Each block follows the one before it, the first this one.
+    Stored(Tiers, Option<BlockHash>, Vec<BlockHash>),
     Removed(Tiers, Vec<BlockHash>),
     Cleared,
 }
@@ -149,7 +150,7 @@ impl Coordinator {
         entry.applied(batch.seq);
         for change in &changes {
             match change {
-                BlockChange::Stored(_, hashes) | BlockChange::Removed(_, hashes) => {
+                BlockChange::Stored(_, _, hashes) | BlockChange::Removed(_, hashes) => {
                     self.ownership.mark(entry, hashes);
                 }
                 BlockChange::Cleared => self.ownership.mark_all(entry),
@@ -162,9 +163,8 @@ impl Coordinator {
     fn apply(&self, entry: &Entry, epoch: Epoch, change: &BlockChange) -> Result<(), IndexError> {
         let holder = Holder::new(entry.slot, epoch);
         match change {
-            // The events do not say yet how blocks hang together.
-            BlockChange::Stored(tiers, hashes) => {
-                self.index.store(holder, *tiers, Run::loose(hashes)).map(drop)
+            BlockChange::Stored(tiers, parent, hashes) => {
+                self.index.store(holder, *tiers, Run::chain(*parent, hashes)).map(drop)
             }
             BlockChange::Removed(tiers, hashes) => self.index.remove(holder, *tiers, hashes),
             BlockChange::Cleared => self.index.clear(entry.slot, epoch),
@@ -227,7 +227,8 @@ fn unpack(events: &[v1::KvEvent]) -> Result<Vec<BlockChange>, FieldError> {
         changes.push(match &event.event {
             Some(Event::Stored(stored)) => {
                 let tier = tier(stored.tier()).unwrap_or(Tier::Gpu);
-                BlockChange::Stored(tier.into(), unpack_hashes(&stored.hashes)?.collect())
+                let parent = unpack_parent(&stored.parent)?;
+                BlockChange::Stored(tier.into(), parent, unpack_hashes(&stored.hashes)?.collect())
             }
             Some(Event::Removed(removed)) => {
                 // Without a tier: from all of them.

@@ -17,6 +17,9 @@ pub enum FieldError {
     /// A run of hashes whose length is no multiple of 16.
     #[error("hashes: {0} bytes are no whole number of 16-byte block hashes")]
     Hashes(usize),
+    /// A block's parent that is no single hash.
+    #[error("parent: {0} bytes are no 16-byte block hash; leave it empty where there is none")]
+    Parent(usize),
 }
 
 /// Lays block hashes end to end, as `BlocksStored` and `BlocksRemoved` carry them.
@@ -37,6 +40,15 @@ pub fn unpack_hashes(packed: &[u8]) -> Result<impl ExactSizeIterator<Item = Bloc
     Ok(hashes.iter().map(|bytes| BlockHash::from_bytes(*bytes)))
 }
 
+/// Reads the parent of a `BlocksStored`.
+pub fn unpack_parent(packed: &[u8]) -> Result<Option<BlockHash>, FieldError> {
+    match packed.as_array::<{ BlockHash::LEN }>() {
+        Some(bytes) => Ok(Some(BlockHash::from_bytes(*bytes))),
+        None if packed.is_empty() => Ok(None),
+        None => Err(FieldError::Parent(packed.len())),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -47,5 +59,8 @@ mod tests {
         let packed = pack_hashes(&hashes);
         assert_eq!(unpack_hashes(&packed).unwrap().collect::<Vec<_>>(), hashes);
         assert_eq!(unpack_hashes(&packed[..17]).err(), Some(FieldError::Hashes(17)));
+        assert_eq!(unpack_parent(&packed[16..32]), Ok(Some(hashes[1])));
+        assert_eq!(unpack_parent(&[]), Ok(None));
+        assert_eq!(unpack_parent(&packed[..32]), Err(FieldError::Parent(32)));
     }
 }

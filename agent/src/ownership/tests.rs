@@ -23,6 +23,12 @@ fn hashes(from: u128, n: u128) -> Vec<EngineHash> {
 }
 
 /// `n` blocks under hashes `from..`, with tokens that follow from the hashes.
+/// What is said when the blocks of a prompt's beginning come.
+fn all_stored(prompt: &[BlockHash]) -> Vec<Change> {
+    let block = |i: usize| Block { hash: prompt[i], parent: i.checked_sub(1).map(|before| prompt[before]) };
+    (0..prompt.len()).map(|i| Change::Stored(block(i), Tier::Gpu)).collect()
+}
+
 fn stored(parent: Option<u128>, from: u128, n: u128) -> Stored {
     Stored {
         hashes: hashes(from, n),
@@ -48,7 +54,7 @@ fn blocks_get_the_hash_of_their_whole_prefix() {
     let then = apply(&mut ownership, KvEvent::Stored(stored(Some(1), 2, 1)));
     let expected = chain(&(0..12).collect::<Vec<_>>(), &ContentKeys::default());
     let changes: Vec<_> = first.changes.into_iter().chain(then.changes).collect();
-    assert_eq!(changes, expected.iter().map(|hash| Change::Stored(*hash, Tier::Gpu)).collect::<Vec<_>>());
+    assert_eq!(changes, all_stored(&expected));
 }
 
 #[test]
@@ -76,11 +82,7 @@ fn extra_keys_mean_what_the_coordinator_hashes() {
         };
         let applied = apply(&mut ownership(), KvEvent::Stored(event));
         let expected = chain(&(0..8).collect::<Vec<_>>(), keys);
-        assert_eq!(
-            applied.changes,
-            expected.iter().map(|hash| Change::Stored(*hash, Tier::Gpu)).collect::<Vec<_>>(),
-            "{extra_keys:?}"
-        );
+        assert_eq!(applied.changes, all_stored(&expected), "{extra_keys:?}");
     }
 }
 
@@ -174,15 +176,12 @@ fn a_prefix_whose_copies_went_is_owned_again_when_it_is_used() {
     let on_host = Stored { medium: Some("CPU".into()), ..stored(Some(2), 8, 1) };
     assert_eq!(apply(&mut ownership, KvEvent::Stored(on_host)).changes.len(), 1);
     let applied = apply(&mut ownership, KvEvent::Stored(stored(Some(2), 9, 1)));
-    assert_eq!(
-        applied.changes[..2],
-        [Change::Stored(prefix[2], Tier::Gpu), Change::Stored(prefix[1], Tier::Gpu)]
-    );
+    assert_eq!(applied.changes[..2], all_stored(&prefix)[1..3]);
     assert_eq!(applied.changes.len(), 3);
     // Also where its last block has stayed.
     apply(&mut ownership, KvEvent::Removed(removed(1, 1)));
     let applied = apply(&mut ownership, KvEvent::Stored(stored(Some(2), 10, 1)));
-    assert_eq!((applied.changes.len(), applied.changes[0]), (2, Change::Stored(prefix[1], Tier::Gpu)));
+    assert_eq!((applied.changes.len(), applied.changes[0]), (2, all_stored(&prefix)[1]));
 }
 
 #[test]
@@ -202,7 +201,7 @@ fn a_reused_engine_hash_moves_to_its_new_content() {
     let applied = apply(&mut ownership, KvEvent::Stored(other));
     let (old, new) =
         (chain(&[0, 1, 2, 3], &ContentKeys::default())[0], chain(&[9; 4], &ContentKeys::default())[0]);
-    assert_eq!(applied.changes, [Change::Removed(old, Tier::Gpu), Change::Stored(new, Tier::Gpu)]);
+    assert_eq!(applied.changes, [Change::Removed(old, Tier::Gpu), all_stored(&[new])[0]]);
 }
 
 /// A block of the model engine: which block it follows and its single distinguishing token, under one of two
@@ -337,13 +336,13 @@ proptest! {
             };
             for change in applied.changes {
                 match change {
-                    Change::Stored(block, tier) => prop_assert!(told.insert((block, tier as i32))),
+                    Change::Stored(block, tier) => prop_assert!(told.insert((block.hash, tier as i32))),
                     Change::Removed(block, tier) => prop_assert!(told.remove(&(block, tier as i32))),
                     Change::Cleared => told.clear(),
                 }
             }
             prop_assert_eq!(&told, &model.owned());
-            let snapshot: BTreeSet<_> = ownership.iter().map(|(block, tier)| (block, tier as i32)).collect();
+            let snapshot: BTreeSet<_> = ownership.iter().map(|(block, tier)| (block.hash, tier as i32)).collect();
             prop_assert_eq!(&told, &snapshot);
             prop_assert_eq!(ownership.known.len(), model.held.len());
         }
@@ -463,7 +462,7 @@ proptest! {
                     apply(&mut ownership, KvEvent::Cleared);
                 }
             }
-            let claimed: BTreeSet<_> = ownership.iter().map(|(block, _)| block).collect();
+            let claimed: BTreeSet<_> = ownership.iter().map(|(block, _)| block.hash).collect();
             let there: BTreeSet<_> =
                 cache.copies.iter().map(|name| Cache::block(&cache.names[*name as usize])).collect();
             prop_assert!(claimed.is_subset(&there));

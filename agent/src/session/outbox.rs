@@ -3,8 +3,9 @@
 //! enough, or too many have piled up, all that the engine owns is sent instead.
 //!
 //! # Bounds
-//! Kept batches hold at most [`KEPT_BYTES`] of hashes. A snapshot under way holds 16 bytes for each block and tier that
-//! was owned when it began.
+//! Kept batches hold at most [`KEPT_BYTES`] of hashes, and as much again of parents and their frames where no block follows
+//! another. A snapshot under way holds 16 bytes for each block and tier that was owned when it began, and for each run of
+//! them.
 
 use std::collections::VecDeque;
 
@@ -13,14 +14,14 @@ use baton_proto::block_hash::BlockHash;
 use baton_proto::control::v1::{self, Tier};
 use bytes::{BufMut, BytesMut};
 
-use crate::ownership::Change;
+use crate::ownership::{Block, Change};
 
 /// Hashes in one batch: 128 KiB.
 pub const BATCH: usize = 8192;
 /// Hashes of all kept batches, in bytes; an event without hashes counts as one.
 pub const KEPT_BYTES: usize = 16 << 20;
 
-/// A run of changes of one kind.
+/// What became of a run of blocks.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Stored(Tier),
@@ -28,31 +29,48 @@ enum Kind {
     Cleared,
 }
 
+/// Blocks of which one thing became; where they were stored, each follows the one before.
+struct Run {
+    kind: Kind,
+    parent: Option<BlockHash>,
+    last: Option<BlockHash>,
+    hashes: BytesMut,
+}
+
 /// Events that are not a batch yet.
 #[derive(Default)]
 struct Open {
-    runs: Vec<(Kind, BytesMut)>,
+    runs: Vec<Run>,
     hashes: usize,
 }
 
 impl Open {
-    fn push(&mut self, kind: Kind, hash: Option<BlockHash>) {
+    fn push(&mut self, kind: Kind, block: Option<Block>) {
         self.hashes += 1;
-        if self.runs.last().is_none_or(|(last, _)| *last != kind) {
-            self.runs.push((kind, BytesMut::new()));
+        let parent = block.and_then(|block| block.parent);
+        let goes_on = |run: &Run| {
+            let follows = run.last.is_some() && parent == run.last;
+            run.kind == kind && (follows || !matches!(kind, Kind::Stored(_)))
+        };
+        if !self.runs.last().is_some_and(goes_on) {
+            self.runs.push(Run { kind, parent, last: None, hashes: BytesMut::new() });
         }
-        if let (Some((_, run)), Some(hash)) = (self.runs.last_mut(), hash) {
-            run.put_slice(hash.as_bytes());
+        if let (Some(run), Some(block)) = (self.runs.last_mut(), block) {
+            run.last = Some(block.hash);
+            run.hashes.put_slice(block.hash.as_bytes());
         }
     }
 
     fn take(&mut self) -> (Vec<v1::KvEvent>, usize) {
         use v1::kv_event::Event;
         let hashes = std::mem::take(&mut self.hashes);
-        let events = std::mem::take(&mut self.runs).into_iter().map(|(kind, run)| {
-            let hashes = run.freeze();
-            let event = match kind {
-                Kind::Stored(tier) => Event::Stored(v1::BlocksStored { hashes, tier: tier.into() }),
+        let events = std::mem::take(&mut self.runs).into_iter().map(|run| {
+            let hashes = run.hashes.freeze();
+            let parent = || run.parent.map(|parent| parent.as_bytes().to_vec().into()).unwrap_or_default();
+            let event = match run.kind {
+                Kind::Stored(tier) => {
+                    Event::Stored(v1::BlocksStored { hashes, tier: tier.into(), parent: parent() })
+                }
                 Kind::Removed(tier) => Event::Removed(v1::BlocksRemoved { hashes, tier: tier.into() }),
                 Kind::Cleared => Event::Cleared(v1::Cleared {}),
             };
@@ -119,8 +137,10 @@ impl Outbox {
             self.open = Open::default();
         }
         match change {
-            Change::Stored(hash, tier) => self.open.push(Kind::Stored(tier), Some(hash)),
-            Change::Removed(hash, tier) => self.open.push(Kind::Removed(tier), Some(hash)),
+            Change::Stored(block, tier) => self.open.push(Kind::Stored(tier), Some(block)),
+            Change::Removed(hash, tier) => {
+                self.open.push(Kind::Removed(tier), Some(Block { hash, parent: None }));
+            }
             Change::Cleared => self.open.push(Kind::Cleared, None),
         }
         if self.open.hashes >= self.max_batch {
@@ -183,7 +203,7 @@ impl Outbox {
     }
 
     /// The next batch to send. `owned` is all that the engine owns; `on_snapshot` is called when it is used.
-    pub fn take<I: Iterator<Item = (BlockHash, Tier)>>(
+    pub fn take<I: Iterator<Item = (Block, Tier)>>(
         &mut self,
         owned: impl FnOnce() -> I,
         on_snapshot: impl FnOnce(),
@@ -205,22 +225,22 @@ impl Outbox {
     }
 
     /// What was to be sent from `cursor` on is part of the snapshot, and its numbers are free again.
-    fn begin_snapshot(&mut self, cursor: u64, owned: impl Iterator<Item = (BlockHash, Tier)>) {
+    fn begin_snapshot(&mut self, cursor: u64, owned: impl Iterator<Item = (Block, Tier)>) {
         self.next = cursor;
         self.kept.clear();
         self.kept_hashes = 0;
-        let mut by_tier: [Vec<BlockHash>; 3] = Default::default();
-        for (hash, tier) in owned {
-            by_tier[(tier as usize).clamp(1, 3) - 1].push(hash);
+        let mut by_tier: [Vec<Block>; 3] = Default::default();
+        for (block, tier) in owned {
+            by_tier[(tier as usize).clamp(1, 3) - 1].push(block);
         }
         let mut open = Open::default();
         open.push(Kind::Cleared, None);
-        for (tier, hashes) in [Tier::Gpu, Tier::Host, Tier::Disk].into_iter().zip(by_tier) {
-            for hash in hashes {
+        for (tier, blocks) in [Tier::Gpu, Tier::Host, Tier::Disk].into_iter().zip(by_tier) {
+            for block in blocks {
                 if open.hashes >= self.max_batch {
                     self.snapshot_batch(&mut open);
                 }
-                open.push(Kind::Stored(tier), Some(hash));
+                open.push(Kind::Stored(tier), Some(block));
             }
         }
         self.snapshot_batch(&mut open);
@@ -249,8 +269,13 @@ mod tests {
         BlockHash::from_bytes(bytes)
     }
 
+    /// Blocks in threes, each of which follows the one before.
+    fn block(i: u64) -> Block {
+        Block { hash: hash(i), parent: (i % 3 > 0).then(|| hash(i - 1)) }
+    }
+
     fn stored(i: u64) -> Change {
-        Change::Stored(hash(i), Tier::Gpu)
+        Change::Stored(block(i), Tier::Gpu)
     }
 
     /// A coordinator: applies batches as the control plane's contract says.
@@ -282,7 +307,11 @@ mod tests {
                 match event.event.unwrap() {
                     Event::Cleared(_) => self.owned.clear(),
                     Event::Stored(run) => {
+                        let mut parent = unpack_hashes(&run.parent).unwrap().next();
                         for hash in unpack_hashes(&run.hashes).unwrap() {
+                            let number = u64::from_le_bytes(hash.as_bytes()[..8].try_into().unwrap());
+                            assert_eq!(parent, block(number).parent, "a run that is none");
+                            parent = Some(hash);
                             self.owned.insert((hash, run.tier));
                         }
                     }
@@ -298,7 +327,7 @@ mod tests {
     }
 
     fn drain(outbox: &mut Outbox, owned: &[u64]) -> Vec<v1::EventBatch> {
-        let owned = || owned.iter().map(|i| (hash(*i), Tier::Gpu));
+        let owned = || owned.iter().map(|i| (block(*i), Tier::Gpu));
         std::iter::from_fn(|| outbox.take(owned, || ())).collect()
     }
 
@@ -423,7 +452,7 @@ mod tests {
                     Op::Flush => outbox.flush(),
                     Op::Send(n) => {
                         for _ in 0..n {
-                            let all = || owned.iter().map(|i| (hash(*i), Tier::Gpu));
+                            let all = || owned.iter().map(|i| (block(*i), Tier::Gpu));
                             let Some(batch) = outbox.take(all, || ()) else {
                                 prop_assert!(!outbox.has_batch());
                                 break;

@@ -84,7 +84,11 @@ impl Agent {
         if cleared {
             events.push(KvEvent { event: Some(Event::Cleared(v1::Cleared {})) });
         }
-        let stored = v1::BlocksStored { hashes: pack_hashes(stored), tier: v1::Tier::Gpu as i32 };
+        let stored = v1::BlocksStored {
+            hashes: pack_hashes(stored),
+            tier: v1::Tier::Gpu as i32,
+            parent: Default::default(),
+        };
         events.push(KvEvent { event: Some(Event::Stored(stored)) });
         self.say(Said::Events(v1::EventBatch { epoch, seq, events })).await;
     }
