@@ -59,6 +59,9 @@ fn run(arguments: &Arguments) -> anyhow::Result<bool> {
         }
     };
     let kept = measured.iter().all(|m| m.kept) && trap.as_ref().is_none_or(|trap| trap.kept);
-    println!("{}", json!({ "bench": "placement", "decisions": measured, "spread": trap, "bounds_kept": kept }));
+    println!(
+        "{}",
+        json!({ "bench": "placement", "decisions": measured, "spread": trap, "bounds_kept": kept })
+    );
     Ok(kept)
 }

@@ -200,8 +200,7 @@ fn spread(rows: &[Row], policy: &dyn Policy) -> anyhow::Result<Spread> {
         let prefill_ends = free_at[at].max(now) + decision.chosen.prefill_seconds;
         free_at[at] = prefill_ends;
         let decode_ends = prefill_ends + row.output_length as f64 * decision.chosen.itl_seconds;
-        let prefill =
-            load.reserve_prefill(decision.chosen.uncached_tokens, decision.chosen.prefill_seconds);
+        let prefill = load.reserve_prefill(decision.chosen.uncached_tokens, decision.chosen.prefill_seconds);
         let decode = load.reserve_decode(row.input_length);
         for (kind, time, end) in [
             (0, prefill_ends, End::Prefill { _guard: prefill }),

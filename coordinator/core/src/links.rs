@@ -152,10 +152,7 @@ impl Links {
         let behind = ((queued.link + bytes) as f64 / width)
             .max((queued.source + bytes) as f64 / out)
             .max((queued.destination + bytes) as f64 / into);
-        TransferSeconds {
-            wait: (behind - alone).max(0.0),
-            transfer: ROUND_TRIPS * link.rtt_seconds + alone,
-        }
+        TransferSeconds { wait: (behind - alone).max(0.0), transfer: ROUND_TRIPS * link.rtt_seconds + alone }
     }
 
     /// No transfer of so many bytes to this engine is predicted to take less.

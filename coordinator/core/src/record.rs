@@ -195,13 +195,10 @@ impl Record {
     /// Reads a record from JSON. The error names the field.
     pub fn parse(text: &str) -> Result<Self, RecordError> {
         let deserializer = &mut serde_json::Deserializer::from_str(text);
-        let record: Self = serde_path_to_error::deserialize(&mut *deserializer).map_err(|error| RecordError {
-            field: error.path().to_string(),
-            problem: error.inner().to_string(),
+        let record: Self = serde_path_to_error::deserialize(&mut *deserializer).map_err(|error| {
+            RecordError { field: error.path().to_string(), problem: error.inner().to_string() }
         })?;
-        deserializer
-            .end()
-            .map_err(|error| RecordError { field: ".".into(), problem: error.to_string() })?;
+        deserializer.end().map_err(|error| RecordError { field: ".".into(), problem: error.to_string() })?;
         record.check()?;
         Ok(record)
     }
@@ -260,10 +257,8 @@ impl Record {
 pub fn replay(record: &Record) -> Result<(), ReplayError> {
     record.check()?;
     let inputs = &record.inputs;
-    let policy = placement::policy(&inputs.policy).ok_or_else(|| RecordError {
-        field: "inputs.policy".into(),
-        problem: "no such policy".into(),
-    })?;
+    let policy = placement::policy(&inputs.policy)
+        .ok_or_else(|| RecordError { field: "inputs.policy".into(), problem: "no such policy".into() })?;
     let (fleet, loads) = inputs.fleet();
     let of = &inputs.request;
     let overlaps: Overlaps = of
@@ -312,9 +307,10 @@ impl Inputs {
             foreign_running: of.foreign_running,
             prefill_share: of.prefill_share,
         };
-        let known = self.links.iter().map(|link| {
-            (Slot(link.source), Slot(link.destination), link.bytes_per_second, link.rtt_seconds)
-        });
+        let known = self
+            .links
+            .iter()
+            .map(|link| (Slot(link.source), Slot(link.destination), link.bytes_per_second, link.rtt_seconds));
         let fleet = Fleet::new(self.engines.iter().map(engine).collect(), Links::restore(known));
         let reserved = self.engines.iter().map(|of| of.reserved).collect();
         (fleet, Loads::new(reserved, self.transfers.clone()))

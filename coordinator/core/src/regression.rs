@@ -7,7 +7,8 @@
 //! Guards:
 //! - `L`, the mean ratio of what was seen to the prior, is the level that the ridge `κ` pulls to. It is never forgotten, so directions
 //!   that the samples do not excite keep the prior's shape at the level seen, and nothing winds up.
-//! - Once settled, a sample moves the estimate as if it were at most four times off.
+//! - Once settled, a sample moves the estimate as if it were off by at most three times what samples are off by on average, and at most
+//!   four times. A lasting change raises that average within a few samples, and so gets through.
 //! - Coefficients stay between a thousandth and a thousand times their level: the bounded solution is the least squares one,
 //!   found over the eight sets of coefficients that may lie at the lower bound.
 //! - What is not a positive, finite number is dropped.
@@ -26,6 +27,12 @@ const MOST: f64 = 1e3;
 /// Samples after which one that is further off than [`LARGEST_STEP`] counts as if it were just so far.
 const SETTLED: u32 = 8;
 const LARGEST_STEP: f64 = 4.0;
+/// What is believed at least, as a part of the prediction.
+const SMALLEST_STEP: f64 = 0.1;
+/// A sample may be off by so many times the running mean of that.
+const SPREAD: f64 = 3.0;
+/// Weight of a new sample in that mean.
+const SPREAD_WEIGHT: f64 = 0.1;
 /// Seconds that are believed.
 const BELIEVED: std::ops::RangeInclusive<f64> = 1e-9..=1e5;
 /// Largest scaled feature that is believed: a prediction of the prior, in seconds.
@@ -40,6 +47,8 @@ pub(crate) struct Regression {
     moment: [f64; N],
     /// Multiples of the prior.
     multiples: [f64; N],
+    /// Running mean of how far samples are off, as a part of the prediction.
+    spread: f64,
     samples: u32,
 }
 
@@ -52,6 +61,7 @@ impl Regression {
             information: [[0.0; N]; N],
             moment: [0.0; N],
             multiples: [1.0; N],
+            spread: LARGEST_STEP,
             samples: 0,
         }
     }
@@ -73,10 +83,17 @@ impl Regression {
             0 => seconds,
             _ => dot(&self.multiples, &scaled),
         };
+        let ratio = seconds / predicted;
+        let off = (ratio.max(1.0 / ratio) - 1.0).min(LARGEST_STEP - 1.0);
         let seconds = match self.samples {
             0..SETTLED => seconds,
-            _ => seconds.clamp(predicted / LARGEST_STEP, predicted * LARGEST_STEP),
+            _ => {
+                let most = 1.0 + (SPREAD * self.spread).clamp(SMALLEST_STEP, LARGEST_STEP - 1.0);
+                seconds.clamp(predicted / most, predicted * most)
+            }
         };
+        let weight = SPREAD_WEIGHT.max(1.0 / (f64::from(self.samples) + 1.0));
+        self.spread += weight * (off - self.spread);
         self.level.observe(seconds / at_prior);
         self.samples = self.samples.saturating_add(1);
         let weight = predicted.powi(-2);
@@ -109,8 +126,7 @@ impl Regression {
             .min_by(|a, b| a.0.total_cmp(&b.0));
         if let Some((_, x)) = best {
             let multiples = x.map(|x| (x + LEAST).min(MOST) * level);
-            let sound =
-                |(multiple, prior): (&f64, &f64)| (multiple * prior).is_normal() && *multiple > 0.0;
+            let sound = |(multiple, prior): (&f64, &f64)| (multiple * prior).is_normal() && *multiple > 0.0;
             if multiples.iter().zip(&self.prior).all(sound) {
                 self.multiples = multiples;
             }

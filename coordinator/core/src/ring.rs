@@ -113,8 +113,8 @@ mod tests {
     #[test]
     fn the_hash_is_the_same_everywhere() {
         // Another value here would give every prefix another home after an upgrade.
-        assert_eq!(Seeded(SEED).hash_item(&"engine-0"), 0);
-        assert_eq!(Seeded(SEED).hash_vnode(&"engine-0", 1), 0);
+        assert_eq!(Seeded(SEED).hash_item(&"engine-0"), 13_972_157_790_621_128_068);
+        assert_eq!(Seeded(SEED).hash_vnode(&"engine-0", 1), 13_292_534_310_969_015_323);
     }
 
     #[test]

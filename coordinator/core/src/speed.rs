@@ -114,16 +114,8 @@ pub struct SpeedEstimate {
 impl Default for SpeedEstimate {
     fn default() -> Self {
         Self {
-            prefill: Regression::new([
-                PRIOR.request_seconds,
-                PRIOR.token_seconds,
-                PRIOR.attention_seconds,
-            ]),
-            decode: Regression::new([
-                PRIOR.step_seconds,
-                PRIOR.sequence_seconds,
-                PRIOR.context_seconds,
-            ]),
+            prefill: Regression::new([PRIOR.request_seconds, PRIOR.token_seconds, PRIOR.attention_seconds]),
+            decode: Regression::new([PRIOR.step_seconds, PRIOR.sequence_seconds, PRIOR.context_seconds]),
         }
     }
 }
@@ -247,8 +239,9 @@ mod tests {
         let off = |ours: f64, theirs: f64| (ours / theirs - 1.0).abs();
         let prefills = [(16, 0), (256, 0), (2048, 0), (2048, 30_000), (32_000, 0), (100_000, 0)];
         let steps = [(1.0, 1000.0), (16.0, 16e3), (64.0, 500e3), (256.0, 1e6), (8.0, 250e3)];
-        let prefill = prefills
-            .map(|(new, cached)| off(estimate.prefill_seconds(new, cached), truth.prefill_seconds(new, cached)));
+        let prefill = prefills.map(|(new, cached)| {
+            off(estimate.prefill_seconds(new, cached), truth.prefill_seconds(new, cached))
+        });
         let step = steps.map(|(sequences, context)| {
             off(
                 estimate.decode_step_seconds(sequences, context),
@@ -341,7 +334,7 @@ mod tests {
     fn what_decodes_beside_a_prefill_is_not_its_own() {
         let mut estimate = SpeedEstimate::default();
         let truth = PRIOR;
-        for new in (0..400).map(|i| 100 + 50 * i) {
+        for new in (0..400u64).map(|i| 100 + 50 * i) {
             let steps = new.div_ceil(CHUNK_TOKENS) as f64;
             let seconds = truth.prefill_seconds(new, 0) + steps * truth.decode_step_seconds(8.0, 8000.0);
             let sample = PrefillSample { new, cached: 0, seconds, sequences: 8.0, context_tokens: 8000.0 };

@@ -13,7 +13,7 @@
 //! | `pull` | `pull` plans: the transfer, less the queue wait that hides it | it |
 //! | `mixed_steps` | `⌈n / chunk⌉ · (d + e·B + f·Σctx)`: each chunk shares its step with the sequences that decode | it |
 //! | `prefill` | `a + b·n + c·(n·p + n²/2)` | it |
-//! | `decode_stall` | `B · prefill`: no sequence has a token while a chunk is computed | others |
+//! | `decode_stall` | `B · (prefill - a)`: no sequence has a token while a chunk is computed; the fixed part is not the step's | others |
 //! | `transfer_wait`, `transfer` | [`crate::links`]; where layers stream, less what the prefill of later layers hides, but no less than one layer's part | it |
 //! | `decode_queue_wait` | as `queue_wait`, at the decode engine | it |
 //! | `first_step` | `a + (d + e·(B+1) + f·(Σctx+ctx))`: the second request and its step | it |

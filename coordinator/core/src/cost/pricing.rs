@@ -113,17 +113,18 @@ impl<'a> Pricing<'a> {
         let (sequences, context) = decoding(hot, reserved);
         let queue = queue_seconds(hot, reserved);
         let prefill = hot.speed.prefill_seconds(uncached, cached);
+        let chunks = (prefill - hot.speed.request_seconds).max(0.0);
         let (mut mixed, mut late) = (0.0, 0.0);
         if sequences > 0.0 {
             let step = hot.speed.decode_step_seconds(sequences, context);
             mixed = uncached.div_ceil(CHUNK_TOKENS) as f64 * step;
             if let Some(slo) = self.slo.itl_seconds {
                 let tokens = EXPECTED_OUTPUT_TOKENS as f64;
-                let itl = step / (1.0 - hot.prefill_share) + (queue + prefill) / tokens;
+                let itl = step / (1.0 - hot.prefill_share) + (queue + chunks) / tokens;
                 late = sequences * tokens * (itl - slo).max(0.0);
             }
         }
-        let stall = sequences * prefill;
+        let stall = sequences * chunks;
         let own = queue.max(there_after) + mixed + prefill;
         PrefillCost { queue, mixed, prefill, stall, own, seconds: own + stall, late }
     }
@@ -322,7 +323,6 @@ fn queue_seconds(hot: &Hot, reserved: &Reserved) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kv_index::Slot;
     use crate::links::Links;
     use crate::placement::testing::{engine, fleet, with};
 
@@ -443,8 +443,7 @@ mod tests {
         let slo = free.itl_seconds - 1e-3;
         let late = with(None, Some(slo)).late_seconds;
         let step = fleet.engines()[0].speed.decode_step_seconds(2.0, 2000.0);
-        let beside = 2.0 * (128.0 * (step - slo) + free.prefill_seconds);
+        let beside = 2.0 * (128.0 * (step - slo) + free.terms.get(Term::DecodeStall) / 2.0);
         assert!((late - (3.0 * 10.0 * 1e-3 + beside)).abs() < 1e-9, "{late}");
-        let _ = Slot(0);
     }
 }

@@ -83,12 +83,7 @@ impl Decider {
 
     /// Reads the engines' loads and decides. `None` where no engine can serve the request;
     /// [`super::skipped`] says why each was left out.
-    pub fn decide(
-        &mut self,
-        policy: &dyn Policy,
-        fleet: &Fleet,
-        request: &Request<'_>,
-    ) -> Option<Decision> {
+    pub fn decide(&mut self, policy: &dyn Policy, fleet: &Fleet, request: &Request<'_>) -> Option<Decision> {
         self.loads.read(fleet.engines().iter().map(|engine| (engine.info.slot, &*engine.load)));
         self.decide_as_seen(policy, fleet, request)
     }
@@ -262,7 +257,9 @@ impl Decider {
                 }
                 let Some((cached, bytes)) = pricing.pulled(source, engine) else { continue };
                 let least = pricing.prefill_after(engine, cached, 0.0);
-                let no_better = |best: &Best| best.key.late == 0.0 && least.seconds + costs.decode.seconds >= best.key.seconds;
+                let no_better = |best: &Best| {
+                    best.key.late == 0.0 && least.seconds + costs.decode.seconds >= best.key.seconds
+                };
                 if search.best.as_ref().is_some_and(no_better) {
                     continue;
                 }

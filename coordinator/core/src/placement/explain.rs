@@ -175,7 +175,8 @@ impl Decider {
         let hot = fleet.hot();
         let mut plans: Vec<Plan> = self.scratch.whole.iter().map(|at| pricing.whole_plan(*at)).collect();
         if request.prompt_tokens > 0 {
-            let pullers = |at: &&u32| hot[**at as usize].can_pull_cached && hot[**at as usize].exchange.is_some();
+            let pullers =
+                |at: &&u32| hot[**at as usize].can_pull_cached && hot[**at as usize].exchange.is_some();
             for source in self.sources().iter().copied() {
                 for engine in self.scratch.whole.iter().filter(pullers).copied() {
                     if source != engine
@@ -189,9 +190,13 @@ impl Decider {
         }
         if request.prompt_tokens > 0 && request.splittable.is_ok() {
             let cost = |at: u32| &self.scratch.costs[at as usize];
-            let firsts = self.cheapest(|at| hot[at as usize].role.prefills(), fleet, |at| cost(at).prefill.seconds);
-            let seconds =
-                self.cheapest(|at| hot[at as usize].role.decodes(), fleet, |at| cost(at).decode.handoff_seconds);
+            let firsts =
+                self.cheapest(|at| hot[at as usize].role.prefills(), fleet, |at| cost(at).prefill.seconds);
+            let seconds = self.cheapest(
+                |at| hot[at as usize].role.decodes(),
+                fleet,
+                |at| cost(at).decode.handoff_seconds,
+            );
             for prefill in firsts {
                 for decode in seconds.iter().copied().filter(|decode| *decode != prefill) {
                     if hot[prefill as usize].exchange == hot[decode as usize].exchange {
@@ -203,7 +208,9 @@ impl Decider {
         let chosen = decision.chosen.plan;
         plans.retain(|plan| *plan != chosen);
         let aimed = |plan: &Plan| match (aim, plan) {
-            (Aim::Engine(engine), Plan::Colocated { engine: at } | Plan::Append { engine: at }) => engine == *at,
+            (Aim::Engine(engine), Plan::Colocated { engine: at } | Plan::Append { engine: at }) => {
+                engine == *at
+            }
             (Aim::Engine(_), _) => false,
             (Aim::Best(modes), Plan::Colocated { .. } | Plan::Append { .. }) => modes.whole,
             (Aim::Best(modes), Plan::Pull { .. }) => modes.pulls,
@@ -251,7 +258,8 @@ fn notes(decision: &Decision) -> Vec<String> {
     let mut notes = Vec::new();
     if !decision.meets_slo() {
         let late = milliseconds(decision.chosen.late_seconds);
-        notes.push(format!("no plan of this policy meets the SLOs; this one misses them least, by {late} ms"));
+        notes
+            .push(format!("no plan of this policy meets the SLOs; this one misses them least, by {late} ms"));
     }
     if decision.fell_back {
         notes.push("no plan of the kind that the policy aims at is possible".to_owned());
