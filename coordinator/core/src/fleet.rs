@@ -157,10 +157,8 @@ impl Fleet {
     /// same.
     pub fn renewed(&self, engines: Vec<Engine>, links: Links) -> Self {
         let mut fleet = Self::new(engines, links);
-        let names = |fleet: &Self, at: usize| fleet.engines[at].info.id.clone();
-        if self.engines.len() == fleet.engines.len()
-            && (0..self.engines.len()).all(|at| names(self, at) == names(&fleet, at))
-        {
+        let same = |(old, new): (&Engine, &Engine)| old.info.id == new.info.id;
+        if self.engines.len() == fleet.engines.len() && self.engines.iter().zip(&fleet.engines).all(same) {
             fleet.ring = self.ring.clone();
         }
         fleet
