@@ -34,8 +34,8 @@ impl EngineLoad {
     /// Reserves the prefill of this many uncached tokens, which is predicted to take so many seconds. At the first
     /// token call [`PrefillReservation::computed`]; dropping the guard releases it where there is none.
     pub fn reserve_prefill(self: &Arc<Self>, uncached_tokens: u64, seconds: f64) -> PrefillReservation {
-        // `max` also turns what is not a number into 0.
-        let nanos = (seconds.max(0.0).min(LONGEST_SECONDS) * NANOS) as u64;
+        // The cast turns what is not a number into 0.
+        let nanos = (seconds.clamp(0.0, LONGEST_SECONDS) * NANOS) as u64;
         self.prefill_tokens.fetch_add(uncached_tokens, Ordering::Relaxed);
         self.prefill_nanos.fetch_add(nanos, Ordering::Relaxed);
         self.prefills.fetch_add(1, Ordering::Relaxed);

@@ -148,10 +148,8 @@ fn objective(matrix: &[[f64; N]; N], right: &[f64; N], x: &[f64; N]) -> f64 {
 fn solve_free(matrix: &[[f64; N]; N], right: &[f64; N], fixed: u8) -> Option<[f64; N]> {
     let (mut a, mut b) = (*matrix, *right);
     for i in (0..N).filter(|i| fixed & (1 << i) != 0) {
-        for j in 0..N {
-            a[i][j] = 0.0;
-            a[j][i] = 0.0;
-        }
+        a[i] = [0.0; N];
+        a.iter_mut().for_each(|row| row[i] = 0.0);
         a[i][i] = 1.0;
         b[i] = 0.0;
     }
@@ -162,11 +160,10 @@ fn solve_free(matrix: &[[f64; N]; N], right: &[f64; N], fixed: u8) -> Option<[f6
         if a[column][column] == 0.0 {
             return None;
         }
+        let above = a[column];
         for row in column + 1..N {
-            let factor = a[row][column] / a[column][column];
-            for j in column..N {
-                a[row][j] -= factor * a[column][j];
-            }
+            let factor = a[row][column] / above[column];
+            a[row].iter_mut().zip(above).for_each(|(cell, above)| *cell -= factor * above);
             b[row] -= factor * b[column];
         }
     }

@@ -49,10 +49,10 @@ impl Sessions {
         self.expire(now_ms);
         if let Some(old) = self.pins.insert(session, Pin { slot, used_ms: now_ms }) {
             self.order.remove(&(old.used_ms, session));
-        } else if self.pins.len() > self.most {
-            if let Some((_, oldest)) = self.order.pop_first() {
-                self.pins.remove(&oldest);
-            }
+        } else if self.pins.len() > self.most
+            && let Some((_, oldest)) = self.order.pop_first()
+        {
+            self.pins.remove(&oldest);
         }
         self.order.insert((now_ms, session));
     }
