@@ -4,7 +4,7 @@ SHELL := /bin/bash
 CARGO ?= cargo
 json = $(if $(JSON),--json)
 
-.PHONY: help setup build demo up test lint e2e e2e-fast e2e-random bench bench-transfer peers-handoff
+.PHONY: help setup build demo up test lint e2e e2e-fast e2e-random bench bench-transfer bench-placement peers-handoff
 
 help: ## this list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -45,6 +45,10 @@ bench: setup ## what tokenising and proxying add to TTFT
 
 bench-transfer: setup ## block transfer between two processes on loopback
 	$(CARGO) run --release -p baton-kv-transfer --example transfer_bench
+
+bench-placement: setup ## how long a placement decision takes; TRACE=file: how it spreads a trace
+	$(CARGO) build --release -p baton-bench-placement
+	target/release/baton-bench-placement $(if $(TRACE),--trace $(TRACE))
 
 peers-handoff: setup ## handoff beside vLLM's own NixlConnector on the same engines
 	benches/peers/handoff/run.sh

@@ -1,6 +1,7 @@
 //! What all parts of the coordinator share, and the few operations that touch more than one of them.
 
-use std::sync::{Arc, RwLock};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, RwLock};
 
 use baton_coordinator_core::fleet::Fleet;
 use baton_coordinator_core::kv_index::{Holder, IndexError, KvIndex, Limits, Run, Tier, Tiers};
@@ -36,6 +37,9 @@ pub struct Coordinator {
     /// A permit for each request in flight.
     pub requests: Arc<Semaphore>,
     links: RwLock<Links>,
+    /// As it was last seen.
+    fleet: Mutex<Arc<Fleet>>,
+    decisions: AtomicU64,
 }
 
 /// A batch that cannot be applied; the session ends.
@@ -84,14 +88,25 @@ impl Coordinator {
             models,
             requests: Arc::new(Semaphore::new(config.limits.max_requests)),
             links: RwLock::default(),
+            fleet: Mutex::default(),
+            decisions: AtomicU64::new(0),
             config,
         }
     }
 
     /// The fleet as a decision sees it.
-    pub fn fleet(&self) -> Fleet {
+    pub fn fleet(&self) -> Arc<Fleet> {
         let links = self.links.read().expect(POISON).clone();
-        Fleet::new(self.registry.snapshot(Instant::now()), links)
+        let engines = self.registry.snapshot(Instant::now());
+        let mut last = self.fleet.lock().expect(POISON);
+        let fleet = Arc::new(last.renewed(engines, links));
+        *last = fleet.clone();
+        fleet
+    }
+
+    /// A number for the next decision.
+    pub fn next_seed(&self) -> u64 {
+        self.decisions.fetch_add(1, Ordering::Relaxed)
     }
 
     /// Takes a session in.

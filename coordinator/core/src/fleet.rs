@@ -1,16 +1,22 @@
-//! The engines as one decision sees them.
+//! The engines as decisions see them.
+//!
+//! A [`Fleet`] is a snapshot that many decisions share: it is made anew when membership, health or an estimate changes, not
+//! for each request. What changes with each request, the load, lies behind [`Engine::load`] and is read by the decision.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use baton_proto::{EngineId, Epoch};
+use serde::{Deserialize, Serialize};
 
 use crate::kv_index::Slot;
 use crate::links::Links;
-use crate::load::Reserved;
+use crate::load::EngineLoad;
+use crate::ring::Ring;
 use crate::speed::Speed;
 
 /// What an operator wants an engine to do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Role {
     /// Both parts of a request, and either part of a handoff.
     Both,
@@ -51,6 +57,10 @@ pub struct EngineInfo {
     pub block_bytes: u64,
     /// Equal on engines that can use each other's blocks; empty where not known.
     pub layout: String,
+    /// Layers that its handoffs send one by one while it still computes; 0 where sending begins after the prefill.
+    pub streamed_layers: u32,
+    /// Whether it can pull a prefix that another engine merely caches, and lets others pull so.
+    pub can_pull_cached: bool,
 }
 
 /// One engine.
@@ -65,11 +75,13 @@ pub struct Engine {
     /// How fast it is.
     pub speed: Speed,
     /// What was dispatched to it.
-    pub reserved: Reserved,
+    pub load: Arc<EngineLoad>,
     /// Requests that wait on the engine and are not ours, by its own report.
     pub foreign_waiting: u32,
     /// Sequences that run on the engine and are not ours, by its own report.
     pub foreign_running: u32,
+    /// The share of its time that it spends on prefills ([`crate::load::PrefillShare`]), 0 where not known.
+    pub prefill_share: f64,
 }
 
 impl Engine {
@@ -77,30 +89,136 @@ impl Engine {
     pub fn serves(&self, model: &str) -> bool {
         self.info.models.iter().any(|name| name == model)
     }
-
-    /// Sequences that decode on it, as far as known.
-    pub fn sequences(&self) -> u64 {
-        self.reserved.sequences + u64::from(self.foreign_running)
-    }
 }
+
+/// What the pricing of every option reads of an engine, side by side in memory.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Hot {
+    pub(crate) speed: Speed,
+    pub(crate) block_bytes: u64,
+    pub(crate) prefill_share: f64,
+    pub(crate) slot: Slot,
+    pub(crate) block_size: u32,
+    pub(crate) foreign_waiting: u32,
+    pub(crate) foreign_running: u32,
+    /// Equal for equal layouts; `None` where it cannot exchange blocks now.
+    pub(crate) exchange: Option<u32>,
+    pub(crate) streamed_layers: u32,
+    pub(crate) role: Role,
+    pub(crate) healthy: bool,
+    pub(crate) can_pull_cached: bool,
+}
+
+/// No engine has this slot.
+const NOBODY: u32 = u32::MAX;
 
 /// All engines, in order of their names.
 #[derive(Clone, Debug, Default)]
 pub struct Fleet {
     engines: Vec<Engine>,
-    /// The links between them.
-    pub links: Links,
+    hot: Vec<Hot>,
+    /// Engines by model name, in order of both.
+    by_model: Vec<(String, Vec<u32>)>,
+    /// Places of engines by slot.
+    by_slot: Vec<u32>,
+    links: Links,
+    ring: Arc<OnceLock<Ring>>,
 }
 
 impl Fleet {
     /// A fleet of these engines.
     pub fn new(mut engines: Vec<Engine>, links: Links) -> Self {
         engines.sort_by(|a, b| a.info.id.cmp(&b.info.id));
-        Self { engines, links }
+        let mut layouts: Vec<&str> = engines.iter().map(|engine| engine.info.layout.as_str()).collect();
+        layouts.sort_unstable();
+        layouts.dedup();
+        let hot = engines.iter().map(|engine| hot(engine, &layouts)).collect();
+
+        let mut served: Vec<(&str, u32)> = Vec::new();
+        let mut by_slot = Vec::new();
+        for (at, engine) in engines.iter().enumerate() {
+            served.extend(engine.info.models.iter().map(|name| (name.as_str(), at as u32)));
+            let slot = engine.info.slot.0 as usize;
+            if by_slot.len() <= slot {
+                by_slot.resize(slot + 1, NOBODY);
+            }
+            by_slot[slot] = at as u32;
+        }
+        served.sort_unstable();
+        served.dedup();
+        let by_model = served
+            .chunk_by(|a, b| a.0 == b.0)
+            .map(|group| (group[0].0.to_owned(), group.iter().map(|entry| entry.1).collect()))
+            .collect();
+        Self { hot, by_model, by_slot, links, ring: Arc::default(), engines }
+    }
+
+    /// The same fleet at a later time. What depends on the engines' names alone is taken over where those are the
+    /// same.
+    pub fn renewed(&self, engines: Vec<Engine>, links: Links) -> Self {
+        let mut fleet = Self::new(engines, links);
+        let same = |(old, new): (&Engine, &Engine)| old.info.id == new.info.id;
+        if self.engines.len() == fleet.engines.len() && self.engines.iter().zip(&fleet.engines).all(same) {
+            fleet.ring = self.ring.clone();
+        }
+        fleet
     }
 
     /// The engines, in order of their names.
     pub fn engines(&self) -> &[Engine] {
         &self.engines
+    }
+
+    /// The links between them.
+    pub fn links(&self) -> &Links {
+        &self.links
+    }
+
+    /// Where cold prefixes have their home. Built at its first use, in some ten milliseconds: call this once when
+    /// engines came or left, off the way of requests.
+    pub fn ring(&self) -> &Ring {
+        self.ring.get_or_init(|| Ring::new(self.engines.iter().map(|engine| engine.info.id.as_str())))
+    }
+
+    /// The place of the engine that has a slot.
+    #[inline]
+    pub fn place_of(&self, slot: Slot) -> Option<u32> {
+        self.by_slot.get(slot.0 as usize).copied().filter(|at| *at != NOBODY)
+    }
+
+    /// The place of the engine of this name.
+    pub fn find(&self, id: &EngineId) -> Option<u32> {
+        self.engines.binary_search_by(|engine| engine.info.id.cmp(id)).ok().map(|at| at as u32)
+    }
+
+    /// Places of the engines that serve a model under this name, in order.
+    pub fn serving(&self, model: &str) -> &[u32] {
+        match self.by_model.binary_search_by(|entry| entry.0.as_str().cmp(model)) {
+            Ok(at) => &self.by_model[at].1,
+            Err(_) => &[],
+        }
+    }
+
+    pub(crate) fn hot(&self) -> &[Hot] {
+        &self.hot
+    }
+}
+
+fn hot(engine: &Engine, layouts: &[&str]) -> Hot {
+    let info = &engine.info;
+    let layout = layouts.binary_search(&info.layout.as_str()).ok().map(|at| at as u32);
+    Hot {
+        speed: engine.speed,
+        block_bytes: info.block_bytes,
+        prefill_share: engine.prefill_share.clamp(0.0, crate::load::PrefillShare::MOST),
+        slot: info.slot,
+        block_size: info.block_size.max(1),
+        foreign_waiting: engine.foreign_waiting,
+        foreign_running: engine.foreign_running,
+        exchange: layout.filter(|_| engine.can_transfer && !info.layout.is_empty()),
+        streamed_layers: info.streamed_layers,
+        role: info.role,
+        healthy: engine.healthy,
+        can_pull_cached: info.can_pull_cached,
     }
 }

@@ -1,6 +1,6 @@
 //! Operators' read-only calls.
 
-use baton_coordinator_core::placement;
+use baton_coordinator_core::placement::{self, Decider};
 use baton_proto::ContentKeys;
 use baton_proto::control::v1;
 use tonic::Status;
@@ -21,33 +21,35 @@ pub(super) fn route(coordinator: &Coordinator, request: v1::RouteRequest) -> Res
     let max_tokens = Some(u64::from(request.max_tokens)).filter(|tokens| *tokens > 0);
     let prompt = Prompt::of_tokens(request.token_ids, keys);
     let fleet = coordinator.fleet();
-    let overlaps = prompt.overlaps(&fleet, &request.model, &coordinator.index);
+    let found = prompt.find(&fleet, &request.model, &coordinator.index);
     let wanted = placement::Request {
-        model: &request.model,
-        prompt_tokens: prompt.tokens(),
         max_tokens,
-        overlaps: &overlaps,
         splittable: prompt.splittable(),
-        avoid: &[],
+        seed: coordinator.next_seed(),
+        prefix_key: found.prefix_key,
+        fresh_key: found.fresh_key,
+        ..placement::Request::new(&request.model, prompt.tokens(), &found.overlaps)
     };
     let policy = placement::policy(coordinator.config.policy.as_str()).expect("the names are the same");
-    let Some(decision) = placement::decide(policy, &fleet, &wanted) else {
+    let mut decider = Decider::new();
+    let Some(decision) = decider.decide(policy, &fleet, &wanted) else {
         let reasons: Vec<String> =
             placement::skipped(&fleet, &wanted).iter().map(|(id, why)| format!("{id}: {why:?}")).collect();
         return Err(Status::unavailable(format!("no engine can serve {}: {reasons:?}", request.model)));
     };
-    let explained = decision.explain(&fleet, MAX_OPTIONS);
-    let options = decision.options().zip(explained.options).map(|(priced, option)| v1::PlacementOption {
+    let explained = decider.explain(policy, &fleet, &wanted, &decision, MAX_OPTIONS);
+    let options = explained.options.into_iter().map(|option| v1::PlacementOption {
         mode: option.mode.to_owned(),
         prefill_engine: option.prefill.to_string(),
         decode_engine: option.decode.to_string(),
         hit_tokens: option.hit_tokens,
-        terms: priced
+        terms: option
+            .priced
             .terms
             .iter()
             .map(|(term, seconds)| v1::CostTerm { name: term.name().to_owned(), seconds })
             .collect(),
-        total_seconds: priced.terms.total(),
+        total_seconds: option.priced.seconds,
         why_not: option.why_not.unwrap_or_default(),
     });
     Ok(v1::RouteReply { options: options.collect() })

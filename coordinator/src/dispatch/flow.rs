@@ -1,13 +1,17 @@
 //! Placing a request and running its legs.
 
+use std::cell::RefCell;
 use std::sync::Arc;
 
 use axum::body::Body;
 use axum::response::{IntoResponse, Response};
 use baton_coordinator_core::cost::{Plan, Priced};
 use baton_coordinator_core::fleet::Fleet;
-use baton_coordinator_core::load::{DecodeReservation, PrefillReservation};
-use baton_coordinator_core::placement::{self, Decision, Policy};
+use baton_coordinator_core::load::{
+    DecodeReservation, EngineLoad, PrefillReservation, Reserved, TransferReservation,
+};
+use baton_coordinator_core::placement::{self, Decider, Decision, Explanation, Policy};
+use baton_coordinator_core::speed::PrefillSample;
 use baton_proto::plan::{Held, Source};
 use baton_proto::{EngineId, TransferId};
 use bytes::Bytes;
@@ -80,33 +84,64 @@ pub struct Wanted {
     pub arrived: Instant,
 }
 
+thread_local! {
+    /// What decisions work with, used again by the next one on the thread.
+    static DECIDER: RefCell<Decider> = RefCell::default();
+}
+
+/// A decision, and what it was made on.
+pub struct Placement {
+    /// The engines.
+    pub fleet: Arc<Fleet>,
+    /// The decision.
+    pub decision: Decision,
+    /// What the prefill engine had reserved before.
+    pub reserved: Reserved,
+    /// The decision in words, where they were asked for.
+    pub explanation: Option<Explanation>,
+}
+
 impl Wanted {
-    /// Decides, and gives the fleet that the decision is about.
-    pub fn place(&self, coordinator: &Coordinator, avoid: &[EngineId]) -> (Fleet, Result<Decision, String>) {
+    /// Decides; with `explained`, also puts so many options in words. An error says why no engine can.
+    pub fn place(
+        &self,
+        coordinator: &Coordinator,
+        avoid: &[EngineId],
+        explained: Option<usize>,
+    ) -> Result<Placement, String> {
         let fleet = coordinator.fleet();
-        let overlaps = self.prompt.overlaps(&fleet, &self.model, &coordinator.index);
+        let found = self.prompt.find(&fleet, &self.model, &coordinator.index);
         let splittable =
             if avoid.is_empty() { self.prompt.splittable() } else { Err("another engine failed") };
         let request = placement::Request {
-            model: &self.model,
-            prompt_tokens: self.prompt.tokens(),
             max_tokens: self.max_tokens,
-            overlaps: &overlaps,
             splittable,
             avoid,
+            seed: coordinator.next_seed(),
+            prefix_key: found.prefix_key,
+            fresh_key: found.fresh_key,
+            ..placement::Request::new(&self.model, self.prompt.tokens(), &found.overlaps)
         };
-        let decision = placement::decide(self.policy, &fleet, &request).ok_or_else(|| {
-            let why: Vec<String> = placement::skipped(&fleet, &request)
-                .into_iter()
-                .filter(|(_, why)| *why != placement::Skipped::OtherModel)
-                .map(|(id, why)| format!("{id} {why:?}").to_lowercase())
-                .collect();
-            match why.is_empty() {
-                true => "no engine is registered for it".to_owned(),
-                false => why.join(", "),
-            }
-        });
-        (fleet, decision)
+        DECIDER.with_borrow_mut(|decider| {
+            let Some(decision) = decider.decide(self.policy, &fleet, &request) else {
+                let why: Vec<String> = placement::skipped(&fleet, &request)
+                    .into_iter()
+                    .filter(|(_, why)| *why != placement::Skipped::OtherModel)
+                    .map(|(id, why)| format!("{id} {why:?}").to_lowercase())
+                    .collect();
+                return Err(match why.is_empty() {
+                    true => "no engine is registered for it".to_owned(),
+                    false => why.join(", "),
+                });
+            };
+            let explain = |limit| decider.explain(self.policy, &fleet, &request, &decision, limit);
+            Ok(Placement {
+                reserved: decider.loads().engines()[decision.plan().prefill() as usize],
+                explanation: explained.map(explain),
+                decision,
+                fleet: fleet.clone(),
+            })
+        })
     }
 }
 
@@ -132,9 +167,26 @@ struct Placed {
     answer: Arc<Entry>,
     /// Whether the prefill meets an empty queue, so that its time says how fast the engine is.
     alone: bool,
+    /// What the prefill engine had reserved before.
+    reserved: Reserved,
     prefill_reservation: Option<PrefillReservation>,
     decode_reservation: DecodeReservation,
+    /// Until the answer's first byte: the pull is over then.
+    transfer_reservation: Option<TransferReservation>,
     explanation: Option<HeaderValue>,
+}
+
+impl Placed {
+    /// What a prefill teaches that began then and has its first token now.
+    fn sample(&self, began: Instant) -> PrefillSample {
+        PrefillSample {
+            new: self.priced.uncached_tokens,
+            cached: self.priced.hit_tokens,
+            seconds: began.elapsed().as_secs_f64(),
+            sequences: self.reserved.sequences as f64,
+            context_tokens: self.reserved.context_tokens as f64,
+        }
+    }
 }
 
 /// A hold on the prefill engine; released when this is dropped.
@@ -205,29 +257,33 @@ impl Flow<'_> {
     }
 
     fn place(&self) -> Result<Placed, String> {
-        let (fleet, decision) = self.wanted.place(self.coordinator, &self.avoid);
-        let decision = decision?;
-        let priced = *decision.chosen();
+        let explained = self.wanted.explain.then_some(MAX_EXPLAINED);
+        let Placement { fleet, decision, reserved, explanation } =
+            self.wanted.place(self.coordinator, &self.avoid, explained)?;
+        let priced = decision.chosen;
         let entry = |at: u32| {
             let id = &fleet.engines()[at as usize].info.id;
             self.coordinator.registry.get(id).ok_or_else(|| format!("{id} just left"))
         };
         let (prefill, answer) = (entry(priced.plan.prefill())?, entry(priced.plan.decode())?);
-        let prefill_engine = &fleet.engines()[priced.plan.prefill() as usize];
         let metrics = &self.coordinator.metrics;
         metrics.prompt_tokens.inc_by(self.wanted.prompt.tokens());
         metrics.hit_tokens.inc_by(priced.hit_tokens);
-        let explain = || {
-            let explanation = decision.explain(&fleet, MAX_EXPLAINED);
+        let explanation = explanation.and_then(|explanation| {
             serde_json::to_string(&explanation).ok().and_then(|json| HeaderValue::try_from(json).ok())
-        };
+        });
+        let transfer_reservation = (!Arc::ptr_eq(&prefill, &answer)).then(|| {
+            EngineLoad::reserve_transfer((prefill.slot, &prefill.load), &answer.load, priced.transfer_bytes)
+        });
         Ok(Placed {
-            alone: prefill_engine.reserved.prefills == 0
-                && prefill_engine.foreign_waiting == 0
-                && self.wanted.prompt.is_known(),
-            prefill_reservation: Some(prefill.load.reserve_prefill(priced.uncached_tokens)),
-            decode_reservation: answer.load.reserve_decode(),
-            explanation: self.wanted.explain.then(explain).flatten(),
+            alone: decision.alone && self.wanted.prompt.is_known(),
+            reserved,
+            prefill_reservation: Some(
+                prefill.load.reserve_prefill(priced.uncached_tokens, priced.prefill_seconds),
+            ),
+            decode_reservation: answer.load.reserve_decode(self.wanted.prompt.tokens()),
+            transfer_reservation,
+            explanation,
             priced,
             prefill,
             answer,
@@ -259,7 +315,9 @@ impl Flow<'_> {
                     info!(engine = %placed.prefill.id, reason, "a handoff goes on without a plan");
                     self.coordinator.metrics.handoff_fallbacks.inc(reason);
                     let load = &placed.answer.load;
-                    placed.prefill_reservation = Some(load.reserve_prefill(self.wanted.prompt.tokens()));
+                    let (tokens, seconds) = (self.wanted.prompt.tokens(), placed.priced.prefill_seconds);
+                    placed.transfer_reservation = None;
+                    placed.prefill_reservation = Some(load.reserve_prefill(tokens, seconds));
                 }
             }
         }
@@ -307,10 +365,12 @@ impl Flow<'_> {
             () = gone.cancelled() => return Err("prefill_engine_gone"),
         };
         if placed.alone {
-            let (tokens, seconds) = (placed.priced.uncached_tokens, began.elapsed().as_secs_f64());
-            engine.learn(|speed| speed.observe_first_token(tokens, seconds));
+            let sample = placed.sample(began);
+            engine.learn(|speed| speed.observe_prefill(&sample));
         }
-        placed.prefill_reservation = None;
+        if let Some(reservation) = placed.prefill_reservation.take() {
+            reservation.computed();
+        }
         let held = legs::held(&answer, transfer_id).ok_or("no_hold")?;
         if u64::from(held.num_tokens) != self.wanted.prompt.tokens() {
             self.coordinator.metrics.token_mismatches.inc();
@@ -370,8 +430,8 @@ impl Flow<'_> {
         if streaming {
             account.first_token();
             if placed.alone && holding.is_none() && Arc::ptr_eq(&placed.prefill, &placed.answer) {
-                let (tokens, seconds) = (placed.priced.uncached_tokens, began.elapsed().as_secs_f64());
-                placed.answer.learn(|speed| speed.observe_first_token(tokens, seconds));
+                let sample = placed.sample(began);
+                placed.answer.learn(|speed| speed.observe_prefill(&sample));
             }
         }
         for name in [CONNECTION, TRANSFER_ENCODING, HeaderName::from_static("keep-alive")] {
@@ -402,7 +462,7 @@ impl Flow<'_> {
             account,
             engine: placed.answer,
             prefill: placed.prefill_reservation,
-            _decode: placed.decode_reservation,
+            decode: placed.decode_reservation,
         };
         Response::from_parts(parts, Body::new(Relay::new(first, inner, streaming, ongoing)))
     }

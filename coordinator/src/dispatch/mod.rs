@@ -18,6 +18,6 @@ mod prompt;
 mod relay;
 mod upstream;
 
-pub use self::flow::{Endpoint, MAX_ATTEMPTS, Wanted, serve};
-pub use self::prompt::Prompt;
+pub use self::flow::{Endpoint, MAX_ATTEMPTS, Placement, Wanted, serve};
+pub use self::prompt::{Found, Prompt};
 pub use self::upstream::{Upstream, UpstreamError};

@@ -4,8 +4,20 @@ use std::sync::Arc;
 
 use baton_coordinator_core::fleet::Fleet;
 use baton_coordinator_core::kv_index::{KvIndex, Overlaps};
+use baton_coordinator_core::placement::{fresh_key, prefix_key};
 use baton_proto::ContentKeys;
 use baton_proto::block_hash::BlockHasher;
+
+/// What the index knows of a prompt.
+#[derive(Clone, Debug, Default)]
+pub struct Found {
+    /// What each engine holds of it.
+    pub overlaps: Overlaps,
+    /// Names its first tokens.
+    pub prefix_key: Option<u64>,
+    /// Names its first block that nobody holds.
+    pub fresh_key: Option<u64>,
+}
 
 /// A prompt: its tokens, or what is assumed without them.
 #[derive(Clone, Debug)]
@@ -55,10 +67,10 @@ impl Prompt {
 
     /// What each engine that serves the model holds of it. Engines whose blocks are hashed alike (the same
     /// namespace and block size) share one lookup.
-    pub fn overlaps(&self, fleet: &Fleet, model: &str, index: &KvIndex) -> Overlaps {
-        let mut overlaps = Overlaps::default();
-        let Some(token_ids) = &self.token_ids else { return overlaps };
-        let mut found = Overlaps::default();
+    pub fn find(&self, fleet: &Fleet, model: &str, index: &KvIndex) -> Found {
+        let mut found = Found::default();
+        let Some(token_ids) = &self.token_ids else { return found };
+        let mut held = Overlaps::default();
         let mut done: Vec<(&str, u32)> = Vec::new();
         for engine in fleet.engines() {
             let (Some(namespace), block_size) = (engine.info.models.first(), engine.info.block_size) else {
@@ -72,7 +84,11 @@ impl Prompt {
             let whole = token_ids.len() / block_size as usize * block_size as usize;
             let hashes =
                 BlockHasher::new(namespace).chain(&token_ids[..whole], block_size as usize, &self.keys);
-            index.overlaps(&hashes, &mut found);
+            index.overlaps(&hashes, &mut held);
+            if done.len() == 1 {
+                found.prefix_key = prefix_key(&hashes, block_size);
+                found.fresh_key = fresh_key(&hashes, &held);
+            }
             let alike: Vec<_> = fleet
                 .engines()
                 .iter()
@@ -81,8 +97,8 @@ impl Prompt {
                 })
                 .map(|other| other.info.slot)
                 .collect();
-            overlaps.merge(&found, |slot| alike.contains(&slot));
+            found.overlaps.merge(&held, |slot| alike.contains(&slot));
         }
-        overlaps
+        found
     }
 }

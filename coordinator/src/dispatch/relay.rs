@@ -4,7 +4,8 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
-use baton_coordinator_core::load::{DecodeReservation, PrefillReservation};
+use baton_coordinator_core::load::{DecodeReservation, PrefillReservation, Reserved};
+use baton_coordinator_core::speed::DecodeSample;
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
@@ -20,7 +21,7 @@ pub(super) struct Ongoing {
     pub(super) engine: Arc<Entry>,
     /// Until the first frame.
     pub(super) prefill: Option<PrefillReservation>,
-    pub(super) _decode: DecodeReservation,
+    pub(super) decode: DecodeReservation,
 }
 
 /// The body of the answer.
@@ -36,6 +37,9 @@ struct Progress {
     began: Instant,
     last: Instant,
     events: u64,
+    /// Of the engine, at the first token.
+    reserved: Reserved,
+    prefilled_seconds: f64,
 }
 
 impl Relay {
@@ -47,9 +51,18 @@ impl Relay {
         streaming: bool,
         mut ongoing: Ongoing,
     ) -> Self {
-        ongoing.prefill = None;
+        if let Some(reservation) = ongoing.prefill.take() {
+            reservation.computed();
+        }
         let now = Instant::now();
-        let stream = streaming.then_some(Progress { began: now, last: now, events: 0 });
+        let load = &ongoing.engine.load;
+        let stream = streaming.then(|| Progress {
+            began: now,
+            last: now,
+            events: 0,
+            reserved: load.reserved(),
+            prefilled_seconds: load.prefilled_seconds(),
+        });
         Self { first, inner, stream, ongoing }
     }
 
@@ -60,14 +73,25 @@ impl Relay {
         }
         let Some(progress) = self.stream.take() else { return };
         if outcome == Outcome::Ok {
-            let seconds = progress.last.duration_since(progress.began).as_secs_f64();
-            self.ongoing.engine.learn(|speed| speed.observe_decode(progress.events, seconds));
+            let load = &self.ongoing.engine.load;
+            let (before, after) = (progress.reserved, load.reserved());
+            let mean = |before: u64, after: u64| (before as f64 + after as f64) / 2.0;
+            let sample = DecodeSample {
+                tokens: progress.events,
+                seconds: progress.last.duration_since(progress.began).as_secs_f64(),
+                stalled_seconds: load.prefilled_seconds() - progress.prefilled_seconds,
+                sequences: mean(before.sequences, after.sequences),
+                context_tokens: mean(before.context_tokens, after.context_tokens),
+            };
+            self.ongoing.engine.learn(|speed| speed.observe_decode(&sample));
         }
     }
 
     fn passed(&mut self, frame: &Frame<Bytes>) {
         if let (Some(progress), Some(data)) = (&mut self.stream, frame.data_ref()) {
-            progress.events += data.windows(2).filter(|pair| pair == b"\n\n").count() as u64;
+            let events = data.windows(2).filter(|pair| pair == b"\n\n").count() as u64;
+            progress.events += events;
+            self.ongoing.decode.grew(events);
             progress.last = Instant::now();
         }
     }

@@ -70,9 +70,8 @@ pub(super) async fn route(
         Ok(wanted) => wanted,
         Err(error) => return error.into_response(),
     };
-    let (fleet, decision) = wanted.place(&coordinator, &[]);
-    match decision {
-        Ok(decision) => Json(json!(decision.explain(&fleet, usize::MAX))).into_response(),
+    match wanted.place(&coordinator, &[], Some(usize::MAX)) {
+        Ok(placed) => Json(json!(placed.explanation)).into_response(),
         Err(why) => {
             let message = format!("No engine can serve {}: {why}", wanted.model);
             ApiError::of(StatusCode::SERVICE_UNAVAILABLE, message).into_response()
@@ -136,8 +135,8 @@ pub(super) fn model(coordinator: &Coordinator, name: &str) -> Result<Arc<Model>,
 
 fn policy(coordinator: &Coordinator, headers: &HeaderMap) -> Result<&'static dyn Policy, ApiError> {
     let wrong = || {
-        let message = "x-baton-policy: one of adaptive, colocated, disaggregated";
-        ApiError::bad_request(message, Some("x-baton-policy"))
+        let names = placement::POLICIES.map(|policy| policy.name()).join(", ");
+        ApiError::bad_request(format!("x-baton-policy: one of {names}"), Some("x-baton-policy"))
     };
     let name = match headers.get("x-baton-policy") {
         Some(value) => value.to_str().map_err(|_| wrong())?,

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use baton_coordinator_core::fleet::{Engine, EngineInfo};
 use baton_coordinator_core::kv_index::Slot;
-use baton_coordinator_core::load::EngineLoad;
+use baton_coordinator_core::load::{EngineLoad, PrefillShare};
 use baton_coordinator_core::speed::SpeedEstimate;
 use baton_proto::control::v1;
 use baton_proto::control::v1::coordinator_message::Message as Command;
@@ -59,6 +59,9 @@ pub struct Entry {
     /// What was dispatched to it.
     pub load: Arc<EngineLoad>,
     speed: Mutex<SpeedEstimate>,
+    /// Brought up to date with each load report.
+    prefill_share: Mutex<(PrefillShare, f64)>,
+    since: Instant,
     live: RwLock<Live>,
 }
 
@@ -144,9 +147,10 @@ impl Entry {
             healthy: live.healthy && live.suspect_until.is_none_or(|until| until <= now),
             can_transfer: live.registration.message.can_transfer && live.session.is_some(),
             speed: self.speed.lock().expect(POISON).speed(),
-            reserved: self.load.reserved(),
+            load: self.load.clone(),
             foreign_waiting: live.foreign_waiting,
             foreign_running: live.foreign_running,
+            prefill_share: self.prefill_share.lock().expect(POISON).1,
         }
     }
 
@@ -168,6 +172,11 @@ impl Entry {
     /// Takes a load report.
     pub fn report(&self, load: v1::EngineLoad) {
         let reserved = self.load.reserved();
+        {
+            let mut share = self.prefill_share.lock().expect(POISON);
+            let now_ms = self.since.elapsed().as_millis() as u64;
+            share.1 = share.0.observe(now_ms, self.load.prefilled_seconds());
+        }
         let foreign = |reported: u32, ours: u64| reported.saturating_sub(ours.try_into().unwrap_or(u32::MAX));
         let mut live = self.live.write().expect(POISON);
         live.foreign_waiting = foreign(load.waiting, reserved.prefills);
@@ -421,6 +430,8 @@ impl Registry {
             slot,
             load: Arc::default(),
             speed: Mutex::default(),
+            prefill_share: Mutex::default(),
+            since: now,
             live: RwLock::new(Live {
                 info: registration.info(slot),
                 upstream: Upstream::new(&registration, self.tls.clone()),

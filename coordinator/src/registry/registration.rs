@@ -140,6 +140,8 @@ impl Registration {
             block_size: self.message.block_size,
             block_bytes: self.message.block_bytes,
             layout: self.message.layout.clone(),
+            streamed_layers: 0,
+            can_pull_cached: false,
         })
     }
 }

@@ -51,6 +51,9 @@ pub(crate) async fn run(arguments: Arguments) -> anyhow::Result<()> {
     if let Some(reason) = &explanation.not_splittable {
         println!("no handoff: {reason}");
     }
+    for note in &explanation.notes {
+        println!("{note}");
+    }
     print!("{}", explanation.table());
     if explanation.options_left_out > 0 {
         println!("and {} more", explanation.options_left_out);

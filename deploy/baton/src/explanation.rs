@@ -13,6 +13,9 @@ pub(crate) struct Explanation {
     pub(crate) prompt_tokens: u64,
     /// Why a handoff was out of the question.
     pub(crate) not_splittable: Option<String>,
+    /// What else is to be known of the choice.
+    #[serde(default)]
+    pub(crate) notes: Vec<String>,
     /// Best first; the first was taken.
     pub(crate) options: Vec<Choice>,
     #[serde(default)]

@@ -9,6 +9,7 @@ mod demo;
 mod explain;
 mod explanation;
 mod fleet;
+mod route;
 mod signals;
 mod table;
 mod up;
@@ -38,6 +39,8 @@ enum Command {
     Fleet(fleet::Arguments),
     /// Show where a request would be placed, and why
     Explain(explain::Arguments),
+    /// Replay decisions that a coordinator wrote down
+    Route(route::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -67,5 +70,6 @@ async fn run(command: Command) -> anyhow::Result<()> {
         Command::Up(arguments) => up::run(arguments).await,
         Command::Fleet(arguments) => fleet::run(arguments).await,
         Command::Explain(arguments) => explain::run(arguments).await,
+        Command::Route(arguments) => route::run(&arguments),
     }
 }

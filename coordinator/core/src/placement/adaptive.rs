@@ -1,9 +1,8 @@
-//! Whatever adds the fewest seconds.
+//! Whatever is best.
 
-use super::{Policy, Rank, Request};
-use crate::cost::Priced;
+use super::{Aim, Modes, Policy, View};
 
-/// Takes the option whose predicted seconds sum to the least, whatever its mode.
+/// Takes the best plan, whatever its kind.
 #[derive(Clone, Copy, Debug)]
 pub struct Adaptive;
 
@@ -12,11 +11,11 @@ impl Policy for Adaptive {
         "adaptive"
     }
 
-    fn rank(&self, _: &Request<'_>, option: &Priced) -> Rank {
-        Rank { class: 0, seconds: option.terms.total() }
+    fn aim(&self, _: &View<'_>) -> Aim {
+        Aim::Best(Modes::ALL)
     }
 
-    fn reason(&self, _: u8) -> &'static str {
-        ""
+    fn reason(&self) -> &'static str {
+        "the policy takes any plan"
     }
 }

@@ -1,9 +1,8 @@
 //! Never split.
 
-use super::{Policy, Rank, Request};
-use crate::cost::{Plan, Priced};
+use super::{Aim, Modes, Policy, View};
 
-/// Takes the cheapest engine for the whole request.
+/// Takes the best engine for the whole request, what it holds of the prompt included.
 #[derive(Clone, Copy, Debug)]
 pub struct Colocated;
 
@@ -12,12 +11,11 @@ impl Policy for Colocated {
         "colocated"
     }
 
-    fn rank(&self, _: &Request<'_>, option: &Priced) -> Rank {
-        let class = u8::from(matches!(option.plan, Plan::Disaggregated { .. }));
-        Rank { class, seconds: option.terms.total() }
+    fn aim(&self, _: &View<'_>) -> Aim {
+        Aim::Best(Modes::WHOLE)
     }
 
-    fn reason(&self, _: u8) -> &'static str {
+    fn reason(&self) -> &'static str {
         "the policy never splits a request"
     }
 }

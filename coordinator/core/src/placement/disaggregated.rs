@@ -1,9 +1,8 @@
 //! Always split where a pair of engines can.
 
-use super::{Policy, Rank, Request};
-use crate::cost::{Plan, Priced};
+use super::{Aim, Modes, Policy, View};
 
-/// Takes the cheapest pair; one engine only where no pair can serve the request.
+/// Takes the best pair; one engine only where no pair can serve the request.
 #[derive(Clone, Copy, Debug)]
 pub struct Disaggregated;
 
@@ -12,12 +11,11 @@ impl Policy for Disaggregated {
         "disaggregated"
     }
 
-    fn rank(&self, _: &Request<'_>, option: &Priced) -> Rank {
-        let class = u8::from(matches!(option.plan, Plan::Colocated { .. }));
-        Rank { class, seconds: option.terms.total() }
+    fn aim(&self, _: &View<'_>) -> Aim {
+        Aim::Best(Modes::PAIRS)
     }
 
-    fn reason(&self, _: u8) -> &'static str {
+    fn reason(&self) -> &'static str {
         "the policy splits every request it can"
     }
 }

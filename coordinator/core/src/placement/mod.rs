@@ -1,28 +1,63 @@
-//! The decision: which plans are possible, what each costs, and which one the policy takes.
+//! The decision: which plans are possible, what each costs, and which one is taken.
 //!
-//! [`decide`] filters engines, lists plans, prices each, and puts them in the policy's order. Equal costs are settled by mode
-//! (co-located first) and then by the engines' names, so the same inputs always give the same decision.
+//! [`Decider::decide`] filters engines, prices the parts of all plans, asks the policy what it aims at, and takes the best plan of
+//! that kind. *Best* means, first, the least missing of the SLOs ([`crate::cost::Priced::late_seconds`], 0 for every plan that meets both), then the
+//! fewest added fleet seconds. Where no plan meets the SLOs the one that misses least is taken, and the explanation says so.
+//!
+//! # Ties
+//! Of plans that cost the same: one engine before a pull before a handoff. Among single engines, the one that comes first as a
+//! home of the prompt's first unknown block ([`Request::fresh_key`]), so that prompts that begin alike and go on differently spread
+//! over equal engines, and then the first by name. Among handoffs the one whose prefill part is cheapest, then by name. So
+//! the same inputs always give the same decision.
+//!
+//! # Bounds
+//! Pairs are priced best first, by a lower bound, until none can be better: the choice is that of pricing all of them, up to the
+//! rounding of sums. At most [`MAX_PAIRS`] are priced; where that ends the search, the decision says so ([`Decision::cut`]). A
+//! prefix is pulled from one of the [`PULL_SOURCES`] engines that hold the most of it.
 
 mod adaptive;
 mod colocated;
-mod decision;
+mod consistent_hash;
+mod decider;
 mod disaggregated;
+mod explain;
+mod least_loaded;
+mod longest_prefix;
+mod power_of_two;
+mod random;
+mod round_robin;
+mod search;
+mod session_sticky;
+mod threshold;
+mod view;
 
-use std::cmp::Ordering;
-
-use baton_proto::EngineId;
+use baton_proto::{BlockHash, EngineId};
+use serde::Serialize;
 
 pub use self::adaptive::Adaptive;
 pub use self::colocated::Colocated;
-pub use self::decision::{Decision, Explanation, OptionExplanation, Passed, Skipped};
+pub use self::consistent_hash::ConsistentHash;
+pub use self::decider::{Decider, Decision};
 pub use self::disaggregated::Disaggregated;
-use crate::cost::{Plan, Priced, Workload, price};
-use crate::fleet::{Engine, Fleet};
-use crate::kv_index::Overlaps;
+pub use self::explain::{Explanation, OptionExplanation, Passed};
+pub use self::least_loaded::LeastLoaded;
+pub use self::longest_prefix::LongestPrefix;
+pub use self::power_of_two::PowerOfTwo;
+pub use self::random::Random;
+pub use self::round_robin::RoundRobin;
+pub use self::session_sticky::SessionSticky;
+pub use self::threshold::Threshold;
+pub use self::view::View;
+use crate::cost::Slo;
+use crate::fleet::Fleet;
+use crate::kv_index::{Overlaps, Slot};
 
-/// Most engines that are considered for each part of a handoff: those that are cheapest for that part alone. With
-/// more engines than this, pairs that only a very fast link would favour are not priced.
-pub const PAIR_CANDIDATES: usize = 32;
+/// Most pairs of engines that are priced for a decision.
+pub const MAX_PAIRS: usize = 1024;
+/// Engines that a prefix may be pulled from: those that hold the most of it.
+pub const PULL_SOURCES: usize = 4;
+/// Tokens whose block names a prefix for [`Request::prefix_key`].
+pub const PREFIX_TOKENS: u64 = 1024;
 
 /// A request, as the decision sees it.
 #[derive(Clone, Copy, Debug)]
@@ -36,190 +71,150 @@ pub struct Request<'a> {
     /// What each engine holds of it.
     pub overlaps: &'a Overlaps,
     /// Whether it can be handed off at all; else why not.
-    pub splittable: Result<(), &'static str>,
+    pub splittable: Result<(), &'a str>,
     /// Engines that failed it already.
     pub avoid: &'a [EngineId],
+    /// What is promised to it.
+    pub slo: Slo,
+    /// A number of its own, from a counter: [`RoundRobin`] counts with it, [`Random`] and [`PowerOfTwo`] draw from it.
+    pub seed: u64,
+    /// The engine that its session is pinned to ([`crate::sessions::Sessions`]).
+    pub pinned: Option<Slot>,
+    /// Names its first [`PREFIX_TOKENS`] tokens ([`prefix_key`]).
+    pub prefix_key: Option<u64>,
+    /// Names its prefix up to the first block that nobody holds ([`fresh_key`]).
+    pub fresh_key: Option<u64>,
 }
 
-/// Where an option stands in a policy's order: the smaller class first, then the fewer seconds.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Rank {
-    /// 0 for what the policy asks for; more for what it takes only where nothing better is possible.
-    pub class: u8,
-    /// Predicted seconds that it ranks by.
-    pub seconds: f64,
-}
-
-/// A way of choosing among priced options.
-pub trait Policy: Send + Sync {
-    /// Its name in configuration and explanations.
-    fn name(&self) -> &'static str;
-
-    /// Where the option stands. Must not depend on anything but its arguments.
-    fn rank(&self, request: &Request<'_>, option: &Priced) -> Rank;
-
-    /// Why an option of a class above 0 was passed over.
-    fn reason(&self, class: u8) -> &'static str;
-}
-
-/// The policy of this name: `adaptive`, `colocated` or `disaggregated`.
-pub fn policy(name: &str) -> Option<&'static dyn Policy> {
-    let policies: [&'static dyn Policy; 3] = [&Adaptive, &Colocated, &Disaggregated];
-    policies.into_iter().find(|policy| policy.name() == name)
-}
-
-/// Chooses. `None` where no engine can serve the request; [`skipped`] says why each was left out.
-pub fn decide(policy: &dyn Policy, fleet: &Fleet, request: &Request<'_>) -> Option<Decision> {
-    let work = Workload {
-        prompt_tokens: request.prompt_tokens,
-        max_tokens: request.max_tokens,
-        overlaps: request.overlaps,
-    };
-    let mut ranked: Vec<(Rank, Priced)> = plans(fleet, request, &work)
-        .into_iter()
-        .map(|plan| {
-            let priced = price(fleet, &work, plan);
-            (policy.rank(request, &priced), priced)
-        })
-        .collect();
-    ranked.sort_by(order);
-    Decision::new(policy, request, ranked)
-}
-
-/// Why each engine that cannot serve the request was left out, in order of their names.
-pub fn skipped(fleet: &Fleet, request: &Request<'_>) -> Vec<(EngineId, Skipped)> {
-    let reason = |engine: &Engine| Some((engine.info.id.clone(), eligible(engine, request).err()?));
-    fleet.engines().iter().filter_map(reason).collect()
-}
-
-fn order(a: &(Rank, Priced), b: &(Rank, Priced)) -> Ordering {
-    a.0.class
-        .cmp(&b.0.class)
-        .then(a.0.seconds.total_cmp(&b.0.seconds))
-        // Co-located comes first in `Plan`'s own order, and engines stand in order of their names.
-        .then(a.1.plan.cmp(&b.1.plan))
-}
-
-fn eligible(engine: &Engine, request: &Request<'_>) -> Result<(), Skipped> {
-    if !engine.serves(request.model) {
-        return Err(Skipped::OtherModel);
-    }
-    if !engine.healthy {
-        return Err(Skipped::Unhealthy);
-    }
-    if request.avoid.contains(&engine.info.id) {
-        return Err(Skipped::Failed);
-    }
-    Ok(())
-}
-
-fn plans(fleet: &Fleet, request: &Request<'_>, work: &Workload<'_>) -> Vec<Plan> {
-    let engines = fleet.engines();
-    let able: Vec<u32> =
-        (0..engines.len() as u32).filter(|i| eligible(&engines[*i as usize], request).is_ok()).collect();
-    let role = |i: &u32| engines[*i as usize].info.role;
-
-    let mut whole: Vec<u32> = able.iter().copied().filter(|i| role(i).decodes()).collect();
-    if whole.is_empty() {
-        // Better a prefill engine that decodes than a request that fails.
-        whole = able.clone();
-    }
-    let mut plans: Vec<Plan> = whole.into_iter().map(|engine| Plan::Colocated { engine }).collect();
-
-    if request.splittable.is_ok() && request.prompt_tokens > 0 {
-        let ready = |i: &u32| {
-            let engine = &engines[*i as usize];
-            engine.can_transfer && !engine.info.layout.is_empty()
-        };
-        let first = cheapest(
-            &able,
-            |i| ready(i) && role(i).prefills(),
-            |engine| price(fleet, work, Plan::Colocated { engine }).terms.total(),
-        );
-        let second = cheapest(
-            &able,
-            |i| ready(i) && role(i).decodes(),
-            |engine| {
-                let priced = price(fleet, work, Plan::Disaggregated { prefill: engine, decode: engine });
-                priced.terms.total() - price(fleet, work, Plan::Colocated { engine }).terms.total()
-            },
-        );
-        for prefill in first {
-            for &decode in second.iter().filter(|decode| **decode != prefill) {
-                if engines[prefill as usize].info.layout == engines[decode as usize].info.layout {
-                    plans.push(Plan::Disaggregated { prefill, decode });
-                }
-            }
-        }
-    }
-    plans
-}
-
-/// The engines that fit, the cheapest [`PAIR_CANDIDATES`] where there are more.
-fn cheapest(able: &[u32], fits: impl Fn(&u32) -> bool, seconds: impl Fn(u32) -> f64) -> Vec<u32> {
-    let mut fitting: Vec<u32> = able.iter().copied().filter(|i| fits(i)).collect();
-    if fitting.len() > PAIR_CANDIDATES {
-        let mut by_cost: Vec<(f64, u32)> = fitting.iter().map(|i| (seconds(*i), *i)).collect();
-        by_cost.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
-        fitting = by_cost[..PAIR_CANDIDATES].iter().map(|entry| entry.1).collect();
-    }
-    fitting
-}
-
-#[cfg(test)]
-pub(crate) mod testing {
-    //! Engines for tests.
-    use super::*;
-    use std::sync::Arc;
-
-    use crate::fleet::{EngineInfo, Role};
-    use crate::kv_index::Slot;
-    use crate::load::Reserved;
-    use crate::speed::Speed;
-    use baton_proto::Epoch;
-
-    pub(crate) fn engine(n: u32) -> Engine {
-        Engine {
-            info: Arc::new(EngineInfo {
-                slot: Slot(n),
-                id: format!("e{n:04}").parse().unwrap(),
-                epoch: Epoch(1),
-                models: vec!["m".into()],
-                role: Role::Both,
-                block_size: 16,
-                block_bytes: 100_000,
-                layout: "l".into(),
-            }),
-            healthy: true,
-            can_transfer: true,
-            speed: Speed::default(),
-            reserved: Reserved::default(),
-            foreign_waiting: 0,
-            foreign_running: 0,
-        }
-    }
-
-    /// The engine with its fixed part changed.
-    pub(crate) fn with(mut engine: Engine, change: impl FnOnce(&mut EngineInfo)) -> Engine {
-        change(Arc::make_mut(&mut engine.info));
-        engine
-    }
-
-    pub(crate) fn fleet(n: u32) -> Fleet {
-        Fleet::new((0..n).map(engine).collect(), Default::default())
-    }
-
-    pub(crate) fn request(overlaps: &Overlaps) -> Request<'_> {
-        Request {
-            model: "m",
-            prompt_tokens: 3000,
+impl<'a> Request<'a> {
+    /// A request of which only this is known.
+    pub fn new(model: &'a str, prompt_tokens: u64, overlaps: &'a Overlaps) -> Self {
+        Self {
+            model,
+            prompt_tokens,
             max_tokens: None,
             overlaps,
             splittable: Ok(()),
             avoid: &[],
+            slo: Slo::default(),
+            seed: 0,
+            pinned: None,
+            prefix_key: None,
+            fresh_key: None,
         }
     }
 }
 
+/// A key for the first [`PREFIX_TOKENS`] tokens of a prompt with this chain of hashes; of a shorter prompt, for all
+/// its blocks. `None` without a whole block.
+pub fn prefix_key(hashes: &[BlockHash], block_size: u32) -> Option<u64> {
+    let blocks = PREFIX_TOKENS.div_ceil(u64::from(block_size.max(1))) as usize;
+    key(hashes.get(hashes.len().min(blocks).checked_sub(1)?)?)
+}
+
+/// A key for a prompt's first block that nobody holds. `None` where all are held.
+pub fn fresh_key(hashes: &[BlockHash], overlaps: &Overlaps) -> Option<u64> {
+    let held = overlaps.iter().map(|(_, overlap)| overlap.blocks).max().unwrap_or(0);
+    key(hashes.get(held as usize)?)
+}
+
+fn key(hash: &BlockHash) -> Option<u64> {
+    hash.as_bytes()[..8].try_into().ok().map(u64::from_le_bytes)
+}
+
+/// Kinds of plans.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Modes {
+    /// All on one engine.
+    pub whole: bool,
+    /// A pull, then all on one engine.
+    pub pulls: bool,
+    /// Prefill on one engine, decode on another.
+    pub pairs: bool,
+}
+
+impl Modes {
+    /// Every kind.
+    pub const ALL: Modes = Modes { whole: true, pulls: true, pairs: true };
+    /// One engine, with what it holds.
+    pub const WHOLE: Modes = Modes { whole: true, pulls: false, pairs: false };
+    /// Two engines.
+    pub const PAIRS: Modes = Modes { whole: false, pulls: false, pairs: true };
+}
+
+/// What a policy wants for a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Aim {
+    /// The best plan of these kinds; the best single engine where there is none.
+    Best(Modes),
+    /// All on this engine, one of [`View::candidates`].
+    Engine(u32),
+}
+
+/// A way of choosing. One file each.
+pub trait Policy: Send + Sync {
+    /// Its name in configuration and explanations.
+    fn name(&self) -> &'static str;
+
+    /// What it wants for the request. Must not depend on anything but the view, which has at least one candidate.
+    fn aim(&self, view: &View<'_>) -> Aim;
+
+    /// Why a plan that it does not aim at was passed over.
+    fn reason(&self) -> &'static str;
+}
+
+/// All policies.
+pub const POLICIES: [&dyn Policy; 11] = [
+    &Adaptive,
+    &Colocated,
+    &Disaggregated,
+    &Threshold,
+    &RoundRobin,
+    &Random,
+    &PowerOfTwo,
+    &LeastLoaded,
+    &LongestPrefix,
+    &ConsistentHash,
+    &SessionSticky,
+];
+
+/// The policy of this name.
+pub fn policy(name: &str) -> Option<&'static dyn Policy> {
+    POLICIES.into_iter().find(|policy| policy.name() == name)
+}
+
+/// Why an engine was not considered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Skipped {
+    /// It serves other models.
+    OtherModel,
+    /// Its agent's lease ran out.
+    Unhealthy,
+    /// It failed this request already.
+    Failed,
+}
+
+/// Why each engine that cannot serve the request was left out, in order of their names.
+pub fn skipped(fleet: &Fleet, request: &Request<'_>) -> Vec<(EngineId, Skipped)> {
+    let reason = |engine: &crate::fleet::Engine| {
+        let why = if !engine.serves(request.model) {
+            Skipped::OtherModel
+        } else if !engine.healthy {
+            Skipped::Unhealthy
+        } else if request.avoid.contains(&engine.info.id) {
+            Skipped::Failed
+        } else {
+            return None;
+        };
+        Some((engine.info.id.clone(), why))
+    };
+    fleet.engines().iter().filter_map(reason).collect()
+}
+
+#[cfg(test)]
+pub(crate) mod random_fleet;
+#[cfg(test)]
+pub(crate) mod testing;
 #[cfg(test)]
 mod tests;

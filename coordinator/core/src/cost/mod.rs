@@ -1,0 +1,233 @@
+//! Predicted seconds of one way to serve a request, term by term.
+//!
+//! A term is a duration that somebody waits: the request itself, or sequences that it holds up. Their sum is what a
+//! placement adds to the fleet's waiting, in seconds. No term is a weight.
+//!
+//! # Formulas
+//! With `n` tokens to compute after `p` cached ones, `B` sequences with `Σctx` tokens of context on an engine, `T` tokens of output that are
+//! expected, and the coefficients of [`crate::speed`]:
+//!
+//! | term | seconds | who waits |
+//! |---|---|---|
+//! | `queue_wait` | predicted prefills that are reserved there, half of one less: the one that is being computed is half done on average | it |
+//! | `pull` | `pull` plans: the transfer, less the queue wait that hides it | it |
+//! | `mixed_steps` | `⌈n / chunk⌉ · (d + e·B + f·Σctx)`: each chunk shares its step with the sequences that decode | it |
+//! | `prefill` | `a + b·n + c·(n·p + n²/2)` | it |
+//! | `decode_stall` | `B · (prefill - a)`: no sequence has a token while a chunk is computed; the fixed part is not the step's | others |
+//! | `transfer_wait`, `transfer` | [`crate::links`]; where layers stream, less what the prefill of later layers hides, but no less than one layer's part | it |
+//! | `decode_queue_wait` | as `queue_wait`, at the decode engine | it |
+//! | `first_step` | `a + (d + e·(B+1) + f·(Σctx+ctx))`: the second request and its step | it |
+//! | `decode` | `(T-1) · (d + e·(B+1) + f·(Σctx+ctx)) / (1-share)`, `share` of the engine's time going to prefills | it |
+//! | `decode_batch` | `B · (T-1) · (e + f·ctx)`: what one more sequence adds to each step of the others | others |
+//!
+//! That a step that mixes prefill and decode costs about the sum of its parts, and that chunked prefill stalls every decoding
+//! sequence, is how Sarathi-Serve (Agrawal et al., OSDI 2024) describes it, and DistServe (Zhong et al., OSDI 2024) why splitting helps. Time to
+//! first token as the sum of queue, transfer and prefill is Mooncake's (Qin et al., FAST 2025); what others lose is ours to add.
+//!
+//! # Both SLOs
+//! The time to first token is the sum of the request's own terms up to it. The inter-token latency (ITL) is a mean over the output:
+//! the request's own is `decode / (T-1)`; that of sequences that decode where it is prefilled is their step plus the queued prefills
+//! and its own, spread over [`EXPECTED_OUTPUT_TOKENS`]. [`Priced::late_seconds`] sums by how much both are missed, for the request and for the
+//! sequences beside it.
+
+mod pricing;
+
+use serde::{Deserialize, Serialize};
+
+pub(crate) use self::pricing::{DecodeCost, Key, PrefillCost, Pricing};
+
+/// Output assumed of a request that does not say how long it may become, and the most that is charged for.
+pub const EXPECTED_OUTPUT_TOKENS: u64 = 128;
+
+/// A named part of the cost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(usize)]
+pub enum Term {
+    /// Prompts that the prefill engine computes first.
+    QueueWait,
+    /// Pull: cached blocks of another engine, as far as the queue does not hide it.
+    Pull,
+    /// What decoding sequences add to the prefill's steps.
+    MixedSteps,
+    /// Prefill of the tokens that the prefill engine does not hold.
+    Prefill,
+    /// What that prefill adds to the sequences that already decode there, summed over them.
+    DecodeStall,
+    /// Handoff: what is queued before it on the link or at its ends.
+    TransferWait,
+    /// Handoff: blocks that the decode engine does not hold, over the link.
+    Transfer,
+    /// Handoff: prompts that the decode engine computes first.
+    DecodeQueueWait,
+    /// Handoff: the second request, and its one step.
+    FirstStep,
+    /// The request's own decode steps.
+    Decode,
+    /// What the request adds to the decode steps of the sequences beside it, summed over them.
+    DecodeBatch,
+}
+
+impl Term {
+    /// All terms, in the order in which they happen.
+    pub const ALL: [Term; 11] = [
+        Term::QueueWait,
+        Term::Pull,
+        Term::MixedSteps,
+        Term::Prefill,
+        Term::DecodeStall,
+        Term::TransferWait,
+        Term::Transfer,
+        Term::DecodeQueueWait,
+        Term::FirstStep,
+        Term::Decode,
+        Term::DecodeBatch,
+    ];
+
+    /// Its name in explanations.
+    pub fn name(self) -> &'static str {
+        match self {
+            Term::QueueWait => "queue_wait",
+            Term::Pull => "pull",
+            Term::MixedSteps => "mixed_steps",
+            Term::Prefill => "prefill",
+            Term::DecodeStall => "decode_stall",
+            Term::TransferWait => "transfer_wait",
+            Term::Transfer => "transfer",
+            Term::DecodeQueueWait => "decode_queue_wait",
+            Term::FirstStep => "first_step",
+            Term::Decode => "decode",
+            Term::DecodeBatch => "decode_batch",
+        }
+    }
+}
+
+/// Seconds of every term; those that do not occur are zero.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Terms([f64; Term::ALL.len()]);
+
+impl Terms {
+    /// One term's seconds.
+    pub fn get(&self, term: Term) -> f64 {
+        self.0[term as usize]
+    }
+
+    pub(crate) fn set(&mut self, term: Term, seconds: f64) {
+        debug_assert!(seconds.is_finite() && seconds >= 0.0, "{term:?}: {seconds}");
+        self.0[term as usize] = seconds;
+    }
+
+    /// The terms that occur, in the order in which they happen.
+    pub fn iter(&self) -> impl Iterator<Item = (Term, f64)> + '_ {
+        Term::ALL.into_iter().map(|term| (term, self.get(term))).filter(|(_, seconds)| *seconds > 0.0)
+    }
+
+    /// Their sum.
+    pub fn total(&self) -> f64 {
+        self.0.iter().sum()
+    }
+}
+
+/// A way to serve a request. Engines are named by their place in the fleet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(tag = "mode", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Plan {
+    /// All on one engine.
+    Colocated {
+        /// Where.
+        engine: u32,
+    },
+    /// All on one engine whose role is decode and which holds a part of the prompt: a later turn, of which it computes
+    /// the new tail beside its decoding sequences. Runs like [`Plan::Colocated`].
+    Append {
+        /// Where.
+        engine: u32,
+    },
+    /// A cached prefix is fetched from one engine, and the rest computed on another, which answers.
+    Pull {
+        /// Who holds the prefix.
+        source: u32,
+        /// Who computes and answers.
+        engine: u32,
+    },
+    /// Prefill on one engine, decode on another.
+    Disaggregated {
+        /// The first.
+        prefill: u32,
+        /// The second.
+        decode: u32,
+    },
+}
+
+impl Plan {
+    /// `colocated`, `append`, `pull` or `disaggregated`.
+    pub fn mode(self) -> &'static str {
+        match self {
+            Plan::Colocated { .. } => "colocated",
+            Plan::Append { .. } => "append",
+            Plan::Pull { .. } => "pull",
+            Plan::Disaggregated { .. } => "disaggregated",
+        }
+    }
+
+    /// The engine that computes the prompt.
+    pub fn prefill(self) -> u32 {
+        match self {
+            Plan::Colocated { engine } | Plan::Append { engine } | Plan::Pull { engine, .. } => engine,
+            Plan::Disaggregated { prefill, .. } => prefill,
+        }
+    }
+
+    /// The engine that answers.
+    pub fn decode(self) -> u32 {
+        match self {
+            Plan::Colocated { engine } | Plan::Append { engine } | Plan::Pull { engine, .. } => engine,
+            Plan::Disaggregated { decode, .. } => decode,
+        }
+    }
+
+    /// Who sends blocks, and to whom.
+    pub fn transfer(self) -> Option<(u32, u32)> {
+        match self {
+            Plan::Colocated { .. } | Plan::Append { .. } => None,
+            Plan::Pull { source, engine } => Some((source, engine)),
+            Plan::Disaggregated { prefill, decode } => Some((prefill, decode)),
+        }
+    }
+}
+
+/// What is promised to a request; `None` where nothing is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Slo {
+    /// From its arrival here to its first token, seconds.
+    pub ttft_seconds: Option<f64>,
+    /// Between tokens after the first, mean over the output, seconds.
+    pub itl_seconds: Option<f64>,
+}
+
+/// A plan and its predicted cost.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Priced {
+    /// The plan.
+    pub plan: Plan,
+    /// Its cost.
+    pub terms: Terms,
+    /// What it adds to the fleet's waiting: the sum of the terms, but for rounding. Plans compare by this.
+    pub seconds: f64,
+    /// Predicted time to the first token.
+    pub ttft_seconds: f64,
+    /// Predicted mean time between its tokens.
+    pub itl_seconds: f64,
+    /// By how much the SLOs are missed, summed over the request's wait for its first token, its other tokens, and those of
+    /// the sequences beside it. 0 where they are met, or not set.
+    pub late_seconds: f64,
+    /// Prompt tokens that the prefill engine holds already, or pulls.
+    pub hit_tokens: u64,
+    /// Prompt tokens that it computes.
+    pub uncached_tokens: u64,
+    /// Bytes that cross a link.
+    pub transfer_bytes: u64,
+    /// What computing takes the prefill engine: what to reserve there.
+    pub prefill_seconds: f64,
+}

@@ -1,0 +1,449 @@
+//! Prices the parts of plans, and puts them together.
+//!
+//! What a plan costs is the sum of what depends on the prefill engine alone, on the decode engine alone, and on the link
+//! between them. Each part is computed once for an engine, whatever the number of plans it is in.
+
+use super::{EXPECTED_OUTPUT_TOKENS, Plan, Priced, Slo, Term, Terms};
+use crate::fleet::{Fleet, Hot};
+use crate::links::{Queued, TransferSeconds};
+use crate::load::{Loads, Reserved};
+use crate::speed::CHUNK_TOKENS;
+
+/// Context assumed of a sequence that is not ours, where none of ours runs beside it.
+const FOREIGN_CONTEXT_TOKENS: f64 = 1024.0;
+
+/// What depends on the engine that computes the prompt.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct PrefillCost {
+    pub(crate) queue: f64,
+    pub(crate) mixed: f64,
+    pub(crate) prefill: f64,
+    pub(crate) stall: f64,
+    /// The request's own: `queue + mixed + prefill`.
+    pub(crate) own: f64,
+    /// All: `own + stall`.
+    pub(crate) seconds: f64,
+    /// By how much the sequences that decode there miss their ITL, summed over them.
+    pub(crate) late: f64,
+}
+
+/// What depends on the engine that answers.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct DecodeCost {
+    /// Of a handoff only.
+    pub(crate) queue: f64,
+    /// Of a handoff only.
+    pub(crate) first_step: f64,
+    pub(crate) decode: f64,
+    pub(crate) batch: f64,
+    /// Of any plan: `decode + batch`.
+    pub(crate) seconds: f64,
+    /// Of a handoff: to the first token, without the transfer.
+    pub(crate) handoff_own: f64,
+    /// Of a handoff: all, without the transfer.
+    pub(crate) handoff_seconds: f64,
+    pub(crate) itl: f64,
+    /// By how much the request and the sequences beside it miss their ITL, summed over them.
+    pub(crate) late: f64,
+}
+
+/// By what plans compare: the SLOs first, then all seconds.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Key {
+    pub(crate) late: f64,
+    pub(crate) seconds: f64,
+    /// To the first token.
+    pub(crate) ttft: f64,
+}
+
+impl Key {
+    pub(crate) fn order(&self, other: &Key) -> std::cmp::Ordering {
+        self.late.total_cmp(&other.late).then(self.seconds.total_cmp(&other.seconds))
+    }
+}
+
+/// What the cost of a request depends on.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Pricing<'a> {
+    pub(crate) fleet: &'a Fleet,
+    pub(crate) loads: &'a Loads,
+    /// Leading blocks that each engine of the fleet holds.
+    pub(crate) held: &'a [u32],
+    pub(crate) prompt_tokens: u64,
+    pub(crate) output_tokens: u64,
+    pub(crate) slo: Slo,
+}
+
+impl<'a> Pricing<'a> {
+    /// Output that is charged for, of a request that may generate so much.
+    pub(crate) fn output_tokens(max_tokens: Option<u64>) -> u64 {
+        max_tokens.unwrap_or(EXPECTED_OUTPUT_TOKENS).clamp(1, EXPECTED_OUTPUT_TOKENS)
+    }
+
+    #[inline]
+    pub(crate) fn hot(&self, at: u32) -> &'a Hot {
+        &self.fleet.hot()[at as usize]
+    }
+
+    /// Leading blocks that the engine can use. It always computes the last token, so of a prompt that it holds
+    /// wholly it uses one block less.
+    #[inline]
+    pub(crate) fn usable_blocks(&self, at: u32) -> u64 {
+        let whole = self.prompt_tokens.saturating_sub(1) / u64::from(self.hot(at).block_size);
+        u64::from(self.held[at as usize]).min(whole)
+    }
+
+    /// Prompt tokens that the engine need not compute.
+    #[inline]
+    pub(crate) fn hit_tokens(&self, at: u32) -> u64 {
+        self.usable_blocks(at) * u64::from(self.hot(at).block_size)
+    }
+
+    /// Prices the prefill on an engine of what it does not hold.
+    #[inline]
+    pub(crate) fn prefill(&self, at: u32) -> PrefillCost {
+        self.prefill_after(at, self.hit_tokens(at), 0.0)
+    }
+
+    /// Prices the prefill after so many cached tokens that are there after so many seconds.
+    #[inline]
+    pub(crate) fn prefill_after(&self, at: u32, cached: u64, there_after: f64) -> PrefillCost {
+        let (hot, reserved) = (self.hot(at), &self.loads.engines[at as usize]);
+        let uncached = self.prompt_tokens - cached;
+        let (sequences, context) = decoding(hot, reserved);
+        let queue = queue_seconds(hot, reserved);
+        let prefill = hot.speed.prefill_seconds(uncached, cached);
+        let chunks = (prefill - hot.speed.request_seconds).max(0.0);
+        let (mut mixed, mut late) = (0.0, 0.0);
+        if sequences > 0.0 {
+            let step = hot.speed.decode_step_seconds(sequences, context);
+            mixed = uncached.div_ceil(CHUNK_TOKENS) as f64 * step;
+            if let Some(slo) = self.slo.itl_seconds {
+                let tokens = EXPECTED_OUTPUT_TOKENS as f64;
+                let itl = step / (1.0 - hot.prefill_share) + (queue + chunks) / tokens;
+                late = sequences * tokens * (itl - slo).max(0.0);
+            }
+        }
+        let stall = sequences * chunks;
+        let own = queue.max(there_after) + mixed + prefill;
+        PrefillCost { queue, mixed, prefill, stall, own, seconds: own + stall, late }
+    }
+
+    /// Prices the decode on an engine.
+    #[inline]
+    pub(crate) fn decode(&self, at: u32) -> DecodeCost {
+        let (hot, reserved) = (self.hot(at), &self.loads.engines[at as usize]);
+        let (sequences, context) = decoding(hot, reserved);
+        let steps = (self.output_tokens - 1) as f64;
+        // Half of the output is there on average.
+        let own_context = self.prompt_tokens as f64 + self.output_tokens as f64 / 2.0;
+        let step = hot.speed.decode_step_seconds(sequences + 1.0, context + own_context);
+        let itl = step / (1.0 - hot.prefill_share);
+        let decode = steps * itl;
+        let added = hot.speed.sequence_seconds + hot.speed.context_seconds * own_context;
+        let batch = sequences * steps * added;
+        let queue = queue_seconds(hot, reserved);
+        let first_step = hot.speed.request_seconds + step;
+        let seconds = decode + batch;
+        let handoff_own = queue + first_step;
+        let late = match self.slo.itl_seconds {
+            Some(slo) => (1.0 + sequences) * steps * (itl - slo).max(0.0),
+            None => 0.0,
+        };
+        DecodeCost {
+            queue,
+            first_step,
+            decode,
+            batch,
+            seconds,
+            handoff_own,
+            handoff_seconds: handoff_own + seconds,
+            itl,
+            late,
+        }
+    }
+
+    /// Bytes of a handoff: the blocks that the decode engine does not hold.
+    #[inline]
+    pub(crate) fn handoff_bytes(&self, prefill: u32, decode: u32) -> u64 {
+        let hot = self.hot(decode);
+        self.handoff_blocks(decode).saturating_mul(hot.block_bytes.max(self.hot(prefill).block_bytes))
+    }
+
+    #[inline]
+    fn handoff_blocks(&self, decode: u32) -> u64 {
+        let blocks = self.prompt_tokens.div_ceil(u64::from(self.hot(decode).block_size));
+        blocks.saturating_sub(u64::from(self.held[decode as usize]))
+    }
+
+    /// No handoff to this engine is predicted to transfer in less. `layers` is the most that any engine streams.
+    #[inline]
+    pub(crate) fn handoff_at_least(&self, decode: u32, layers: u32) -> f64 {
+        let hot = self.hot(decode);
+        let bytes = self.handoff_blocks(decode).saturating_mul(hot.block_bytes);
+        self.fleet.links().at_least(hot.slot, bytes) / f64::from(layers.max(1))
+    }
+
+    /// What a transfer takes behind what is queued.
+    #[inline]
+    pub(crate) fn transfer(&self, source: u32, destination: u32, bytes: u64) -> TransferSeconds {
+        let (from, to) = (self.hot(source).slot, self.hot(destination).slot);
+        let queued = Queued {
+            link: self.loads.on_link(from, to),
+            source: self.loads.engines[source as usize].sending_bytes,
+            destination: self.loads.engines[destination as usize].receiving_bytes,
+        };
+        self.fleet.links().transfer(from, to, bytes, queued)
+    }
+
+    /// What a handoff's transfer takes after the prefill.
+    #[inline]
+    pub(crate) fn handoff(&self, prefill: u32, decode: u32, cost: &PrefillCost) -> TransferSeconds {
+        let bytes = self.handoff_bytes(prefill, decode);
+        let TransferSeconds { wait, transfer } = self.transfer(prefill, decode, bytes);
+        let layers = f64::from(self.hot(prefill).streamed_layers);
+        let shown = match layers > 1.0 {
+            // A layer goes while those after it are computed; the last one goes alone.
+            true => (transfer - cost.prefill * (layers - 1.0) / layers).max(transfer / layers),
+            false => transfer,
+        };
+        TransferSeconds { wait, transfer: shown }
+    }
+
+    /// A plan on one engine.
+    #[inline]
+    pub(crate) fn whole_key(&self, prefill: &PrefillCost, decode: &DecodeCost) -> Key {
+        self.key(prefill.own, prefill.late + decode.late, prefill.seconds + decode.seconds)
+    }
+
+    /// A handoff.
+    #[inline]
+    pub(crate) fn pair_key(&self, prefill: &PrefillCost, decode: &DecodeCost, way: TransferSeconds) -> Key {
+        let moving = way.wait + way.transfer;
+        self.key(
+            prefill.own + moving + decode.handoff_own,
+            prefill.late + decode.late,
+            prefill.seconds + decode.handoff_seconds + moving,
+        )
+    }
+
+    #[inline]
+    fn key(&self, ttft: f64, late_others: f64, seconds: f64) -> Key {
+        let late_first = self.slo.ttft_seconds.map_or(0.0, |slo| (ttft - slo).max(0.0));
+        Key { late: late_first + late_others, seconds, ttft }
+    }
+
+    /// What a pull moves and leaves to compute, where the source holds more than the engine: tokens that are there
+    /// then, and bytes.
+    #[inline]
+    pub(crate) fn pulled(&self, source: u32, engine: u32) -> Option<(u64, u64)> {
+        let (from, to) = (self.hot(source), self.hot(engine));
+        let (theirs, ours) = (self.usable_blocks(source), self.usable_blocks(engine));
+        if from.block_size != to.block_size || theirs <= ours {
+            return None;
+        }
+        let bytes = (theirs - ours).saturating_mul(to.block_bytes.max(from.block_bytes));
+        Some((theirs * u64::from(to.block_size), bytes))
+    }
+
+    /// Prices a plan with all its terms.
+    pub(crate) fn price(&self, plan: Plan) -> Priced {
+        let mut terms = Terms::default();
+        let decode = self.decode(plan.decode());
+        let (mut hit_tokens, mut transfer_bytes) = (self.hit_tokens(plan.prefill()), 0);
+        let (prefill, key) = match plan {
+            Plan::Colocated { engine } | Plan::Append { engine } => {
+                let prefill = self.prefill(engine);
+                (prefill, self.whole_key(&prefill, &decode))
+            }
+            Plan::Pull { source, engine } => {
+                let mut there_after = 0.0;
+                if let Some((cached, bytes)) = self.pulled(source, engine) {
+                    let TransferSeconds { wait, transfer } = self.transfer(source, engine, bytes);
+                    (hit_tokens, transfer_bytes) = (cached, bytes);
+                    there_after = wait + transfer;
+                }
+                let prefill = self.prefill_after(engine, hit_tokens, there_after);
+                terms.set(Term::Pull, (there_after - prefill.queue).max(0.0));
+                (prefill, self.whole_key(&prefill, &decode))
+            }
+            Plan::Disaggregated { prefill: from, decode: to } => {
+                let prefill = self.prefill(from);
+                let way = self.handoff(from, to, &prefill);
+                transfer_bytes = self.handoff_bytes(from, to);
+                terms.set(Term::TransferWait, way.wait);
+                terms.set(Term::Transfer, way.transfer);
+                terms.set(Term::DecodeQueueWait, decode.queue);
+                terms.set(Term::FirstStep, decode.first_step);
+                (prefill, self.pair_key(&prefill, &decode, way))
+            }
+        };
+        terms.set(Term::QueueWait, prefill.queue);
+        terms.set(Term::MixedSteps, prefill.mixed);
+        terms.set(Term::Prefill, prefill.prefill);
+        terms.set(Term::DecodeStall, prefill.stall);
+        terms.set(Term::Decode, decode.decode);
+        terms.set(Term::DecodeBatch, decode.batch);
+        Priced {
+            plan,
+            terms,
+            seconds: key.seconds,
+            ttft_seconds: key.ttft,
+            itl_seconds: decode.itl,
+            late_seconds: key.late,
+            hit_tokens,
+            uncached_tokens: self.prompt_tokens - hit_tokens,
+            transfer_bytes,
+            prefill_seconds: prefill.prefill,
+        }
+    }
+}
+
+/// Sequences that decode on an engine, as far as known, and their tokens of context.
+#[inline]
+fn decoding(hot: &Hot, reserved: &Reserved) -> (f64, f64) {
+    let (ours, foreign) = (reserved.sequences as f64, f64::from(hot.foreign_running));
+    let context = reserved.context_tokens as f64;
+    let mean = if ours > 0.0 { context / ours } else { FOREIGN_CONTEXT_TOKENS };
+    (ours + foreign, context + foreign * mean)
+}
+
+/// Seconds until the engine has computed the prompts dispatched to it before. Requests of others count with what
+/// one of ours costs there on average.
+#[inline]
+fn queue_seconds(hot: &Hot, reserved: &Reserved) -> f64 {
+    let mean = match reserved.prefills {
+        0 => 0.0,
+        n => reserved.prefill_seconds / n as f64,
+    };
+    let foreign = f64::from(hot.foreign_waiting) * mean.max(hot.speed.request_seconds);
+    reserved.prefill_seconds - mean / 2.0 + foreign
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::links::Links;
+    use crate::placement::testing::{engine, fleet, with};
+
+    fn pricing<'a>(fleet: &'a Fleet, loads: &'a Loads, held: &'a [u32], prompt_tokens: u64) -> Pricing<'a> {
+        Pricing { fleet, loads, held, prompt_tokens, output_tokens: 11, slo: Slo::default() }
+    }
+
+    fn idle(engines: usize) -> Loads {
+        Loads::new(vec![Reserved::default(); engines], Vec::new())
+    }
+
+    fn sum_is_total(priced: &Priced) {
+        assert!((priced.terms.total() / priced.seconds - 1.0).abs() < 1e-12, "{priced:?}");
+    }
+
+    #[test]
+    fn an_engine_always_computes_the_last_token() {
+        let (fleet, loads) = (fleet(1), idle(1));
+        let hit = |prompt_tokens| pricing(&fleet, &loads, &[4], prompt_tokens).hit_tokens(0);
+        assert_eq!([hit(64), hit(65), hit(1000), hit(0)], [48, 64, 64, 0]);
+    }
+
+    #[test]
+    fn a_handoff_moves_only_what_the_decode_engine_lacks() {
+        let (fleet, loads) = (fleet(2), idle(2));
+        let priced =
+            pricing(&fleet, &loads, &[10, 30], 1000).price(Plan::Disaggregated { prefill: 0, decode: 1 });
+        assert_eq!((priced.hit_tokens, priced.uncached_tokens), (160, 840));
+        assert_eq!(priced.transfer_bytes, (63 - 30) * fleet.engines()[0].info.block_bytes);
+        sum_is_total(&priced);
+        let own = [Term::Prefill, Term::Transfer, Term::FirstStep].map(|term| priced.terms.get(term));
+        assert!((own.iter().sum::<f64>() - priced.ttft_seconds).abs() < 1e-12);
+    }
+
+    #[test]
+    fn queue_stall_and_steps_are_what_the_table_says() {
+        let mut slow = engine(0);
+        slow.speed = crate::speed::Speed {
+            request_seconds: 0.0,
+            token_seconds: 1e-3,
+            attention_seconds: 0.0,
+            step_seconds: 0.01,
+            sequence_seconds: 0.001,
+            context_seconds: 1e-6,
+        };
+        let fleet = Fleet::new(vec![slow], Links::default());
+        let reserved = Reserved {
+            prefill_seconds: 1.0,
+            prefills: 2,
+            sequences: 3,
+            context_tokens: 3000,
+            ..Reserved::default()
+        };
+        let loads = Loads::new(vec![reserved], Vec::new());
+        let priced = pricing(&fleet, &loads, &[0], 4000).price(Plan::Colocated { engine: 0 });
+        let near = |term, seconds: f64| {
+            let got = priced.terms.get(term);
+            assert!((got - seconds).abs() < 1e-9, "{term:?}: {got}");
+        };
+        near(Term::QueueWait, 0.75);
+        near(Term::Prefill, 4.0);
+        near(Term::MixedSteps, 2.0 * (0.01 + 0.003 + 0.003));
+        near(Term::DecodeStall, 12.0);
+        near(Term::Decode, 10.0 * (0.01 + 0.004 + (3000.0 + 4005.5) * 1e-6));
+        near(Term::DecodeBatch, 3.0 * 10.0 * (0.001 + 4005.5e-6));
+        near(Term::Transfer, 0.0);
+        sum_is_total(&priced);
+    }
+
+    #[test]
+    fn a_pull_hides_behind_the_queue() {
+        let pulls = |n| with(engine(n), |info| info.can_pull_cached = true);
+        let fleet = Fleet::new(vec![pulls(0), pulls(1)], Links::default());
+        let plan = Plan::Pull { source: 0, engine: 1 };
+        let mut reserved = vec![Reserved::default(); 2];
+        let held = [1000, 10];
+        let idle = pricing(&fleet, &Loads::new(reserved.clone(), Vec::new()), &held, 20_000).price(plan);
+        assert_eq!(idle.hit_tokens, 16_000);
+        assert_eq!(idle.transfer_bytes, 990 * 100_000);
+        assert!((idle.terms.get(Term::Pull) - 0.101).abs() < 1e-9);
+        sum_is_total(&idle);
+        reserved[1] = Reserved { prefill_seconds: 4.0, prefills: 4, ..Reserved::default() };
+        let busy = pricing(&fleet, &Loads::new(reserved, Vec::new()), &held, 20_000).price(plan);
+        assert_eq!(busy.terms.get(Term::Pull), 0.0);
+        sum_is_total(&busy);
+    }
+
+    #[test]
+    fn streamed_layers_hide_the_transfer_behind_the_prefill() {
+        let streams = with(engine(0), |info| info.streamed_layers = 32);
+        let fleet = Fleet::new(vec![streams, engine(1)], Links::default());
+        let loads = idle(2);
+        let priced = |prefill, decode| {
+            pricing(&fleet, &loads, &[0, 0], 20_000).price(Plan::Disaggregated { prefill, decode })
+        };
+        let (streamed, after) = (priced(0, 1), priced(1, 0));
+        let transfer = after.terms.get(Term::Transfer);
+        assert!((streamed.terms.get(Term::Transfer) - transfer / 32.0).abs() < 1e-12);
+        sum_is_total(&streamed);
+    }
+
+    #[test]
+    fn lateness_counts_first_token_output_and_neighbours() {
+        let fleet = fleet(1);
+        let reserved = Reserved { sequences: 2, context_tokens: 2000, ..Reserved::default() };
+        let loads = Loads::new(vec![reserved], Vec::new());
+        let with = |ttft_seconds, itl_seconds| {
+            let mut pricing = pricing(&fleet, &loads, &[0], 10_000);
+            pricing.slo = Slo { ttft_seconds, itl_seconds };
+            pricing.price(Plan::Colocated { engine: 0 })
+        };
+        let free = with(None, None);
+        assert_eq!(free.late_seconds, 0.0);
+        assert_eq!(with(Some(10.0), Some(1.0)).late_seconds, 0.0);
+        let late = with(Some(free.ttft_seconds - 0.25), None).late_seconds;
+        assert!((late - 0.25).abs() < 1e-9, "{late}");
+        // Ten further tokens of three sequences, and what the prefill does to two of them.
+        let slo = free.itl_seconds - 1e-3;
+        let late = with(None, Some(slo)).late_seconds;
+        let step = fleet.engines()[0].speed.decode_step_seconds(2.0, 2000.0);
+        let beside = 2.0 * (128.0 * (step - slo) + free.terms.get(Term::DecodeStall) / 2.0);
+        assert!((late - (3.0 * 10.0 * 1e-3 + beside)).abs() < 1e-9, "{late}");
+    }
+}

@@ -1,0 +1,397 @@
+//! One decision after another, in memory that is used again.
+
+use super::search::{self, Ended, Frontier, Lazy};
+use super::{Aim, MAX_PAIRS, Modes, PULL_SOURCES, Policy, Request, View};
+use crate::cost::{DecodeCost, Key, Plan, PrefillCost, Priced, Pricing};
+use crate::fleet::{Fleet, Role};
+use crate::load::Loads;
+
+/// What was chosen.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Decision {
+    /// The policy that chose.
+    pub policy: &'static str,
+    /// The plan, and its cost.
+    pub chosen: Priced,
+    /// Whether no plan of the kind that the policy aims at was possible.
+    pub fell_back: bool,
+    /// Whether a prefill on the chosen engine meets no other one, as far as is known: its time then says how fast the
+    /// engine is.
+    pub alone: bool,
+    /// Whether the search among pairs ended at [`MAX_PAIRS`]: another one may be better.
+    pub cut: bool,
+    /// Plans that were priced.
+    pub priced: u32,
+}
+
+impl Decision {
+    /// The plan that was taken.
+    pub fn plan(&self) -> Plan {
+        self.chosen.plan
+    }
+
+    /// Whether it is predicted to meet both SLOs, where they are set.
+    pub fn meets_slo(&self) -> bool {
+        self.chosen.late_seconds == 0.0
+    }
+}
+
+/// The parts of all plans that an engine is in.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Costs {
+    pub(super) prefill: PrefillCost,
+    pub(super) decode: DecodeCost,
+}
+
+/// What a decision works with, and its explanation reads.
+#[derive(Debug, Default)]
+pub(super) struct Scratch {
+    /// Places of engines that can take any part in the request, in order.
+    pub(super) able: Vec<u32>,
+    /// Those that may serve all of it.
+    pub(super) whole: Vec<u32>,
+    /// By place.
+    pub(super) costs: Vec<Costs>,
+}
+
+/// Decides. Allocates nothing once it has seen a fleet and a prompt of the largest size; use one for each thread.
+#[derive(Debug, Default)]
+pub struct Decider {
+    pub(super) loads: Loads,
+    /// Leading blocks of the prompt, by place.
+    pub(super) held: Vec<u32>,
+    pub(super) scratch: Scratch,
+    firsts: Lazy,
+    seconds: Lazy,
+    frontier: Frontier,
+    layouts: Vec<u32>,
+    sources: Vec<u32>,
+}
+
+/// The best plan so far.
+#[derive(Clone, Copy, Debug)]
+struct Best {
+    key: Key,
+    plan: Plan,
+}
+
+impl Decider {
+    /// A decider that has not allocated anything yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Reads the engines' loads and decides. `None` where no engine can serve the request;
+    /// [`super::skipped`] says why each was left out.
+    pub fn decide(&mut self, policy: &dyn Policy, fleet: &Fleet, request: &Request<'_>) -> Option<Decision> {
+        self.loads.read(fleet.engines().iter().map(|engine| (engine.info.slot, &*engine.load)));
+        self.decide_as_seen(policy, fleet, request)
+    }
+
+    /// Decides with these loads, which must have an entry for each engine of the fleet; engines beyond them count as idle.
+    pub fn decide_with(
+        &mut self,
+        policy: &dyn Policy,
+        fleet: &Fleet,
+        loads: &Loads,
+        request: &Request<'_>,
+    ) -> Option<Decision> {
+        self.loads.copy_from(loads);
+        self.loads.engines.resize(fleet.engines().len(), Default::default());
+        self.decide_as_seen(policy, fleet, request)
+    }
+
+    pub(super) fn sources(&self) -> &[u32] {
+        &self.sources
+    }
+
+    /// The loads that the last decision saw.
+    pub fn loads(&self) -> &Loads {
+        &self.loads
+    }
+
+    pub(super) fn pricing<'a>(&'a self, fleet: &'a Fleet, request: &Request<'_>) -> Pricing<'a> {
+        Pricing {
+            fleet,
+            loads: &self.loads,
+            held: &self.held,
+            prompt_tokens: request.prompt_tokens,
+            output_tokens: Pricing::output_tokens(request.max_tokens),
+            slo: request.slo,
+        }
+    }
+
+    fn decide_as_seen(
+        &mut self,
+        policy: &dyn Policy,
+        fleet: &Fleet,
+        request: &Request<'_>,
+    ) -> Option<Decision> {
+        self.sources.clear();
+        self.held.clear();
+        self.held.resize(fleet.engines().len(), 0);
+        for (slot, overlap) in request.overlaps.iter() {
+            if let Some(at) = fleet.place_of(slot) {
+                self.held[at as usize] = overlap.blocks;
+            }
+        }
+        // Apart while the pricing borrows the rest of `self`.
+        let mut scratch = std::mem::take(&mut self.scratch);
+        let found = filter(fleet, request, &mut scratch);
+        let decision = found.then(|| {
+            let pricing = self.pricing(fleet, request);
+            scratch.costs.resize(fleet.engines().len(), Costs::default());
+            for at in &scratch.able {
+                scratch.costs[*at as usize] =
+                    Costs { prefill: pricing.prefill(*at), decode: pricing.decode(*at) };
+            }
+            let view = View { request, pricing: &pricing, scratch: &scratch };
+            let aim = policy.aim(&view);
+            let best_whole = view.best();
+            self.choose(policy, fleet, request, &scratch, aim, best_whole)
+        });
+        self.scratch = scratch;
+        decision
+    }
+
+    fn choose(
+        &mut self,
+        policy: &dyn Policy,
+        fleet: &Fleet,
+        request: &Request<'_>,
+        scratch: &Scratch,
+        aim: Aim,
+        (whole_key, whole): (Key, u32),
+    ) -> Decision {
+        let mut search = Search {
+            fleet,
+            scratch,
+            request,
+            best: None,
+            budget: MAX_PAIRS,
+            priced: scratch.whole.len() as u32,
+            cut: false,
+        };
+        let mut fell_back = false;
+        let engine = match aim {
+            Aim::Engine(engine) => Some(engine),
+            Aim::Best(modes) => {
+                if modes.whole {
+                    search.best =
+                        Some(Best { key: whole_key, plan: self.pricing(fleet, request).whole_plan(whole) });
+                }
+                self.search(&mut search, modes);
+                fell_back = search.best.is_none();
+                fell_back.then_some(whole)
+            }
+        };
+        let pricing = self.pricing(fleet, request);
+        let plan = match (engine, search.best) {
+            (None, Some(best)) => best.plan,
+            (engine, _) => pricing.whole_plan(engine.unwrap_or(whole)),
+        };
+        let at = plan.prefill();
+        let alone =
+            self.loads.engines[at as usize].prefills == 0 && fleet.hot()[at as usize].foreign_waiting == 0;
+        Decision {
+            policy: policy.name(),
+            chosen: pricing.price(plan),
+            fell_back,
+            alone,
+            cut: search.cut,
+            priced: search.priced,
+        }
+    }
+
+    fn search(&mut self, search: &mut Search<'_>, modes: Modes) {
+        if search.request.prompt_tokens == 0 {
+            return;
+        }
+        if modes.pulls {
+            self.pulls(search);
+        }
+        if modes.pairs && search.request.splittable.is_ok() {
+            self.layouts.clear();
+            let exchange = |at: &u32| search.fleet.hot()[*at as usize].exchange;
+            self.layouts.extend(search.scratch.able.iter().filter_map(exchange));
+            self.layouts.sort_unstable();
+            self.layouts.dedup();
+            for in_time in [true, false] {
+                // Only where no plan is in time, those that are not count.
+                if !in_time && search.best.is_some_and(|best| best.key.late == 0.0) {
+                    break;
+                }
+                for at in 0..self.layouts.len() {
+                    self.pairs(search, self.layouts[at], in_time);
+                }
+            }
+        }
+    }
+
+    /// Plans that fetch a prefix first.
+    fn pulls(&mut self, search: &mut Search<'_>) {
+        let (fleet, hot) = (search.fleet, search.fleet.hot());
+        let able = |at: &u32| {
+            let hot = &hot[*at as usize];
+            hot.can_pull_cached && hot.exchange.is_some()
+        };
+        self.sources.clear();
+        let holders = search.scratch.able.iter().copied();
+        self.sources.extend(holders.filter(|at| self.held[*at as usize] > 0 && able(at)));
+        let held = &self.held;
+        let loads = &self.loads;
+        let order = |at: &u32| {
+            (std::cmp::Reverse(held[*at as usize]), loads.engines[*at as usize].sending_bytes, *at)
+        };
+        if self.sources.len() > PULL_SOURCES {
+            self.sources.select_nth_unstable_by_key(PULL_SOURCES, order);
+            self.sources.truncate(PULL_SOURCES);
+        }
+        self.sources.sort_unstable_by_key(order);
+        let pricing = self.pricing(fleet, search.request);
+        for engine in search.scratch.whole.iter().copied().filter(able) {
+            let costs = &search.scratch.costs[engine as usize];
+            for source in self.sources.iter().copied() {
+                if source == engine || hot[source as usize].exchange != hot[engine as usize].exchange {
+                    continue;
+                }
+                let Some((cached, bytes)) = pricing.pulled(source, engine) else { continue };
+                let least = pricing.prefill_after(engine, cached, 0.0);
+                let no_better = |best: &Best| {
+                    best.key.late == 0.0 && least.seconds + costs.decode.seconds >= best.key.seconds
+                };
+                if search.best.as_ref().is_some_and(no_better) {
+                    continue;
+                }
+                let way = pricing.transfer(source, engine, bytes);
+                let prefill = pricing.prefill_after(engine, cached, way.wait + way.transfer);
+                let key = pricing.whole_key(&prefill, &costs.decode);
+                search.take(key, Plan::Pull { source, engine });
+            }
+        }
+    }
+
+    /// Plans on two engines of one layout: those that meet the SLOs, or else all.
+    fn pairs(&mut self, search: &mut Search<'_>, layout: u32, in_time: bool) {
+        let (fleet, request) = (search.fleet, search.request);
+        let hot = fleet.hot();
+        let (mut firsts, mut seconds) = (std::mem::take(&mut self.firsts), std::mem::take(&mut self.seconds));
+        let mut frontier = std::mem::take(&mut self.frontier);
+        firsts.clear();
+        seconds.clear();
+        let pricing = self.pricing(fleet, request);
+        let ttft_slo = request.slo.ttft_seconds;
+        let layers = hot.iter().map(|hot| hot.streamed_layers).max().unwrap_or(0);
+        for at in search.scratch.able.iter().copied() {
+            let engine = &hot[at as usize];
+            if engine.exchange != Some(layout) {
+                continue;
+            }
+            let Costs { prefill, decode } = &search.scratch.costs[at as usize];
+            if engine.role.prefills() {
+                match in_time {
+                    true => {
+                        if prefill.late == 0.0 && ttft_slo.is_none_or(|slo| prefill.own <= slo) {
+                            firsts.push(prefill.seconds, at);
+                        }
+                    }
+                    false => firsts.push(prefill.late + ttft_slo.map_or(0.0, |_| prefill.own), at),
+                }
+            }
+            if engine.role.decodes() {
+                let moving = pricing.handoff_at_least(at, layers);
+                match in_time {
+                    true => {
+                        let own = decode.handoff_own + moving;
+                        if decode.late == 0.0 && ttft_slo.is_none_or(|slo| own <= slo) {
+                            seconds.push(decode.handoff_seconds + moving, at);
+                        }
+                    }
+                    false => {
+                        let own = ttft_slo.map_or(0.0, |_| decode.handoff_own + moving);
+                        seconds.push(decode.late + own, at);
+                    }
+                }
+            }
+        }
+        // What the sum of two costs has to be below, given the best plan so far.
+        let limit = |best: &Option<Best>| match best {
+            Some(best) if in_time && best.key.late == 0.0 => best.key.seconds,
+            Some(best) if !in_time => best.key.late + ttft_slo.unwrap_or(0.0),
+            _ => f64::INFINITY,
+        };
+        if !firsts.is_empty() && !seconds.is_empty() {
+            let (first, second, limit) = (firsts.least(), seconds.least(), limit(&search.best));
+            firsts.keep_below(limit - second);
+            seconds.keep_below(limit - first);
+        }
+        let mut budget = search.budget;
+        let ended = search::pairs(&mut firsts, &mut seconds, &mut frontier, &mut budget, |from, to| {
+            if from != to {
+                let (prefill, decode) =
+                    (&search.scratch.costs[from as usize].prefill, &search.scratch.costs[to as usize].decode);
+                let key = pricing.pair_key(prefill, decode, pricing.handoff(from, to, prefill));
+                if !in_time || key.late == 0.0 {
+                    search.take(key, Plan::Disaggregated { prefill: from, decode: to });
+                }
+            }
+            limit(&search.best)
+        });
+        search.budget = budget;
+        search.cut |= ended == Ended::Cut;
+        (self.firsts, self.seconds, self.frontier) = (firsts, seconds, frontier);
+    }
+}
+
+/// A search for the best plan.
+struct Search<'a> {
+    fleet: &'a Fleet,
+    scratch: &'a Scratch,
+    request: &'a Request<'a>,
+    best: Option<Best>,
+    /// Pairs that may still be priced.
+    budget: usize,
+    priced: u32,
+    cut: bool,
+}
+
+impl Search<'_> {
+    /// Takes a plan if it is better than what there is.
+    fn take(&mut self, key: Key, plan: Plan) {
+        self.priced += 1;
+        if self.best.is_none_or(|best| key.order(&best.key).is_lt()) {
+            self.best = Some(Best { key, plan });
+        }
+    }
+}
+
+/// Fills in who can take part. Returns whether anyone can.
+fn filter(fleet: &Fleet, request: &Request<'_>, scratch: &mut Scratch) -> bool {
+    let hot = fleet.hot();
+    scratch.able.clear();
+    scratch.whole.clear();
+    let serving = fleet.serving(request.model).iter().copied();
+    scratch.able.extend(serving.filter(|at| hot[*at as usize].healthy));
+    for id in request.avoid {
+        if let Some(at) = fleet.find(id) {
+            scratch.able.retain(|other| *other != at);
+        }
+    }
+    let decodes = |at: &u32| hot[*at as usize].role.decodes();
+    scratch.whole.extend(scratch.able.iter().copied().filter(decodes));
+    if scratch.whole.is_empty() {
+        // Better a prefill engine that decodes than a request that fails.
+        scratch.whole.extend_from_slice(&scratch.able);
+    }
+    !scratch.able.is_empty()
+}
+
+impl Pricing<'_> {
+    /// The plan on one engine.
+    pub(super) fn whole_plan(&self, engine: u32) -> Plan {
+        match self.hot(engine).role == Role::Decode && self.usable_blocks(engine) > 0 {
+            true => Plan::Append { engine },
+            false => Plan::Colocated { engine },
+        }
+    }
+}
