@@ -271,7 +271,7 @@ mod tests {
 
     /// Blocks in threes, each of which follows the one before.
     fn block(i: u64) -> Block {
-        Block { hash: hash(i), parent: (i % 3 > 0).then(|| hash(i - 1)) }
+        Block { hash: hash(i), parent: (!i.is_multiple_of(3)).then(|| hash(i - 1)) }
     }
 
     fn stored(i: u64) -> Change {
