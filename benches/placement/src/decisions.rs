@@ -215,7 +215,8 @@ pub(crate) fn measure(size: &Size, decisions: u32) -> anyhow::Result<Measured> {
         cut_permille: main.cut.max(pairs.cut).max(with_slos.cut) * 1000 / decisions,
         p99_bound_micros: size.p99_micros,
         kept: whole.p99 < size.p99_micros
-            && main.allocations[1] + pairs.allocations[1] + with_slos.allocations[1] == 0,
+            && main.allocations[0] + main.allocations[1] == 0
+            && pairs.allocations[1] + with_slos.allocations[1] == 0,
     };
     eprintln!("{measured:?}");
     Ok(measured)
@@ -232,6 +233,7 @@ fn time(
     decisions: u32,
     random: &mut SmallRng,
 ) -> anyhow::Result<Timed> {
+    let mut overlaps = Overlaps::default();
     let mut decider = Decider::new();
     let mut recent = Recent::new(RECENT);
     let mut in_flight = InFlight(VecDeque::with_capacity(IN_FLIGHT + 1));
@@ -248,14 +250,13 @@ fn time(
         handoffs: 0,
         cut: 0,
     };
-    let mut overlaps = Overlaps::default();
     for round in 0..WARM_UP + decisions {
         let hashes = &prompts[random.random_range(0..prompts.len())];
         let before = Region::new(crate::ALLOCATOR);
         let began = Instant::now();
         index.overlaps(black_box(hashes), &mut overlaps);
         let looked_up = Instant::now();
-        let of_lookup = before.change().allocations;
+        let of_lookup = before.change();
         let before = Region::new(crate::ALLOCATOR);
         let request = Request {
             slo,
@@ -273,7 +274,7 @@ fn time(
             timed.whole.record((ended - began).as_nanos() as u64)?;
             timed.lookup.record((looked_up - began).as_nanos() as u64)?;
             timed.decide.record((decided - looked_up).as_nanos() as u64)?;
-            timed.allocations[0] += of_lookup;
+            timed.allocations[0] += of_lookup.allocations + of_lookup.reallocations;
             timed.allocations[1] += of_decision.allocations + of_decision.reallocations;
             timed.handoffs += u32::from(decision.plan().transfer().is_some());
             timed.cut += u32::from(decision.cut);

@@ -215,9 +215,10 @@ fn spread(rows: &[Row], policy: &dyn Policy) -> anyhow::Result<Spread> {
         }
         let (stored, removed) = caches[at].touch(chain);
         let holder = Holder::new(Slot(at as u32), Epoch(1));
-        let hashes = |ids: Vec<u64>| ids.into_iter().map(hash).collect::<Vec<_>>();
-        index.store(holder, Tier::Gpu, Run::loose(&hashes(stored)))?;
-        index.remove(holder, Tier::Gpu, &hashes(removed))?;
+        let stored: Vec<BlockHash> = stored.into_iter().map(hash).collect();
+        let removed: Vec<BlockHash> = removed.into_iter().map(hash).collect();
+        index.store(holder, Tier::Gpu, Run::loose(&stored))?;
+        index.remove(holder, Tier::Gpu, &removed)?;
     }
     let all: u64 = tokens.iter().sum();
     let share = |of: &[u64]| {

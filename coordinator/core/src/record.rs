@@ -69,7 +69,7 @@ pub struct RecordedRequest {
     pub fresh_key: Option<u64>,
 }
 
-/// As [`Overlap`].
+/// As [`Overlap`], with what is expected counted as held.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 #[allow(missing_docs, reason = "the fields are those of Overlap")]
@@ -449,8 +449,14 @@ impl RecordedRequest {
         self.overlaps.clear();
         self.overlaps.extend(of.overlaps.iter().map(|(slot, overlap)| RecordedOverlap {
             slot: slot.0,
-            blocks: overlap.blocks,
+            blocks: overlap.blocks.max(of.overlaps.expected(slot)),
             gpu_blocks: overlap.gpu_blocks,
+        }));
+        let only_expected = of.overlaps.iter_expected().filter(|(slot, _)| of.overlaps.of(*slot).blocks == 0);
+        self.overlaps.extend(only_expected.map(|(slot, blocks)| RecordedOverlap {
+            slot: slot.0,
+            blocks,
+            gpu_blocks: 0,
         }));
         text(&mut self.not_splittable, of.splittable.err());
         self.avoid.clear();

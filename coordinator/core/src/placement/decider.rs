@@ -135,6 +135,12 @@ impl Decider {
                 self.held[at as usize] = overlap.blocks;
             }
         }
+        // What a request before it computes is there when this one's turn comes.
+        for (slot, blocks) in request.overlaps.iter_expected() {
+            if let Some(at) = fleet.place_of(slot) {
+                self.held[at as usize] = self.held[at as usize].max(blocks);
+            }
+        }
         // Apart while the pricing borrows the rest of `self`.
         let mut scratch = std::mem::take(&mut self.scratch);
         let found = filter(fleet, request, &mut scratch);

@@ -112,9 +112,10 @@ pub fn prefix_key(hashes: &[BlockHash], block_size: u32) -> Option<u64> {
     key(hashes.get(hashes.len().min(blocks).checked_sub(1)?)?)
 }
 
-/// A key for a prompt's first block that nobody holds. `None` where all are held.
+/// A key for a prompt's first block that nobody holds or is expected to hold. `None` where all are held.
 pub fn fresh_key(hashes: &[BlockHash], overlaps: &Overlaps) -> Option<u64> {
-    let held = overlaps.iter().map(|(_, overlap)| overlap.blocks).max().unwrap_or(0);
+    let held = overlaps.iter().map(|(_, overlap)| overlap.blocks);
+    let held = held.chain(overlaps.iter_expected().map(|(_, blocks)| blocks)).max().unwrap_or(0);
     key(hashes.get(held as usize)?)
 }
 
