@@ -4,7 +4,8 @@ SHELL := /bin/bash
 CARGO ?= cargo
 json = $(if $(JSON),--json)
 
-.PHONY: help setup build demo up test lint e2e e2e-fast e2e-random bench bench-transfer bench-placement peers-handoff
+.PHONY: help setup build demo up test lint e2e e2e-fast e2e-random bench bench-transfer bench-placement
+.PHONY: peers-handoff peers-http peers-index
 
 help: ## this list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -53,6 +54,8 @@ bench-placement: setup ## how long a placement decision takes; TRACE=file: how i
 peers-handoff: setup ## handoff beside vLLM's own NixlConnector on the same engines
 	benches/peers/handoff/run.sh
 
-.PHONY: peers-index
 peers-index: ## the KV index beside peers' own crates; TRACE=path of the Mooncake conversation trace
 	@TRACE="$(TRACE)" benches/peers/index/run.sh
+
+peers-http: setup ## the proxy path beside vllm-router: requests per second (ends in a JSON line)
+	benches/peers/http/run.sh

@@ -1,12 +1,11 @@
 //! What is known of a request's prompt.
 
-use std::sync::Arc;
-
 use baton_coordinator_core::fleet::Fleet;
 use baton_coordinator_core::kv_index::{KvIndex, Overlaps};
 use baton_coordinator_core::placement::{fresh_key, prefix_key};
 use baton_proto::ContentKeys;
-use baton_proto::block_hash::BlockHasher;
+
+use crate::tokenizer::Tokens;
 
 /// What the index knows of a prompt.
 #[derive(Clone, Debug, Default)]
@@ -22,26 +21,21 @@ pub struct Found {
 /// A prompt: its tokens, or what is assumed without them.
 #[derive(Clone, Debug)]
 pub struct Prompt {
-    token_ids: Option<Arc<[u32]>>,
+    known: Option<Tokens>,
     estimate: u64,
     keys: ContentKeys,
     splittable: Result<(), &'static str>,
 }
 
 impl Prompt {
-    /// A prompt of these tokens.
-    pub fn of_tokens(token_ids: impl Into<Arc<[u32]>>, keys: ContentKeys) -> Self {
-        Self { token_ids: Some(token_ids.into()), estimate: 0, keys, splittable: Ok(()) }
+    /// A prompt of these tokens, made under these keys.
+    pub fn of_tokens(tokens: impl Into<Tokens>, keys: ContentKeys) -> Self {
+        Self { known: Some(tokens.into()), estimate: 0, keys, splittable: Ok(()) }
     }
 
     /// A prompt whose tokens are not known: it is placed by load, and not split.
     pub fn unknown(estimated_tokens: u64, why: &'static str) -> Self {
-        Self {
-            token_ids: None,
-            estimate: estimated_tokens,
-            keys: ContentKeys::default(),
-            splittable: Err(why),
-        }
+        Self { known: None, estimate: estimated_tokens, keys: ContentKeys::default(), splittable: Err(why) }
     }
 
     /// The prompt, not to be split.
@@ -52,12 +46,12 @@ impl Prompt {
 
     /// How many tokens it has, or is assumed to have.
     pub fn tokens(&self) -> u64 {
-        self.token_ids.as_ref().map_or(self.estimate, |ids| ids.len() as u64)
+        self.known.as_ref().map_or(self.estimate, |tokens| tokens.len() as u64)
     }
 
     /// Whether its tokens are known.
     pub fn is_known(&self) -> bool {
-        self.token_ids.is_some()
+        self.known.is_some()
     }
 
     /// Whether it can be handed off; else why not.
@@ -69,7 +63,7 @@ impl Prompt {
     /// namespace and block size) share one lookup.
     pub fn find(&self, fleet: &Fleet, model: &str, index: &KvIndex) -> Found {
         let mut found = Found::default();
-        let Some(token_ids) = &self.token_ids else { return found };
+        let Some(tokens) = &self.known else { return found };
         let mut held = Overlaps::default();
         let mut done: Vec<(&str, u32)> = Vec::new();
         for engine in fleet.engines() {
@@ -81,9 +75,7 @@ impl Prompt {
                 continue;
             }
             done.push(kind);
-            let whole = token_ids.len() / block_size as usize * block_size as usize;
-            let hashes =
-                BlockHasher::new(namespace).chain(&token_ids[..whole], block_size as usize, &self.keys);
+            let hashes = tokens.block_hashes(namespace, block_size, &self.keys);
             index.overlaps(&hashes, &mut held);
             if done.len() == 1 {
                 found.prefix_key = prefix_key(&hashes, block_size);

@@ -1,11 +1,12 @@
 //! Connections to one engine's server.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body;
 use bytes::Bytes;
 use http::header::CONTENT_TYPE;
-use http::{HeaderMap, Method, Request, Response};
+use http::{HeaderMap, Method, Request, Response, Uri};
 use hyper::body::Incoming;
 use hyper_rustls::{FixedServerNameResolver, HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy::Client;
@@ -13,6 +14,7 @@ use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 use rustls_pki_types::ServerName;
 
+use super::Endpoint;
 use crate::registry::{EngineUrl, Registration};
 
 /// Engines close idle connections after some seconds (uvicorn: 5); ours go before, so that no request meets a
@@ -38,10 +40,15 @@ pub enum UpstreamError {
     Url(#[from] http::Error),
 }
 
-/// A pool of connections to one engine. Its size follows the requests in flight.
+/// A pool of connections to one engine. Its size follows the requests in flight. Clones share it.
 #[derive(Clone, Debug)]
-pub struct Upstream {
+pub struct Upstream(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
     url: EngineUrl,
+    /// The URLs of the paths that requests go to.
+    placed: [(&'static str, Uri); 2],
     client: Client<HttpsConnector<HttpConnector>, Body>,
 }
 
@@ -64,12 +71,17 @@ impl Upstream {
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(IDLE)
             .build(https);
-        Self { url: registration.url.clone(), client }
+        let url = registration.url.clone();
+        let placed = [Endpoint::Completions, Endpoint::Chat].map(|endpoint| {
+            let path = endpoint.path();
+            (path, url.join(path).expect("a checked URL takes our paths"))
+        });
+        Self(Arc::new(Inner { url, placed, client }))
     }
 
     /// Whether it still leads where the registration says.
     pub fn leads_to(&self, registration: &Registration) -> bool {
-        self.url == registration.url
+        self.0.url == registration.url
     }
 
     /// Posts a JSON body. Dropping the future, or the answer's body before its end, closes the connection,
@@ -80,9 +92,13 @@ impl Upstream {
         headers: &HeaderMap,
         body: Bytes,
     ) -> Result<Response<Incoming>, UpstreamError> {
+        let uri = match self.0.placed.iter().find(|placed| placed.0 == path) {
+            Some((_, uri)) => uri.clone(),
+            None => self.0.url.join(path)?,
+        };
         let mut request = Request::builder()
             .method(Method::POST)
-            .uri(self.url.join(path)?)
+            .uri(uri)
             .header(CONTENT_TYPE, "application/json")
             .body(Body::from(body))?;
         for name in FORWARDED {
@@ -90,7 +106,7 @@ impl Upstream {
                 request.headers_mut().append(http::HeaderName::from_static(name), value.clone());
             }
         }
-        self.client.request(request).await.map_err(|error| match error.is_connect() {
+        self.0.client.request(request).await.map_err(|error| match error.is_connect() {
             true => UpstreamError::Connect(error),
             false => UpstreamError::Broken(error),
         })

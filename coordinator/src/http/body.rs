@@ -4,6 +4,7 @@
 use std::borrow::Cow;
 use std::fmt;
 use std::ops::Range;
+use std::sync::Arc;
 
 use bytes::{BufMut, Bytes, BytesMut};
 use serde::de::{DeserializeOwned, Deserializer, MapAccess, Visitor};
@@ -11,11 +12,11 @@ use serde_json::value::RawValue;
 
 use super::error::ApiError;
 
-/// A JSON object and its members.
+/// A JSON object and its members. Clones share both.
 #[derive(Clone, Debug)]
 pub struct RequestBody {
     bytes: Bytes,
-    members: Vec<(String, Range<usize>)>,
+    members: Arc<[(String, Range<usize>)]>,
 }
 
 impl RequestBody {
@@ -64,13 +65,39 @@ impl RequestBody {
         serde_json::from_str(self.get(name)?).ok()
     }
 
+    /// A member's string; `None` where it is no string, or one with half of a surrogate pair.
+    pub fn text(&self, name: &str) -> Option<String> {
+        let quoted = self.get(name)?;
+        let inner = quoted.strip_prefix('"')?.strip_suffix('"')?;
+        // It was parsed, so an escape is whole, and only escapes hold a backslash.
+        let mut text = String::with_capacity(inner.len());
+        let mut rest = inner;
+        while let Some(at) = rest.find('\\') {
+            let escaped = match rest.as_bytes()[at + 1] {
+                b'n' => '\n',
+                b't' => '\t',
+                b'r' => '\r',
+                b'b' => '\u{8}',
+                b'f' => '\u{c}',
+                // Code points, alone or in pairs.
+                b'u' => return serde_json::from_str(quoted).ok(),
+                itself => char::from(itself),
+            };
+            text.push_str(&rest[..at]);
+            text.push(escaped);
+            rest = &rest[at + 2..];
+        }
+        text.push_str(rest);
+        Some(text)
+    }
+
     /// The object without the members named in `drop` and `set`, and with those in `set`, each given as JSON
     /// text. All else stays as it came, byte for byte and in its order.
     pub fn rewrite(&self, drop: &[&str], set: &[(&str, &str)]) -> Bytes {
         let added: usize = set.iter().map(|(name, value)| name.len() + value.len() + 8).sum();
         let mut out = BytesMut::with_capacity(self.bytes.len() + added);
         let mut separator = b'{';
-        for (name, range) in &self.members {
+        for (name, range) in &*self.members {
             if drop.contains(&name.as_str()) || set.iter().any(|member| member.0 == name) {
                 continue;
             }
@@ -147,6 +174,25 @@ mod tests {
         let expected = r#"{"a":1.50,"c":"\u00e9 é","weird \"k\"":{"z": 1e999},"stream":false,"new":{"x":1}}"#;
         assert_eq!(std::str::from_utf8(&out).unwrap(), expected);
         assert_eq!(&self::body(r#"{"a":1}"#).rewrite(&["a"], &[])[..], b"{}");
+    }
+
+    #[test]
+    fn texts_are_read_as_json_has_them() {
+        for quoted in [
+            r#""""#,
+            r#""plain é 🙂""#,
+            r#""a\nb\t\r\b\f\"q\"\\\/ \\n""#,
+            r#""\u00e9 \ud83d\ude42 \n""#,
+            r#""ends in \\""#,
+        ] {
+            let body = RequestBody::parse(Bytes::from(format!(r#"{{"p": {quoted}}}"#))).unwrap();
+            assert_eq!(body.text("p"), body.peek::<String>("p"), "{quoted}");
+            assert!(body.text("p").is_some());
+        }
+        for other in ["1", "null", r#"["a"]"#, r#""\ud83d""#] {
+            let body = RequestBody::parse(Bytes::from(format!(r#"{{"p": {other}}}"#))).unwrap();
+            assert_eq!(body.text("p"), None, "{other}");
+        }
     }
 
     #[test]

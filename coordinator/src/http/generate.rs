@@ -17,10 +17,12 @@ use super::{ApiError, RequestBody, read};
 use crate::dispatch::{self, Endpoint, Prompt, Wanted};
 use crate::metrics::{Mode, Outcome};
 use crate::state::Coordinator;
-use crate::tokenizer::{Model, RenderError};
+use crate::tokenizer::{Model, RenderError, Text, Tokens};
 
 /// Bytes of JSON that are counted as a token where the prompt is not tokenised.
 const BYTES_PER_TOKEN: u64 = 4;
+/// So many bytes of a JSON string are read in the time that one is tokenised, at least.
+const READ_TO_TOKENISE: usize = 64;
 
 /// `POST /v1/completions`
 pub(super) async fn completions(
@@ -153,15 +155,10 @@ async fn prompt(
     body: &RequestBody,
 ) -> Prompt {
     let began = Instant::now();
-    let size = body.bytes().len();
-    let tokens = {
-        let (body, worker) = (body.clone(), model.clone());
-        coordinator.models.run(&model, size, move || token_ids(&worker, endpoint, &body)).await
-    };
-    match tokens {
+    let keys = ContentKeys { salt: body.peek("cache_salt"), ..ContentKeys::default() };
+    match tokens(coordinator, endpoint, &model, body, &keys).await {
         Ok(tokens) => {
             coordinator.metrics.tokenize_seconds.observe(began.elapsed().as_secs_f64());
-            let keys = ContentKeys { salt: body.peek("cache_salt"), ..ContentKeys::default() };
             let prompt = Prompt::of_tokens(tokens, keys);
             match unsplittable(body) {
                 Some(why) => prompt.whole(why),
@@ -171,26 +168,74 @@ async fn prompt(
         Err(error) => {
             tracing::debug!(%error, "a prompt is placed by load alone");
             coordinator.metrics.untokenised.inc(error.word());
-            Prompt::unknown(size as u64 / BYTES_PER_TOKEN, error.word())
+            Prompt::unknown(body.bytes().len() as u64 / BYTES_PER_TOKEN, error.word())
+        }
+    }
+}
+
+/// Tokenises a request, on a thread where that takes long.
+async fn tokens(
+    coordinator: &Arc<Coordinator>,
+    endpoint: Endpoint,
+    model: &Arc<Model>,
+    body: &RequestBody,
+    keys: &ContentKeys,
+) -> Result<Tokens, RenderError> {
+    let size = match endpoint {
+        Endpoint::Chat => body.bytes().len(),
+        // There is nothing to render: reading a JSON string costs next to nothing beside tokenising it.
+        Endpoint::Completions => body.bytes().len() / READ_TO_TOKENISE,
+    };
+    let read = {
+        let (model, body, keys) = (model.clone(), body.clone(), keys.clone());
+        move || read_prompt(&model, endpoint, &body, &keys)
+    };
+    match coordinator.models.run(model, size, read).await? {
+        Source::Ids(ids) => Ok(ids.into()),
+        Source::Text(text) => {
+            let worker = model.clone();
+            coordinator.models.run(model, text.unknown_bytes(), move || worker.complete(text)).await
         }
     }
 }
 
 /// The token ids that an engine of the model makes of a request.
 pub fn token_ids(model: &Model, endpoint: Endpoint, body: &RequestBody) -> Result<Vec<u32>, RenderError> {
+    match read_prompt(model, endpoint, body, &ContentKeys::default())? {
+        Source::Ids(ids) => Ok(ids),
+        Source::Text(text) => model.complete(text).map(|tokens| tokens.to_vec()),
+    }
+}
+
+/// What a request's tokens are made of.
+enum Source {
+    Ids(Vec<u32>),
+    Text(Text),
+}
+
+fn read_prompt(
+    model: &Model,
+    endpoint: Endpoint,
+    body: &RequestBody,
+    keys: &ContentKeys,
+) -> Result<Source, RenderError> {
     if let Some(why) = opaque(body) {
         return Err(RenderError::Unknown(why));
     }
     let special = |default| body.peek("add_special_tokens").unwrap_or(default);
+    let text = |text, default| Ok(Source::Text(model.find(text, special(default), keys)));
     if endpoint == Endpoint::Chat {
-        return model.encode(&model.render(chat_of(body)?)?, special(false));
+        return text(model.render(chat_of(body)?)?, false);
+    }
+    if let Some(prompt) = body.text("prompt") {
+        return text(prompt, true);
     }
     match body.peek::<Value>("prompt") {
-        Some(Value::String(text)) => model.encode(&text, special(true)),
         Some(Value::Array(ids)) if ids.first().is_some_and(Value::is_u64) => ids
             .iter()
             .map(|id| id.as_u64().and_then(|id| u32::try_from(id).ok()))
             .collect::<Option<_>>()
+            .map(Source::Ids)
             .ok_or_else(|| RenderError::Refused("prompt: token ids are numbers".into())),
         Some(Value::Array(_)) => Err(RenderError::Unknown("batch")),
         _ => Err(RenderError::Refused("prompt: a text or a list of token ids".into())),

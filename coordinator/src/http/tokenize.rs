@@ -51,7 +51,7 @@ async fn answer(coordinator: &Arc<Coordinator>, body: Body) -> Result<Value, Api
                     .peek("prompt")
                     .ok_or_else(|| RenderError::Refused("prompt: give a text, or messages".into()))?,
             };
-            model.encode(&text, special)
+            model.encode(text, special)
         }
     };
     let ids = coordinator

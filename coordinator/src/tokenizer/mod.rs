@@ -8,8 +8,11 @@ pub mod agreement;
 mod content_format;
 mod messages;
 mod model;
+mod prefixes;
 mod python;
 mod template;
+#[cfg(test)]
+mod testing;
 mod words;
 
 use std::collections::BTreeMap;
@@ -18,7 +21,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use tokio::sync::Semaphore;
 
-pub use self::model::{Model, ModelError};
+pub use self::model::{Model, ModelError, Text};
+pub use self::prefixes::Tokens;
 pub use self::template::Chat;
 use crate::config::ModelConfig;
 
@@ -82,7 +86,7 @@ impl Models {
         self.models.values()
     }
 
-    /// Does the work for a text of about `bytes`: here, or on a thread where it is long.
+    /// Does the work of tokenising about `bytes`: here, or on a thread where that takes long.
     pub async fn run<T: Send + 'static>(
         &self,
         model: &Model,

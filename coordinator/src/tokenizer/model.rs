@@ -3,10 +3,12 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use baton_proto::ContentKeys;
 use serde_json::{Map, Value as Json};
 use tokenizers::{AddedToken, Tokenizer};
 
 use super::RenderError;
+use super::prefixes::{Known, Prefixes, Tokens};
 use super::template::{Chat, ChatTemplates};
 use super::words::Words;
 use crate::config::ModelConfig;
@@ -44,11 +46,31 @@ pub struct ModelError {
 pub struct Model {
     name: String,
     tokenizer: Tokenizer,
-    words: Option<Words>,
+    cache: Option<Cache>,
     /// What the post-processor puts around a text.
     around: (Vec<u32>, Vec<u32>),
     chat: Result<ChatTemplates, &'static str>,
     max_model_len: u64,
+}
+
+/// What was tokenised before, for a tokenizer whose texts can be cut.
+struct Cache {
+    words: Words,
+    prefixes: Prefixes,
+}
+
+/// A prompt's text, with what is known of it already.
+pub struct Text {
+    text: String,
+    special: bool,
+    known: Option<Known>,
+}
+
+impl Text {
+    /// Bytes that are still to be tokenised.
+    pub fn unknown_bytes(&self) -> usize {
+        self.text.len() - self.known.as_ref().map_or(0, |known| known.bytes)
+    }
 }
 
 impl Model {
@@ -89,7 +111,11 @@ impl Model {
         let around = around(&tokenizer);
         Ok(Self {
             name: config.name.clone(),
-            words: around.is_some().then(|| Words::for_tokenizer(&tokenizer)).flatten(),
+            cache: around
+                .is_some()
+                .then(|| Words::for_tokenizer(&tokenizer))
+                .flatten()
+                .map(|words| Cache { words, prefixes: Prefixes::default() }),
             around: around.unwrap_or_default(),
             tokenizer,
             chat,
@@ -114,17 +140,31 @@ impl Model {
 
     /// Whether words are tokenised from a cache, some ten times as fast.
     pub fn caches_words(&self) -> bool {
-        self.words.is_some()
+        self.cache.is_some()
     }
 
     /// Token ids of a text.
-    pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, RenderError> {
-        let Some(words) = &self.words else { return encode(&self.tokenizer, text, add_special_tokens) };
-        let ids = words.encode(text, |stretch| ids_and_starts(&self.tokenizer, stretch))?;
-        match add_special_tokens {
-            true => Ok([&self.around.0[..], &ids, &self.around.1].concat()),
-            false => Ok(ids),
-        }
+    pub fn encode(&self, text: String, add_special_tokens: bool) -> Result<Vec<u32>, RenderError> {
+        let text = self.find(text, add_special_tokens, &ContentKeys::default());
+        Ok(self.complete(text)?.to_vec())
+    }
+
+    /// Looks up how much of a text is known under these keys.
+    pub fn find(&self, text: String, add_special_tokens: bool, keys: &ContentKeys) -> Text {
+        let known = self.cache.as_ref().map(|cache| cache.prefixes.find(&text, keys, add_special_tokens));
+        Text { text, special: add_special_tokens, known }
+    }
+
+    /// Tokenises what is not known of a text.
+    pub fn complete(&self, text: Text) -> Result<Tokens, RenderError> {
+        let Text { text, special, known } = text;
+        let (Some(cache), Some(known)) = (&self.cache, known) else {
+            return encode(&self.tokenizer, &text, special).map(Tokens::from);
+        };
+        let by_words =
+            |part: &str| cache.words.encode(part, |stretch| ids_and_starts(&self.tokenizer, stretch));
+        let tokens = cache.prefixes.complete(&text, known, by_words)?;
+        Ok(if special { tokens.surround(&self.around.0, &self.around.1) } else { tokens })
     }
 
     /// The text that a chat becomes.

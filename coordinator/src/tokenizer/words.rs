@@ -29,7 +29,7 @@ const CAPACITY: usize = 1 << 16;
 const LONGEST: usize = 64;
 
 /// Patterns of `Split` pre-tokenizers for which the argument above was made: Llama 3's, Qwen's, and o200k's.
-const SAFE_PATTERNS: [&str; 4] = [
+pub(super) const SAFE_PATTERNS: [&str; 4] = [
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
@@ -173,7 +173,7 @@ impl<'a> Iterator for Pieces<'a> {
         while let Some(found) = bytes.get(from..).and_then(|rest| rest.iter().position(|byte| *byte == b' '))
         {
             let at = from + found;
-            if visible(text[..at].chars().next_back()) && visible(text[at + 1..].chars().next()) {
+            if safe_cut(text, at) {
                 let (piece, rest) = text.split_at(at);
                 self.0 = rest;
                 return Some(piece);
@@ -185,6 +185,11 @@ impl<'a> Iterator for Pieces<'a> {
     }
 }
 
+/// Whether a text may be cut before the space at `at`, a byte.
+pub(super) fn safe_cut(text: &str, at: usize) -> bool {
+    visible(text[..at].chars().next_back()) && visible(text[at + 1..].chars().next())
+}
+
 /// Surely no white space, for any engine of regular expressions, and nothing that combines.
 fn visible(c: Option<char>) -> bool {
     c.is_some_and(|c| c.is_ascii_graphic() || (!c.is_ascii() && c.is_alphanumeric()))
@@ -192,64 +197,25 @@ fn visible(c: Option<char>) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use super::super::testing::{bits, tokenizers, whole};
     use super::*;
     use proptest::prelude::*;
-    use std::path::Path;
+    use tokenizers::PreTokenizerWrapper;
     use tokenizers::pre_tokenizers::byte_level::ByteLevel;
-    use tokenizers::pre_tokenizers::sequence::Sequence;
-    use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
-    use tokenizers::{NormalizerWrapper, PreTokenizerWrapper, SplitDelimiterBehavior};
-
-    /// The corpus's tokenizer, and the same with every other cut that is accepted.
-    fn tokenizers() -> Vec<Tokenizer> {
-        let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/corpus/models/chatml/tokenizer.json");
-        let digits = Tokenizer::from_file(file).unwrap();
-        let mut all = vec![digits.clone()];
-        let mut gpt2 = digits.clone();
-        gpt2.with_pre_tokenizer(Some(PreTokenizerWrapper::ByteLevel(ByteLevel::new(false, true, true))));
-        all.push(gpt2);
-        for pattern in SAFE_PATTERNS {
-            let split =
-                Split::new(SplitPattern::Regex(pattern.into()), SplitDelimiterBehavior::Isolated, false)
-                    .unwrap();
-            let parts = vec![
-                PreTokenizerWrapper::Split(split),
-                PreTokenizerWrapper::ByteLevel(ByteLevel::new(false, true, false)),
-            ];
-            let mut tokenizer = digits.clone();
-            tokenizer.with_pre_tokenizer(Some(PreTokenizerWrapper::Sequence(Sequence::new(parts))));
-            tokenizer
-                .with_normalizer(Some(NormalizerWrapper::NFC(tokenizers::normalizers::unicode::NFC)))
-                .unwrap();
-            all.push(tokenizer);
-        }
-        all
-    }
-
-    fn whole(tokenizer: &Tokenizer, text: &str) -> Vec<u32> {
-        tokenizer.encode_fast(text, false).unwrap().get_ids().to_vec()
-    }
 
     fn by_words(words: &Words, tokenizer: &Tokenizer, text: &str) -> Vec<u32> {
         words.encode(text, |stretch| super::super::model::ids_and_starts(tokenizer, stretch)).unwrap()
     }
 
-    /// Bits of text that meet at cuts: letters, marks, digits, quotes, all kinds of white space, added tokens.
     fn texts() -> impl Strategy<Value = String> {
-        let bit = prop::sample::select(vec![
-            " ", " ", " ", " ", "  ", "\n", "\r\n", "\t", "\u{a0}", "\u{2028}", "\u{200b}", "\u{3000}",
-            "\u{feff}", "\u{1c}", "a", "the", "Quick", "it's", "'s", "'LL", "x1", "12345", "7", ".", ",",
-            "!?", "—", "/", "日本", "e\u{301}", "\u{301}", "é", "ß", "नि", "🙂", "<|end|>", "<s>", "<think>",
-            "<|en", "_", "٣", "½", "\u{1f}", "\0",
-        ]);
-        prop::collection::vec(bit, 0..40).prop_map(|bits| bits.concat())
+        prop::collection::vec(bits(), 0..40).prop_map(|bits| bits.concat())
     }
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(1000))]
         #[test]
         fn ids_are_those_of_the_whole_text(text in texts()) {
-            for tokenizer in tokenizers_once() {
+            for tokenizer in tokenizers() {
                 let words = Words::for_tokenizer(tokenizer).expect("its cut is accepted");
                 let expected = whole(tokenizer, &text);
                 prop_assert_eq!(&by_words(&words, tokenizer, &text), &expected, "cold");
@@ -258,11 +224,6 @@ mod tests {
                 prop_assert_eq!(&by_words(&words, tokenizer, &more), &whole(tokenizer, &more), "partly warm");
             }
         }
-    }
-
-    fn tokenizers_once() -> &'static [Tokenizer] {
-        static ALL: std::sync::OnceLock<Vec<Tokenizer>> = std::sync::OnceLock::new();
-        ALL.get_or_init(tokenizers)
     }
 
     #[test]
@@ -276,13 +237,13 @@ mod tests {
 
     #[test]
     fn other_tokenizers_are_left_alone() {
-        let mut tokenizer = tokenizers_once()[0].clone();
+        let mut tokenizer = tokenizers()[0].clone();
         tokenizer.add_tokens([tokenizers::AddedToken::from("two words", false)]).unwrap();
         assert!(Words::for_tokenizer(&tokenizer).is_none());
-        let mut tokenizer = tokenizers_once()[0].clone();
+        let mut tokenizer = tokenizers()[0].clone();
         tokenizer.with_pre_tokenizer(Some(PreTokenizerWrapper::ByteLevel(ByteLevel::new(true, true, true))));
         assert!(Words::for_tokenizer(&tokenizer).is_none());
-        let mut tokenizer = tokenizers_once()[0].clone();
+        let mut tokenizer = tokenizers()[0].clone();
         tokenizer.with_pre_tokenizer(None::<PreTokenizerWrapper>);
         assert!(Words::for_tokenizer(&tokenizer).is_none());
     }

@@ -25,12 +25,12 @@ pub(crate) struct Case {
 impl Case {
     pub(crate) fn request(&self) -> Request<'_> {
         Request {
-            max_tokens: (self.seed % 3 > 0).then_some(self.seed % 300),
+            max_tokens: (!self.seed.is_multiple_of(3)).then_some(self.seed % 300),
             slo: self.slo,
             seed: self.seed,
             pinned: Some(Slot((self.seed % 7) as u32)),
             prefix_key: Some(self.seed / 3),
-            fresh_key: (self.seed % 5 > 0).then_some(self.seed / 2),
+            fresh_key: (!self.seed.is_multiple_of(5)).then_some(self.seed / 2),
             ..Request::new("m", self.prompt_tokens, &self.overlaps)
         }
     }
@@ -50,8 +50,12 @@ fn reserved() -> impl Strategy<Value = Reserved> {
     })
 }
 
-fn member() -> impl Strategy<Value = (u8, u8, f64, bool, u32, Reserved, u32)> {
-    // Kind, role, speed, whether it can transfer, foreign sequences, load, overlap.
+/// Kind, role, speed, whether it can transfer, foreign sequences, load, overlap.
+type Member = (u8, u8, f64, bool, u32, Reserved, u32);
+/// Source, destination, bytes per second, RTT.
+type LinkSample = (u32, u32, f64, f64);
+
+fn member() -> impl Strategy<Value = Member> {
     let speed = prop_oneof![Just(1.0), 0.3f64..3.0];
     (0u8..10, 0u8..4, speed, prop::bool::weighted(0.9), 0u32..3, reserved(), 0u32..3000)
 }
@@ -73,10 +77,8 @@ pub(crate) fn fixed() -> Case {
     build((vec![member; 3], vec![(0, 1, 1e9, 1e-4)], 3000, Slo::default(), 1))
 }
 
-type Members = Vec<(u8, u8, f64, bool, u32, Reserved, u32)>;
-
 fn build(
-    (members, samples, prompt_tokens, slo, seed): (Members, Vec<(u32, u32, f64, f64)>, u64, Slo, u64),
+    (members, samples, prompt_tokens, slo, seed): (Vec<Member>, Vec<LinkSample>, u64, Slo, u64),
 ) -> Case {
     let mut links = Links::default();
     for (source, destination, width, rtt) in samples {
