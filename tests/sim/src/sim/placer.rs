@@ -1,0 +1,135 @@
+//! Who decides where requests run.
+
+use std::sync::Arc;
+
+use crate::Nanos;
+use crate::engine::events::KvEvents;
+
+/// A way to serve a request. Engines are numbered in the fleet's order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Plan {
+    /// All on one engine.
+    Colocated {
+        /// Where.
+        engine: u32,
+    },
+    /// What one engine has cached of the prompt is copied to another, which does the rest.
+    Pull {
+        /// Who has it.
+        source: u32,
+        /// Who answers.
+        engine: u32,
+    },
+    /// Prefill on one engine, decode on another.
+    Disaggregated {
+        /// The first.
+        prefill: u32,
+        /// The second.
+        decode: u32,
+    },
+}
+
+impl Plan {
+    /// The engine that computes the prompt.
+    pub fn prefill(self) -> u32 {
+        match self {
+            Plan::Colocated { engine } | Plan::Pull { engine, .. } => engine,
+            Plan::Disaggregated { prefill, .. } => prefill,
+        }
+    }
+
+    /// The engine that answers.
+    pub fn decode(self) -> u32 {
+        match self {
+            Plan::Colocated { engine } | Plan::Pull { engine, .. } => engine,
+            Plan::Disaggregated { decode, .. } => decode,
+        }
+    }
+
+    /// Who sends blocks, and to whom.
+    pub fn transfer(self) -> Option<(u32, u32)> {
+        match self {
+            Plan::Colocated { .. } => None,
+            Plan::Pull { source, engine } => Some((source, engine)),
+            Plan::Disaggregated { prefill, decode } => Some((prefill, decode)),
+        }
+    }
+}
+
+/// A request that is to be placed.
+#[derive(Clone, Copy, Debug)]
+pub struct Request<'a> {
+    /// Names it until it has ended; may be used again afterwards.
+    pub key: u32,
+    /// Counts requests from 0.
+    pub number: u64,
+    /// The session that it is a turn of.
+    pub session: Option<u64>,
+    /// Tokens of its prompt.
+    pub prompt_tokens: u32,
+    /// Ids of the prompt's whole blocks.
+    pub blocks: &'a [u64],
+    /// Tokens that it will generate. Only a clairvoyant may look at this.
+    pub output_tokens: u32,
+    /// Ids of the blocks of prompt and output. Only a clairvoyant may look at those of the output.
+    pub all_blocks: &'a Arc<[u64]>,
+}
+
+/// An engine's own report.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct LoadReport {
+    /// Requests that wait to be let in.
+    pub waiting: u32,
+    /// Sequences that run.
+    pub running: u32,
+    /// The share of its blocks that somebody uses.
+    pub kv_usage: f64,
+}
+
+/// Where a request has come to.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Progress {
+    /// Handoff: the prefill engine has computed the prompt and holds its blocks.
+    Prefilled,
+    /// Blocks went from one engine to another.
+    Transferred {
+        /// Who sent.
+        source: u32,
+        /// Who received.
+        destination: u32,
+        /// How much.
+        bytes: u64,
+        /// From the first message to the confirmation.
+        seconds: f64,
+        /// A round trip.
+        rtt_seconds: f64,
+    },
+    /// The client has the first token.
+    FirstToken,
+    /// The client has the last token, `tokens` in all.
+    Finished {
+        /// How many were generated.
+        tokens: u32,
+    },
+}
+
+/// Decides, from what a coordinator can see: delayed events of blocks, load reports as of their time, and what it remembers of
+/// its own decisions. Nothing else of the simulation is visible to it. Calls come in order of time.
+pub trait Placer {
+    /// Where the request goes; `None` refuses it.
+    fn place(&mut self, now: Nanos, request: &Request<'_>) -> Option<Plan>;
+
+    /// Whether [`Placer::kv_events`] is to be called. Leaving that out makes a run faster.
+    fn wants_kv_events(&self) -> bool {
+        false
+    }
+
+    /// An engine's cache changed a while ago. All that is due comes before the next [`Placer::place`].
+    fn kv_events(&mut self, _now: Nanos, _engine: u32, _events: &KvEvents) {}
+
+    /// An engine reports its load.
+    fn load(&mut self, _now: Nanos, _engine: u32, _report: &LoadReport) {}
+
+    /// A request that was placed comes along.
+    fn progress(&mut self, _now: Nanos, _key: u32, _progress: &Progress) {}
+}
