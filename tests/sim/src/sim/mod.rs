@@ -338,7 +338,7 @@ impl<'a> Simulation<'a> {
         if !fits(plan.prefill()) || !fits(plan.decode()) {
             self.metrics.too_long += 1;
             // It was placed, so the placer counts on its end.
-            self.placer.progress(self.now, key, &Progress::Finished { tokens: 0 });
+            self.placer.progress(self.now, key, &Progress::Finished { tokens: 0, cached_tokens: 0 });
             arrival.session.into_iter().for_each(|session| self.source.abandon(session));
             return;
         }
@@ -485,7 +485,8 @@ impl<'a> Simulation<'a> {
         let now = self.now;
         let Some(flight) = self.flights[key as usize].take() else { return };
         self.vacant.push(key);
-        self.placer.progress(now, key, &Progress::Finished { tokens: flight.output_tokens });
+        let cached_tokens = flight.hit_tokens.unwrap_or(0);
+        self.placer.progress(now, key, &Progress::Finished { tokens: flight.output_tokens, cached_tokens });
         let outcome = Outcome {
             number: flight.number,
             session: flight.session,
@@ -495,7 +496,7 @@ impl<'a> Simulation<'a> {
             e2e: now - flight.arrived,
             plan: flight.plan,
             prompt_tokens: flight.prompt_tokens,
-            hit_tokens: flight.hit_tokens.unwrap_or(0),
+            hit_tokens: cached_tokens,
             fetched_tokens: flight.fetched_tokens,
             output_tokens: flight.output_tokens,
         };

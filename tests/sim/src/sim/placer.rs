@@ -106,10 +106,12 @@ pub enum Progress {
     },
     /// The client has the first token.
     FirstToken,
-    /// The client has the last token, `tokens` in all.
+    /// The client has the last token.
     Finished {
         /// How many were generated.
         tokens: u32,
+        /// Tokens of the prompt that the engine that computed it had cached, as its usage report says.
+        cached_tokens: u32,
     },
 }
 

@@ -8,7 +8,7 @@ use baton_sim::sim::{Placer, Plan, Request};
 
 /// One engine after the other.
 #[derive(Debug)]
-pub struct RoundRobin(pub u32);
+pub(crate) struct RoundRobin(pub u32);
 
 impl Placer for RoundRobin {
     fn place(&mut self, _now: Nanos, request: &Request<'_>) -> Option<Plan> {
@@ -18,7 +18,7 @@ impl Placer for RoundRobin {
 
 /// A request's first block decides.
 #[derive(Debug)]
-pub struct FirstBlock(pub u32);
+pub(crate) struct FirstBlock(pub u32);
 
 impl Placer for FirstBlock {
     fn place(&mut self, _now: Nanos, request: &Request<'_>) -> Option<Plan> {
@@ -29,7 +29,7 @@ impl Placer for FirstBlock {
 
 /// Prefill on the first engines, decode on the others, both in turn.
 #[derive(Debug)]
-pub struct FixedSplit {
+pub(crate) struct FixedSplit {
     pub prefill: u32,
     pub decode: u32,
 }
@@ -42,7 +42,7 @@ impl Placer for FixedSplit {
 }
 
 /// Engines that compute by these constants, a, b, c, d, e, f in ms, with nothing around them that takes time.
-pub fn plain_fleet(engines: u32, constants: [f64; 6], max_num_seqs: u32, kv_tokens: u64) -> Fleet {
+pub(crate) fn plain_fleet(engines: u32, constants: [f64; 6], max_num_seqs: u32, kv_tokens: u64) -> Fleet {
     let [a, b, c, d, e, f] = constants;
     let text = format!(
         r#"
