@@ -9,8 +9,10 @@
 //! | [`engine`] | one engine: continuous batching over a paged, prefix-cached pool of blocks |
 //! | [`link`] | transfers between hosts that share links fairly |
 //! | [`fleet`] | the file that describes engines and links |
+//! | [`decision`] | the coordinator's own decision, as a placer |
 //! | [`sim`] | the event loop, the [`sim::Placer`] that it asks, and what it measures |
 
+pub mod decision;
 pub mod engine;
 pub mod fleet;
 pub mod link;

@@ -1,0 +1,359 @@
+//! The coordinator's own decision as a [`Placer`]: the same index, cost model and policies, fed with what a coordinator sees.
+//!
+//! All engines serve one model, everything that runs on them came through here, and no token of an answer is seen between the first and the last.
+//! Engine `i` of the fleet has slot `i` and a name whose order is that of the numbers, so its place in the coordinator's fleet is `i` too.
+
+use std::sync::Arc;
+
+use baton_coordinator_core::cost::{Plan as CorePlan, Slo};
+use baton_coordinator_core::fleet as core;
+use baton_coordinator_core::kv_index::{Holder, KvIndex, Limits, Overlaps, Run, Slot, Tier};
+use baton_coordinator_core::links::Links;
+use baton_coordinator_core::load::{
+    DecodeReservation, EngineLoad, PrefillReservation, PrefillShare, TransferReservation,
+};
+use baton_coordinator_core::placement::{self, Decider, POLICIES, Policy};
+use baton_coordinator_core::sessions::Sessions;
+use baton_coordinator_core::speed::{DecodeSample, PrefillSample, Speed, SpeedEstimate};
+use baton_proto::{BlockHash, Epoch};
+
+use crate::engine::events::{Change, KvEvents};
+use crate::fleet::{Fleet, Role};
+use crate::sim::{LoadReport, Placer, Plan, Progress, Request};
+use crate::{MILLISECOND, Nanos, mix, seconds};
+
+/// All engines live once.
+const EPOCH: Epoch = Epoch(1);
+/// Memberships that the index takes; more than any fleet of [`Fleet::check`]'s bounds needs in blocks of 16 tokens.
+const MEMBERSHIPS: u64 = 1 << 26;
+/// Sessions that are remembered, and for how long after their last request.
+const SESSIONS: usize = 1 << 20;
+const SESSION_IDLE_MS: u64 = 3_600_000;
+
+/// How the decision knows how fast engines are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Speeds {
+    /// It learns it from what it sees, as a coordinator does.
+    Learned,
+    /// It knows the fleet's constants from the start.
+    Known,
+}
+
+/// No policy has this name.
+#[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
+#[error("no policy is called `{name}`; there are {}", POLICIES.map(|policy| policy.name()).join(", "))]
+pub struct UnknownPolicy {
+    /// What was asked for.
+    pub name: String,
+}
+
+#[derive(Debug)]
+struct Member {
+    info: Arc<core::EngineInfo>,
+    load: Arc<EngineLoad>,
+    known: Speed,
+    estimate: SpeedEstimate,
+    share: PrefillShare,
+    prefill_share: f64,
+    foreign_waiting: u32,
+    foreign_running: u32,
+}
+
+/// A request that was placed.
+#[derive(Debug)]
+struct Live {
+    plan: Plan,
+    placed: Nanos,
+    alone: bool,
+    uncached_tokens: u64,
+    hit_tokens: u64,
+    /// Sequences that decoded on the prefill engine when it was placed, and their tokens of context.
+    beside: (u64, u64),
+    prefill: Option<PrefillReservation>,
+    decode: Option<DecodeReservation>,
+    transfer: Option<TransferReservation>,
+    first_token: Option<FirstToken>,
+}
+
+/// The answering engine when the first token came.
+#[derive(Clone, Copy, Debug)]
+struct FirstToken {
+    at: Nanos,
+    prefilled_seconds: f64,
+    sequences: u64,
+    context_tokens: u64,
+}
+
+/// The decision.
+pub struct Production {
+    policy: &'static dyn Policy,
+    decider: Decider,
+    index: KvIndex,
+    members: Vec<Member>,
+    fleet: core::Fleet,
+    links: Links,
+    sessions: Sessions,
+    speeds: Speeds,
+    model: String,
+    slo: Slo,
+    block_tokens: u32,
+    overlaps: Overlaps,
+    hashes: Vec<BlockHash>,
+    live: Vec<Option<Live>>,
+}
+
+/// The index's hash of a block. Its second half is made of the first, so distinct ids have distinct hashes.
+fn hash(id: u64) -> BlockHash {
+    let mut bytes = [0; BlockHash::LEN];
+    bytes[..8].copy_from_slice(&id.to_le_bytes());
+    bytes[8..].copy_from_slice(&mix(id).to_le_bytes());
+    BlockHash::from_bytes(bytes)
+}
+
+impl Production {
+    /// A coordinator of this fleet that has seen nothing yet. `block_tokens` is the engines' block size.
+    ///
+    /// # Errors
+    /// There is no such policy.
+    pub fn new(
+        fleet: &Fleet,
+        block_tokens: u32,
+        policy: &str,
+        speeds: Speeds,
+    ) -> Result<Self, UnknownPolicy> {
+        let policy = placement::policy(policy).ok_or_else(|| UnknownPolicy { name: policy.to_owned() })?;
+        let index = KvIndex::new(Limits::of(MEMBERSHIPS), 1);
+        let member = |(at, member): (usize, &crate::fleet::Member<'_>)| {
+            let slot = Slot(at as u32);
+            index.open(slot, EPOCH).expect("a fleet has fewer engines than the index takes");
+            let constants = &member.speed;
+            let info = core::EngineInfo {
+                slot,
+                id: format!("e{at:04}").parse().expect("a DNS label"),
+                epoch: EPOCH,
+                models: vec![fleet.model.clone()],
+                role: match member.role {
+                    Role::Both => core::Role::Both,
+                    Role::Prefill => core::Role::Prefill,
+                    Role::Decode => core::Role::Decode,
+                },
+                block_size: block_tokens,
+                block_bytes: constants.kv_bytes(u64::from(block_tokens)).round() as u64,
+                layout: "simulated".to_owned(),
+                streamed_layers: 0,
+                can_pull_cached: true,
+            };
+            Member {
+                info: Arc::new(info),
+                load: Arc::default(),
+                known: Speed {
+                    request_seconds: constants.a / 1e3,
+                    token_seconds: constants.b / 1e3,
+                    attention_seconds: constants.c / 1e3,
+                    step_seconds: constants.d / 1e3,
+                    sequence_seconds: constants.e / 1e3,
+                    context_seconds: constants.f / 1e3,
+                },
+                estimate: SpeedEstimate::default(),
+                share: PrefillShare::default(),
+                prefill_share: 0.0,
+                foreign_waiting: 0,
+                foreign_running: 0,
+            }
+        };
+        let members: Vec<Member> = fleet.members().iter().enumerate().map(member).collect();
+        let slo = fleet.slo.map_or_else(Slo::default, |slo| Slo {
+            ttft_seconds: Some(slo.ttft_ms / 1e3),
+            itl_seconds: Some(slo.tpot_ms / 1e3),
+        });
+        let mut production = Self {
+            policy,
+            decider: Decider::new(),
+            index,
+            members,
+            fleet: core::Fleet::default(),
+            links: Links::default(),
+            sessions: Sessions::new(SESSIONS, SESSION_IDLE_MS),
+            speeds,
+            model: fleet.model.clone(),
+            slo,
+            block_tokens,
+            overlaps: Overlaps::default(),
+            hashes: Vec::new(),
+            live: Vec::new(),
+        };
+        production.renew();
+        Ok(production)
+    }
+
+    /// What was learnt goes into the fleet that decisions see.
+    fn renew(&mut self) {
+        let engine = |member: &Member| core::Engine {
+            info: Arc::clone(&member.info),
+            healthy: true,
+            can_transfer: true,
+            speed: match self.speeds {
+                Speeds::Learned => member.estimate.speed(),
+                Speeds::Known => member.known,
+            },
+            load: Arc::clone(&member.load),
+            foreign_waiting: member.foreign_waiting,
+            foreign_running: member.foreign_running,
+            prefill_share: member.prefill_share,
+        };
+        let engines = self.members.iter().map(engine).collect();
+        self.fleet = self.fleet.renewed(engines, self.links.clone());
+    }
+
+    /// The prompt of a request was computed.
+    fn prefilled(&mut self, now: Nanos, key: u32) {
+        let Some(live) = self.live.get_mut(key as usize).and_then(Option::as_mut) else { return };
+        let Some(reservation) = live.prefill.take() else { return };
+        reservation.computed();
+        // A time with a transfer in it says little about the engine.
+        if live.alone && !matches!(live.plan, Plan::Pull { .. }) {
+            self.members[live.plan.prefill() as usize].estimate.observe_prefill(&PrefillSample {
+                new: live.uncached_tokens,
+                cached: live.hit_tokens,
+                seconds: seconds(now - live.placed),
+                sequences: live.beside.0 as f64,
+                context_tokens: live.beside.1 as f64,
+            });
+        }
+    }
+
+    fn first_token(&mut self, now: Nanos, key: u32) {
+        let Some(live) = self.live.get_mut(key as usize).and_then(Option::as_mut) else { return };
+        let load = &self.members[live.plan.decode() as usize].load;
+        let reserved = load.reserved();
+        live.first_token = Some(FirstToken {
+            at: now,
+            prefilled_seconds: load.prefilled_seconds(),
+            sequences: reserved.sequences,
+            context_tokens: reserved.context_tokens,
+        });
+    }
+
+    fn finished(&mut self, now: Nanos, key: u32, tokens: u32) {
+        let Some(live) = self.live.get_mut(key as usize).and_then(Option::take) else { return };
+        let Some(first) = live.first_token else { return };
+        let member = &mut self.members[live.plan.decode() as usize];
+        let reserved = member.load.reserved();
+        let mean = |then: u64, now: u64| (then + now) as f64 / 2.0;
+        member.estimate.observe_decode(&DecodeSample {
+            tokens: u64::from(tokens.saturating_sub(1)),
+            seconds: seconds(now - first.at),
+            stalled_seconds: member.load.prefilled_seconds() - first.prefilled_seconds,
+            sequences: mean(first.sequences, reserved.sequences),
+            context_tokens: mean(first.context_tokens, reserved.context_tokens),
+        });
+    }
+}
+
+impl Placer for Production {
+    fn place(&mut self, now: Nanos, request: &Request<'_>) -> Option<Plan> {
+        // vLLM never reuses a prompt whole.
+        let findable = ((request.prompt_tokens - 1) / self.block_tokens) as usize;
+        self.hashes.clear();
+        self.hashes.extend(request.blocks.iter().take(findable).map(|id| hash(*id)));
+        self.index.overlaps(&self.hashes, &mut self.overlaps);
+        let now_ms = now / MILLISECOND;
+        let pinned = request.session.and_then(|session| self.sessions.get(now_ms, session));
+        let asked = placement::Request {
+            slo: self.slo,
+            seed: request.number,
+            pinned,
+            prefix_key: placement::prefix_key(&self.hashes, self.block_tokens),
+            fresh_key: placement::fresh_key(&self.hashes, &self.overlaps),
+            ..placement::Request::new(&self.model, u64::from(request.prompt_tokens), &self.overlaps)
+        };
+        let decision = self.decider.decide(self.policy, &self.fleet, &asked)?;
+        let plan = match decision.plan() {
+            CorePlan::Colocated { engine } | CorePlan::Append { engine } => Plan::Colocated { engine },
+            CorePlan::Pull { source, engine } => Plan::Pull { source, engine },
+            CorePlan::Disaggregated { prefill, decode } => Plan::Disaggregated { prefill, decode },
+        };
+        if let (Some(session), None) = (request.session, pinned) {
+            self.sessions.pin(now_ms, session, Slot(plan.decode()));
+        }
+        let chosen = &decision.chosen;
+        let load = |engine: u32| &self.members[engine as usize].load;
+        let before = load(plan.prefill()).reserved();
+        let transfer = plan.transfer().map(|(source, destination)| {
+            EngineLoad::reserve_transfer(
+                (Slot(source), load(source)),
+                load(destination),
+                chosen.transfer_bytes,
+            )
+        });
+        let live = Live {
+            plan,
+            placed: now,
+            alone: decision.alone,
+            uncached_tokens: chosen.uncached_tokens,
+            hit_tokens: chosen.hit_tokens,
+            beside: (before.sequences, before.context_tokens),
+            prefill: Some(
+                load(plan.prefill()).reserve_prefill(chosen.uncached_tokens, chosen.prefill_seconds),
+            ),
+            decode: Some(load(plan.decode()).reserve_decode(u64::from(request.prompt_tokens))),
+            transfer,
+            first_token: None,
+        };
+        let key = request.key as usize;
+        if self.live.len() <= key {
+            self.live.resize_with(key + 1, || None);
+        }
+        self.live[key] = Some(live);
+        Some(plan)
+    }
+
+    fn wants_kv_events(&self) -> bool {
+        true
+    }
+
+    fn kv_events(&mut self, _now: Nanos, engine: u32, events: &KvEvents) {
+        let holder = Holder::new(Slot(engine), EPOCH);
+        for (change, ids) in events.iter() {
+            self.hashes.clear();
+            self.hashes.extend(ids.iter().map(|id| hash(*id)));
+            let changed = match change {
+                Change::Stored { parent } => {
+                    self.index.store(holder, Tier::Gpu, Run::chain(parent.map(hash), &self.hashes)).map(drop)
+                }
+                Change::Removed => self.index.remove(holder, Tier::Gpu, &self.hashes),
+            };
+            changed.expect("the engine's epoch is open");
+        }
+    }
+
+    fn load(&mut self, now: Nanos, engine: u32, report: &LoadReport) {
+        let member = &mut self.members[engine as usize];
+        let reserved = member.load.reserved();
+        member.prefill_share = member.share.observe(now / MILLISECOND, member.load.prefilled_seconds());
+        // What the engine has beyond what came through here; as of the report's time both are the same.
+        member.foreign_waiting = report.waiting.saturating_sub(reserved.prefills as u32);
+        member.foreign_running =
+            report.running.saturating_sub((reserved.sequences + reserved.prefills) as u32);
+        if engine as usize + 1 == self.members.len() {
+            self.renew();
+        }
+    }
+
+    fn progress(&mut self, now: Nanos, key: u32, progress: &Progress) {
+        match *progress {
+            Progress::Prefilled => self.prefilled(now, key),
+            Progress::Transferred { source, destination, bytes, seconds, rtt_seconds } => {
+                self.links.observe(Slot(source), Slot(destination), bytes, seconds, rtt_seconds);
+                if let Some(live) = self.live.get_mut(key as usize).and_then(Option::as_mut) {
+                    live.transfer = None;
+                }
+            }
+            Progress::FirstToken => {
+                self.prefilled(now, key);
+                self.first_token(now, key);
+            }
+            Progress::Finished { tokens, .. } => self.finished(now, key, tokens),
+        }
+    }
+}
