@@ -170,13 +170,20 @@ async fn a_lost_agent_costs_time_and_no_request() {
     assert_eq!(text, right);
     // The next agent finds the engine, which follows plans again.
     let mut agent = Agent::accept(&listener, 43).await;
-    pair.decode.post("/reset_prefix_cache", &json!({})).await;
-    let request = body(20, plan);
-    let (text, ()) = tokio::join!(pair.decode.complete(request), async {
-        let pull = agent.pull().await;
-        agent.done(&pull.request_id, pull.block_ids, "unknown transfer").await;
-    });
-    assert_eq!(text, right);
+    loop {
+        pair.decode.post("/reset_prefix_cache", &json!({})).await;
+        let text = pair.decode.complete(body(20, plan.clone()));
+        tokio::pin!(text);
+        tokio::select! {
+            // It has not read the agent's welcome yet, and computes.
+            text = &mut text => assert_eq!(text, right),
+            pull = agent.pull() => {
+                agent.done(&pull.request_id, pull.block_ids, "unknown transfer").await;
+                assert_eq!(text.await, right);
+                break;
+            }
+        }
+    }
     pair.decode.wait_for("kv_cache_usage_perc", 0.0).await;
 
     // Holds are released with the agent that knew them.
