@@ -4,6 +4,8 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use baton_coordinator_core::cost::Slo;
+use baton_coordinator_core::placement::{self, Adaptive, POLICIES, Policy};
 use serde::Deserialize;
 
 /// A configuration that cannot be used.
@@ -67,27 +69,20 @@ pub struct Config {
     pub limits: Limits,
 }
 
-/// Placement policies.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum PolicyName {
-    /// The option with the fewest predicted seconds.
-    #[default]
-    Adaptive,
-    /// Every request on one engine.
-    Colocated,
-    /// Every request on two, where possible.
-    Disaggregated,
+/// A placement policy, by its name.
+#[derive(Clone, Copy, Deserialize)]
+#[serde(try_from = "String")]
+pub struct PolicyName(pub &'static dyn Policy);
+
+impl Default for PolicyName {
+    fn default() -> Self {
+        Self(&Adaptive)
+    }
 }
 
-impl PolicyName {
-    /// As in the configuration.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            PolicyName::Adaptive => "adaptive",
-            PolicyName::Colocated => "colocated",
-            PolicyName::Disaggregated => "disaggregated",
-        }
+impl std::fmt::Debug for PolicyName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.0.name())
     }
 }
 
@@ -95,10 +90,16 @@ impl std::str::FromStr for PolicyName {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        [PolicyName::Adaptive, PolicyName::Colocated, PolicyName::Disaggregated]
-            .into_iter()
-            .find(|policy| policy.as_str() == text)
-            .ok_or_else(|| format!("{text:?} is none of adaptive, colocated, disaggregated"))
+        let names = || POLICIES.map(|policy| policy.name()).join(", ");
+        placement::policy(text).map(Self).ok_or_else(|| format!("{text:?} is none of {}", names()))
+    }
+}
+
+impl TryFrom<String> for PolicyName {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
     }
 }
 
@@ -158,6 +159,27 @@ pub struct ModelConfig {
     pub name: String,
     /// Directory with tokenizer.json, tokenizer_config.json, config.json and, for chat, its template.
     pub path: PathBuf,
+    /// What is promised to its requests, where they do not say themselves.
+    #[serde(default)]
+    pub slo: SloConfig,
+}
+
+/// What is promised to requests. Nothing by default.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SloConfig {
+    /// From a request's arrival to its first token.
+    pub ttft_ms: Option<f64>,
+    /// Between two tokens, on average.
+    pub itl_ms: Option<f64>,
+}
+
+impl SloConfig {
+    /// The same, for the cost model.
+    pub fn slo(&self) -> Slo {
+        let seconds = |ms: f64| ms / 1e3;
+        Slo { ttft_seconds: self.ttft_ms.map(seconds), itl_seconds: self.itl_ms.map(seconds) }
+    }
 }
 
 /// Times and caps.
@@ -174,6 +196,16 @@ pub struct Limits {
     pub pull_deadline_ms: u32,
     /// Most requests in flight; further ones are answered 503.
     pub max_requests: usize,
+    /// Most requests in flight on an engine; further ones wait here, where their priority counts.
+    pub max_engine_requests: u32,
+    /// Most requests of a model that wait for room at an engine; past it the last in order are answered 429.
+    pub max_waiting: usize,
+    /// Longest that a request waits for room before it is answered 429.
+    pub longest_wait_ms: u32,
+    /// A session that sends nothing for so long is placed like a new one.
+    pub session_idle_ms: u64,
+    /// Decisions that are kept to be shown and replayed, 70 KB each in a fleet of 1,024 engines.
+    pub recent_decisions: usize,
     /// Largest request body. Two of them may be in memory for each request in flight.
     pub max_body_bytes: usize,
     /// Most memberships (an engine holds a block) in the index, about 80 bytes each: 640 MB by default. Past it
@@ -193,6 +225,11 @@ impl Default for Limits {
             hold_lease_ms: 30_000,
             pull_deadline_ms: 10_000,
             max_requests: 4_096,
+            max_engine_requests: 512,
+            max_waiting: 1_024,
+            longest_wait_ms: 30_000,
+            session_idle_ms: 1_800_000,
+            recent_decisions: 128,
             max_body_bytes: 64 << 20,
             index_max_blocks: 8_000_000,
             max_engines: 1_024,
@@ -254,10 +291,17 @@ impl Config {
             if self.models[..i].iter().any(|other| other.name == model.name) {
                 return Err(("models.name", format!("{:?} is there twice: remove one", model.name)));
             }
+            let slo = &model.slo;
+            for (field, ms) in [("models.slo.ttft_ms", slo.ttft_ms), ("models.slo.itl_ms", slo.itl_ms)] {
+                if ms.is_some_and(|ms| !(ms.is_finite() && ms > 0.0)) {
+                    return Err((field, "must be more than 0 milliseconds, or left out".into()));
+                }
+            }
         }
         let limits = &self.limits;
-        let least: [(&'static str, u64, u64); 8] = [
+        let least: [(&'static str, u64, u64); 9] = [
             ("limits.max_requests", limits.max_requests as u64, 1),
+            ("limits.max_engine_requests", limits.max_engine_requests.into(), 1),
             ("limits.lease_ms", limits.lease_ms.into(), 100),
             ("limits.hold_lease_ms", limits.hold_lease_ms.into(), 100),
             ("limits.pull_deadline_ms", limits.pull_deadline_ms.into(), 10),
@@ -301,7 +345,8 @@ mod tests {
         assert_eq!(config.tls.key, Path::new("/secret/coordinator.key"));
         assert_eq!(config.models[0].path, Path::new("/etc/baton/models/m"));
         assert_eq!(config.store, StoreConfig::Embedded("/etc/baton/state/coordinator.redb".into()));
-        assert_eq!(config.policy, PolicyName::Adaptive);
+        assert_eq!(config.policy.0.name(), "adaptive");
+        assert_eq!(config.models[0].slo.slo(), Slo::default());
         assert_eq!(config.limits.max_body_bytes, 64 << 20);
     }
 
@@ -314,7 +359,16 @@ mod tests {
             ("embedded:state/coordinator.redb", "sqlite:x", "write embedded:PATH, or etcd:URL"),
             ("embedded:state/coordinator.redb", "etcd:localhost:2379", "https://host:2379"),
             ("name = \"m\"", "name = \"\"", "models.name"),
-            ("[tls]", "policy = \"clever\"\n[tls]", "`adaptive`, `colocated`, `disaggregated`"),
+            (
+                "[tls]",
+                "policy = \"clever\"\n[tls]",
+                "is none of adaptive, colocated, disaggregated, threshold",
+            ),
+            (
+                "name = \"m\"",
+                "name = \"m\"\nslo = { ttft_ms = 0 }",
+                "models.slo.ttft_ms: must be more than 0",
+            ),
             ("[tls]", "[limits]\nlease_ms = 5\n[tls]", "limits.lease_ms: 5 is too small: at least 100"),
         ] {
             let message = error(from, to);

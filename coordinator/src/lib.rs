@@ -10,6 +10,7 @@
 
 pub mod config;
 pub mod control;
+pub mod decisions;
 pub mod dispatch;
 pub mod http;
 pub mod metrics;

@@ -20,7 +20,7 @@ struct Arguments {
     /// Where ownership is kept, instead of the file's: embedded:PATH or etcd:URL[,URL...]
     #[arg(long, value_name = "STORE")]
     store: Option<String>,
-    /// How requests are placed, instead of the file's: adaptive, colocated or disaggregated.
+    /// How requests are placed, instead of the file's: adaptive, colocated, disaggregated, or another policy's name.
     #[arg(long, value_name = "POLICY")]
     policy: Option<String>,
 }

@@ -2,7 +2,10 @@
 //! that no request looks a label set up.
 
 use std::sync::Mutex;
+use std::sync::atomic::AtomicU64;
 
+use baton_coordinator_core::accuracy::TermAccuracy;
+use baton_coordinator_core::cost::Term;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -47,17 +50,20 @@ pub enum Outcome {
     Failed,
     /// No engine could serve it.
     NoEngine,
+    /// No engine had room for it in time.
+    NoRoom,
     /// The client went away.
     Cancelled,
 }
 
 impl Outcome {
-    const ALL: [Outcome; 6] = [
+    const ALL: [Outcome; 7] = [
         Outcome::Ok,
         Outcome::EngineRefused,
         Outcome::Refused,
         Outcome::Failed,
         Outcome::NoEngine,
+        Outcome::NoRoom,
         Outcome::Cancelled,
     ];
 
@@ -68,6 +74,7 @@ impl Outcome {
             Outcome::Refused => "refused",
             Outcome::Failed => "failed",
             Outcome::NoEngine => "no_engine",
+            Outcome::NoRoom => "no_room",
             Outcome::Cancelled => "cancelled",
         }
     }
@@ -95,6 +102,14 @@ struct ReasonLabel {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct TermLabel {
+    term: &'static str,
+    of: &'static str,
+}
+
+type SecondsGauge = Gauge<f64, AtomicU64>;
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ResultLabel {
     result: &'static str,
 }
@@ -119,7 +134,7 @@ impl Reasons {
 #[derive(Debug)]
 pub struct Metrics {
     registry: Mutex<Registry>,
-    requests: [[Counter; 6]; 3],
+    requests: [[Counter; 7]; 3],
     ttft: [Histogram; 2],
     /// Engines whose agent was heard from within its lease.
     pub engines_healthy: Gauge,
@@ -131,6 +146,10 @@ pub struct Metrics {
     pub index_dropped: Gauge,
     /// Handoffs that went on without a plan.
     pub handoff_fallbacks: Reasons,
+    /// By term: the running means of what was seen, of the error of predictions, and of its size.
+    predictions: [[SecondsGauge; 3]; Term::ALL.len()],
+    /// Requests that had to wait for room.
+    pub waited: Counter,
     /// Attempts on a further engine.
     pub retries: Counter,
     /// Requests placed without knowing their tokens.
@@ -196,6 +215,14 @@ impl Metrics {
             "Handoffs that went on without a plan, the decode engine computing",
             handoff_fallbacks.0.clone(),
         );
+        let predictions = Family::<TermLabel, SecondsGauge>::default();
+        registry.register(
+            "prediction_seconds",
+            "Terms of the cost model: running means of what was seen, its difference to what was predicted, and the size of that",
+            predictions.clone(),
+        );
+        let waited = Counter::default();
+        registry.register("waited", "Requests that had to wait for room at an engine", waited.clone());
         let retries = Counter::default();
         registry.register("retries", "Attempts on a further engine after one failed", retries.clone());
         let untokenised = Reasons(Family::default());
@@ -251,6 +278,11 @@ impl Metrics {
             index_blocks,
             index_dropped,
             handoff_fallbacks,
+            predictions: Term::ALL.map(|term| {
+                ["seen", "error", "absolute_error"]
+                    .map(|of| predictions.get_or_create(&TermLabel { term: term.name(), of }).clone())
+            }),
+            waited,
             retries,
             untokenised,
             tokenize_seconds,
@@ -284,6 +316,14 @@ impl Metrics {
         if let Some(histogram) = self.ttft.get(mode as usize) {
             histogram.observe(seconds);
         }
+    }
+
+    /// A term was measured: how well it is predicted now.
+    pub fn predicted(&self, term: Term, accuracy: &TermAccuracy) {
+        let [seen, error, absolute_error] = &self.predictions[term as usize];
+        seen.set(accuracy.observed_seconds);
+        error.set(accuracy.error_seconds);
+        absolute_error.set(accuracy.absolute_error_seconds);
     }
 
     /// The text format.

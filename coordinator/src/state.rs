@@ -1,8 +1,8 @@
 //! What all parts of the coordinator share, and the few operations that touch more than one of them.
 
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 
+use baton_coordinator_core::cost::Term;
 use baton_coordinator_core::fleet::Fleet;
 use baton_coordinator_core::kv_index::{Holder, IndexError, KvIndex, Limits, Run, Tier, Tiers};
 use baton_coordinator_core::links::Links;
@@ -13,6 +13,8 @@ use tokio::time::Instant;
 use tracing::{error, info, warn};
 
 use crate::config::Config;
+use crate::decisions::Decisions;
+use crate::dispatch::WaitingRoom;
 use crate::metrics::Metrics;
 use crate::ownership::Ownership;
 use crate::registry::{BatchOrder, Entry, Lapse, RegisterError, Registered, Registration, Registry};
@@ -34,12 +36,15 @@ pub struct Coordinator {
     pub ownership: Ownership,
     /// The models' tokenizers.
     pub models: Models,
+    /// What decisions leave behind.
+    pub decisions: Decisions,
+    /// Requests that wait for room.
+    pub waiting: Arc<WaitingRoom>,
     /// A permit for each request in flight.
     pub requests: Arc<Semaphore>,
     links: RwLock<Links>,
     /// As it was last seen.
     fleet: Mutex<Arc<Fleet>>,
-    decisions: AtomicU64,
 }
 
 /// A batch that cannot be applied; the session ends.
@@ -92,7 +97,8 @@ impl Coordinator {
             requests: Arc::new(Semaphore::new(config.limits.max_requests)),
             links: RwLock::default(),
             fleet: Mutex::default(),
-            decisions: AtomicU64::new(0),
+            decisions: Decisions::new(&config.limits),
+            waiting: Arc::new(WaitingRoom::new(config.limits.max_waiting)),
             config,
         }
     }
@@ -107,9 +113,9 @@ impl Coordinator {
         fleet
     }
 
-    /// A number for the next decision.
-    pub fn next_seed(&self) -> u64 {
-        self.decisions.fetch_add(1, Ordering::Relaxed)
+    /// A term of a cost was predicted, and then seen, in seconds.
+    pub fn seen(&self, term: Term, predicted: f64, seen: f64) {
+        self.metrics.predicted(term, &self.decisions.seen(term, predicted, seen));
     }
 
     /// Takes a session in.
@@ -200,12 +206,15 @@ impl Coordinator {
         let source = sample.source.parse::<EngineId>().ok().and_then(|id| self.registry.get(&id));
         if let Some(source) = source {
             let mut links = self.links.write().expect(POISON);
+            let predicted = links.alone(source.slot, entry.slot, sample.bytes);
+            self.seen(Term::Transfer, predicted, sample.seconds);
             links.observe(source.slot, entry.slot, sample.bytes, sample.seconds, sample.rtt_seconds);
         }
     }
 
-    /// Lets time pass: leases lapse, engines that were gone for long are dropped.
+    /// Lets time pass: what was expected and did not come is forgotten, leases lapse, engines that were gone for long are dropped.
     pub fn expire(&self, now: Instant) {
+        self.index.expire(self.decisions.tick());
         let limits = &self.config.limits;
         for lapse in self.registry.expire(now, limits.lease(), limits.forget_after()) {
             match lapse {
@@ -216,6 +225,7 @@ impl Coordinator {
                     info!(engine = %entry.id, "gone for long: what it owned is dropped");
                     self.index.forget(entry.slot);
                     self.links.write().expect(POISON).forget(entry.slot);
+                    self.decisions.forget(entry.slot);
                     self.ownership.erase(&entry.id);
                     self.registry.free(entry.slot);
                 }

@@ -29,7 +29,8 @@ fn ids_equal_vllms_own() {
     for case in &cases {
         let model = models.entry(&case.model).or_insert_with(|| {
             let path = corpus.join("models").join(&case.model);
-            let model = Model::load(&ModelConfig { name: case.model.clone(), path }).unwrap();
+            let model = Model::load(&ModelConfig { name: case.model.clone(), path, slo: Default::default() })
+                .unwrap();
             assert!(model.caches_words());
             model
         });

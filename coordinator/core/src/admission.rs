@@ -14,6 +14,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use crate::cost::{Priced, Slo, Term};
+
 /// Retry-After, at least and at most.
 const SHORTEST_RETRY_SECONDS: u64 = 1;
 const LONGEST_RETRY_SECONDS: u64 = 60;
@@ -188,11 +190,29 @@ pub fn latest_dispatch_ms(
     arrived_ms.saturating_add(patience.min(longest_wait_ms))
 }
 
+/// Whether a request had better wait than be dispatched as decided: it would come late, and with fewer requests beside it, it
+/// would not. `slo` is what is left of its own; `beside` counts the requests that are in flight on the plan's engines. A request that no
+/// idle engine could serve in time is dispatched as well as possible.
+pub fn had_better_wait(slo: &Slo, chosen: &Priced, beside: u64) -> bool {
+    let unqueued = unqueued_ttft_seconds(chosen);
+    let first_late = slo.ttft_seconds.is_some_and(|slo| chosen.ttft_seconds > slo && unqueued <= slo);
+    let others_late = slo.itl_seconds.is_some_and(|slo| chosen.itl_seconds > slo);
+    beside > 0 && (first_late || others_late)
+}
+
+/// The time to the first token that a plan would have, were nothing queued before it.
+pub fn unqueued_ttft_seconds(chosen: &Priced) -> f64 {
+    let queues = [Term::QueueWait, Term::TransferWait, Term::DecodeQueueWait];
+    let queued: f64 = queues.iter().map(|term| chosen.terms.get(*term)).sum();
+    (chosen.ttft_seconds - queued).max(0.0)
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::cost::{Plan, Terms};
 
     #[derive(Clone, Copy, Debug)]
     enum Op {
@@ -292,6 +312,39 @@ mod tests {
         assert_eq!(queue.offer(100_000, ticket(3)), Offer::Refused(refused));
         let urgent = Ticket { priority: 0, deadline_ms: 150_000, id: 4 };
         assert!(matches!(queue.offer(100_000, urgent), Offer::Displaces(Refused { id: 2, .. })));
+    }
+
+    #[test]
+    fn who_would_be_in_time_but_for_others_waits() {
+        let mut terms = Terms::default();
+        terms.set(Term::QueueWait, 1.0);
+        terms.set(Term::Prefill, 0.5);
+        let chosen = Priced {
+            plan: Plan::Colocated { engine: 0 },
+            terms,
+            seconds: 1.5,
+            ttft_seconds: 1.5,
+            itl_seconds: 0.02,
+            late_seconds: 0.0,
+            hit_tokens: 0,
+            uncached_tokens: 10,
+            transfer_bytes: 0,
+            prefill_seconds: 0.5,
+        };
+        assert_eq!(unqueued_ttft_seconds(&chosen), 0.5);
+        let slo = |ttft_seconds, itl_seconds| Slo { ttft_seconds, itl_seconds };
+        for (slo, beside, waits) in [
+            (slo(None, None), 9, false),
+            (slo(Some(2.0), None), 9, false),
+            (slo(Some(1.0), None), 9, true),
+            (slo(Some(1.0), None), 0, false),
+            (slo(Some(0.4), None), 9, false),
+            (slo(None, Some(0.01)), 9, true),
+            (slo(None, Some(0.01)), 0, false),
+            (slo(None, Some(0.03)), 9, false),
+        ] {
+            assert_eq!(had_better_wait(&slo, &chosen, beside), waits, "{slo:?} {beside}");
+        }
     }
 
     #[test]

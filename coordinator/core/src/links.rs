@@ -135,6 +135,11 @@ impl Links {
         }
     }
 
+    /// Predicted seconds to pull this many bytes where nothing else is on the way.
+    pub fn alone(&self, source: Slot, destination: Slot, bytes: u64) -> f64 {
+        self.transfer(source, destination, bytes, Queued::default()).transfer
+    }
+
     /// Predicted seconds to pull this many bytes behind what is queued; see the module's formula.
     #[inline]
     pub(crate) fn transfer(

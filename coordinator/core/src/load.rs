@@ -111,6 +111,14 @@ pub struct Reserved {
     pub receiving_bytes: u64,
 }
 
+impl Reserved {
+    /// Requests that were dispatched to the engine, for one leg or all, and are not finished.
+    pub fn in_flight(&self) -> u64 {
+        // A request that is answered here has a place among both until its first token.
+        self.sequences.max(self.prefills)
+    }
+}
+
 /// Bytes on the way from one engine to another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

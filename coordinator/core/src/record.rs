@@ -63,6 +63,7 @@ pub struct RecordedRequest {
     pub not_splittable: Option<String>,
     pub avoid: Vec<EngineId>,
     pub slo: Slo,
+    pub most_in_flight: Option<u32>,
     pub seed: u64,
     pub pinned: Option<u32>,
     pub prefix_key: Option<u64>,
@@ -274,6 +275,7 @@ pub fn replay(record: &Record) -> Result<(), ReplayError> {
         splittable: of.not_splittable.as_deref().map_or(Ok(()), Err),
         avoid: &of.avoid,
         slo: of.slo,
+        most_in_flight: of.most_in_flight,
         seed: of.seed,
         pinned: of.pinned.map(Slot),
         prefix_key: of.prefix_key,
@@ -462,6 +464,7 @@ impl RecordedRequest {
         self.avoid.clear();
         self.avoid.extend_from_slice(of.avoid);
         self.slo = of.slo;
+        self.most_in_flight = of.most_in_flight;
         self.seed = of.seed;
         self.pinned = of.pinned.map(|slot| slot.0);
         self.prefix_key = of.prefix_key;

@@ -25,12 +25,12 @@ pub(super) fn route(coordinator: &Coordinator, request: v1::RouteRequest) -> Res
     let wanted = placement::Request {
         max_tokens,
         splittable: prompt.splittable(),
-        seed: coordinator.next_seed(),
+        seed: coordinator.decisions.next_seed(),
         prefix_key: found.prefix_key,
         fresh_key: found.fresh_key,
         ..placement::Request::new(&request.model, prompt.tokens(), &found.overlaps)
     };
-    let policy = placement::policy(coordinator.config.policy.as_str()).expect("the names are the same");
+    let policy = coordinator.config.policy.0;
     let mut decider = Decider::new();
     let Some(decision) = decider.decide(policy, &fleet, &wanted) else {
         let reasons: Vec<String> =

@@ -2,9 +2,11 @@
 
 use std::sync::Arc;
 
+use baton_coordinator_core::cost::Term;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 
+use super::place::Wanted;
 use crate::metrics::{Mode, Outcome};
 use crate::state::Coordinator;
 
@@ -12,18 +14,27 @@ use crate::state::Coordinator;
 pub(super) struct Account {
     coordinator: Arc<Coordinator>,
     arrived: Instant,
+    model: String,
     _permit: OwnedSemaphorePermit,
     pub(super) mode: Mode,
     pub(super) outcome: Outcome,
 }
 
 impl Account {
-    pub(super) fn open(
-        coordinator: Arc<Coordinator>,
-        arrived: Instant,
-        permit: OwnedSemaphorePermit,
-    ) -> Self {
-        Self { coordinator, arrived, _permit: permit, mode: Mode::None, outcome: Outcome::Cancelled }
+    pub(super) fn open(coordinator: Arc<Coordinator>, wanted: &Wanted, permit: OwnedSemaphorePermit) -> Self {
+        Self {
+            coordinator,
+            arrived: wanted.arrived,
+            model: wanted.model.clone(),
+            _permit: permit,
+            mode: Mode::None,
+            outcome: Outcome::Cancelled,
+        }
+    }
+
+    /// A term of its cost was predicted, and then seen.
+    pub(super) fn seen(&self, term: Term, predicted: f64, seen: f64) {
+        self.coordinator.seen(term, predicted, seen);
     }
 
     /// The first byte of a stream goes out.
@@ -35,5 +46,6 @@ impl Account {
 impl Drop for Account {
     fn drop(&mut self) {
         self.coordinator.metrics.request(self.mode, self.outcome);
+        self.coordinator.waiting.departed(&self.model);
     }
 }

@@ -1,22 +1,20 @@
 //! Placing a request and running its legs.
 
-use std::cell::RefCell;
 use std::sync::Arc;
 
 use axum::body::Body;
 use axum::response::{IntoResponse, Response};
-use baton_coordinator_core::cost::{Plan, Priced};
-use baton_coordinator_core::fleet::Fleet;
+use baton_coordinator_core::cost::{Plan, Priced, Term};
+use baton_coordinator_core::kv_index::MAX_TICKS;
 use baton_coordinator_core::load::{
     DecodeReservation, EngineLoad, PrefillReservation, Reserved, TransferReservation,
 };
-use baton_coordinator_core::placement::{self, Decider, Decision, Explanation, Policy};
 use baton_coordinator_core::speed::PrefillSample;
 use baton_proto::plan::{Held, Source};
 use baton_proto::{EngineId, TransferId};
 use bytes::Bytes;
 use http::header::{CONNECTION, HeaderName, TRANSFER_ENCODING};
-use http::{HeaderMap, HeaderValue, StatusCode};
+use http::{HeaderValue, StatusCode};
 use http_body::Frame;
 use http_body_util::{BodyExt, Limited};
 use hyper::body::Incoming;
@@ -25,11 +23,12 @@ use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 use super::account::Account;
+use super::admit::Turned;
 use super::legs;
-use super::prompt::Prompt;
+use super::place::{Placement, Unplaced, Wanted};
 use super::relay::{Ongoing, Relay};
 use super::upstream::UpstreamError;
-use crate::http::{ApiError, RequestBody};
+use crate::http::ApiError;
 use crate::metrics::{Mode, Outcome};
 use crate::registry::Entry;
 use crate::state::Coordinator;
@@ -38,8 +37,8 @@ use crate::state::Coordinator;
 pub const MAX_ATTEMPTS: usize = 3;
 /// Largest answer of a prefill leg: one token, and the hold.
 const MAX_PREFILL_ANSWER: usize = 1 << 20;
-/// Most options in the explanation header, so that it stays in the size that clients take.
-const MAX_EXPLAINED: usize = 12;
+/// Seconds from a block's first token to its event, at most: so long it is expected after that.
+const EVENT_DELAY_SECONDS: u64 = 2;
 
 /// The paths that are placed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,104 +59,20 @@ impl Endpoint {
     }
 }
 
-/// A request that is ready to be placed.
-pub struct Wanted {
-    /// Where it came in.
-    pub endpoint: Endpoint,
-    /// The client's headers.
-    pub headers: HeaderMap,
-    /// The client's body.
-    pub body: RequestBody,
-    /// The model it names.
-    pub model: String,
-    /// What is known of its prompt.
-    pub prompt: Prompt,
-    /// Whether the answer is a stream of events.
-    pub stream: bool,
-    /// Most tokens it may generate, where it says so.
-    pub max_tokens: Option<u64>,
-    /// How to place it.
-    pub policy: &'static dyn Policy,
-    /// Whether the answer is to carry the explanation.
-    pub explain: bool,
-    /// When it had wholly come in.
-    pub arrived: Instant,
-}
-
-thread_local! {
-    /// What decisions work with, used again by the next one on the thread.
-    static DECIDER: RefCell<Decider> = RefCell::default();
-}
-
-/// A decision, and what it was made on.
-pub struct Placement {
-    /// The engines.
-    pub fleet: Arc<Fleet>,
-    /// The decision.
-    pub decision: Decision,
-    /// What the prefill engine had reserved before.
-    pub reserved: Reserved,
-    /// The decision in words, where they were asked for.
-    pub explanation: Option<Explanation>,
-}
-
-impl Wanted {
-    /// Decides; with `explained`, also puts so many options in words. An error says why no engine can.
-    pub fn place(
-        &self,
-        coordinator: &Coordinator,
-        avoid: &[EngineId],
-        explained: Option<usize>,
-    ) -> Result<Placement, String> {
-        let fleet = coordinator.fleet();
-        let found = self.prompt.find(&fleet, &self.model, &coordinator.index);
-        let splittable =
-            if avoid.is_empty() { self.prompt.splittable() } else { Err("another engine failed") };
-        let request = placement::Request {
-            max_tokens: self.max_tokens,
-            splittable,
-            avoid,
-            seed: coordinator.next_seed(),
-            prefix_key: found.prefix_key,
-            fresh_key: found.fresh_key,
-            ..placement::Request::new(&self.model, self.prompt.tokens(), &found.overlaps)
-        };
-        DECIDER.with_borrow_mut(|decider| {
-            let Some(decision) = decider.decide(self.policy, &fleet, &request) else {
-                let why: Vec<String> = placement::skipped(&fleet, &request)
-                    .into_iter()
-                    .filter(|(_, why)| *why != placement::Skipped::OtherModel)
-                    .map(|(id, why)| format!("{id} {why:?}").to_lowercase())
-                    .collect();
-                return Err(match why.is_empty() {
-                    true => "no engine is registered for it".to_owned(),
-                    false => why.join(", "),
-                });
-            };
-            let explain = |limit| decider.explain(self.policy, &fleet, &request, &decision, limit);
-            Ok(Placement {
-                reserved: decider.loads().engines()[decision.plan().prefill() as usize],
-                explanation: explained.map(explain),
-                decision,
-                fleet: fleet.clone(),
-            })
-        })
-    }
-}
-
 /// Serves a request to its first byte; the rest follows in the answer's body.
 ///
 /// # Cancel safety
 /// Dropping the future, or the answer's body, ends the work on every engine.
 pub async fn serve(coordinator: Arc<Coordinator>, wanted: Wanted, permit: OwnedSemaphorePermit) -> Response {
-    let account = Account::open(coordinator.clone(), wanted.arrived, permit);
+    let account = Account::open(coordinator.clone(), &wanted, permit);
     Flow { coordinator: &coordinator, wanted: &wanted, avoid: Vec::new() }.run(account).await
 }
 
-struct Flow<'a> {
-    coordinator: &'a Arc<Coordinator>,
-    wanted: &'a Wanted,
-    avoid: Vec<EngineId>,
+pub(super) struct Flow<'a> {
+    pub(super) coordinator: &'a Arc<Coordinator>,
+    pub(super) wanted: &'a Wanted,
+    /// Engines that failed it.
+    pub(super) avoid: Vec<EngineId>,
 }
 
 /// A decision, with the engines and reservations it stands for.
@@ -186,6 +101,25 @@ impl Placed {
             sequences: self.reserved.sequences as f64,
             context_tokens: self.reserved.context_tokens as f64,
         }
+    }
+
+    /// The prompt was computed in that time: what was predicted of it is measured by that.
+    fn prefill_seen(&self, account: &Account, seconds: f64) {
+        let terms = &self.priced.terms;
+        let own = terms.get(Term::MixedSteps) + terms.get(Term::Prefill);
+        match self.alone {
+            true => account.seen(Term::Prefill, own, seconds),
+            // The engine does not say what of it was the queue.
+            false => account.seen(Term::QueueWait, terms.get(Term::QueueWait), (seconds - own).max(0.0)),
+        }
+    }
+
+    /// The blocks were pulled and the second leg's first token came in that time.
+    fn handoff_seen(&self, account: &Account, seconds: f64) {
+        let terms = &self.priced.terms;
+        let before = [Term::TransferWait, Term::Transfer, Term::DecodeQueueWait];
+        let before: f64 = before.iter().map(|term| terms.get(*term)).sum();
+        account.seen(Term::FirstStep, terms.get(Term::FirstStep), (seconds - before).max(0.0));
     }
 }
 
@@ -226,12 +160,19 @@ impl Flow<'_> {
     async fn run(mut self, mut account: Account) -> Response {
         let mut last = String::new();
         for attempt in 0..MAX_ATTEMPTS {
-            let placed = match self.place() {
+            let placement = match attempt {
+                0 => self.wait_for_room().await,
+                _ => self.decide().map_err(Turned::Away),
+            };
+            let placed = match placement.and_then(|placement| self.reserve(placement)) {
                 Ok(placed) => placed,
-                Err(why) => {
-                    account.outcome = if attempt == 0 { Outcome::NoEngine } else { Outcome::Failed };
-                    let message = format!("No engine can serve {}: {why}", self.wanted.model);
-                    return ApiError::of(StatusCode::SERVICE_UNAVAILABLE, message).into_response();
+                Err(turned) => {
+                    account.outcome = match turned {
+                        Turned::Away(Unplaced::NoEngine(_)) if attempt == 0 => Outcome::NoEngine,
+                        Turned::Away(Unplaced::NoEngine(_)) => Outcome::Failed,
+                        Turned::Away(Unplaced::Full) | Turned::NoRoom(_) => Outcome::NoRoom,
+                    };
+                    return self.refusal(turned).into_response();
                 }
             };
             if attempt > 0 {
@@ -256,16 +197,28 @@ impl Flow<'_> {
             .into_response()
     }
 
-    fn place(&self) -> Result<Placed, String> {
-        let explained = self.wanted.explain.then_some(MAX_EXPLAINED);
-        let Placement { fleet, decision, reserved, explanation } =
-            self.wanted.place(self.coordinator, &self.avoid, explained)?;
+    /// Takes what a decision needs.
+    fn reserve(&self, placement: Placement) -> Result<Placed, Turned> {
+        let Placement { fleet, decision, reserved, hashes, explanation, .. } = placement;
         let priced = decision.chosen;
         let entry = |at: u32| {
             let id = &fleet.engines()[at as usize].info.id;
-            self.coordinator.registry.get(id).ok_or_else(|| format!("{id} just left"))
+            let left = || Turned::Away(Unplaced::NoEngine(format!("{id} just left")));
+            self.coordinator.registry.get(id).ok_or_else(left)
         };
         let (prefill, answer) = (entry(priced.plan.prefill())?, entry(priced.plan.decode())?);
+        if let Some(session) = self.wanted.session {
+            self.coordinator.decisions.pin(session, answer.slot);
+        }
+        let until = (priced.ttft_seconds.ceil() as u64).saturating_add(EVENT_DELAY_SECONDS).min(MAX_TICKS);
+        let epoch = fleet.engines()[priced.plan.prefill() as usize].info.epoch;
+        // Where it came to a new epoch meanwhile, nothing is expected.
+        let _ = self.coordinator.index.expect(
+            prefill.slot,
+            epoch,
+            &hashes,
+            self.coordinator.decisions.tick() + until,
+        );
         let metrics = &self.coordinator.metrics;
         metrics.prompt_tokens.inc_by(self.wanted.prompt.tokens());
         metrics.hit_tokens.inc_by(priced.hit_tokens);
@@ -299,7 +252,7 @@ impl Flow<'_> {
         let mut body = self.wanted.body.bytes().clone();
         let mut holding = None;
         if let Plan::Disaggregated { .. } = placed.priced.plan {
-            match self.prefill_leg(&mut placed).await {
+            match self.prefill_leg(&mut placed, &account).await {
                 Ok((held, hold)) => {
                     account.mode = Mode::Disaggregated;
                     let source = Source {
@@ -330,7 +283,11 @@ impl Flow<'_> {
     }
 
     /// Makes the prefill engine compute and hold. An error is a word for the metrics.
-    async fn prefill_leg(&self, placed: &mut Placed) -> Result<(Held, Holding), &'static str> {
+    async fn prefill_leg(
+        &self,
+        placed: &mut Placed,
+        account: &Account,
+    ) -> Result<(Held, Holding), &'static str> {
         let transfer_id = TransferId::from_bytes(rand::random());
         let engine = &placed.prefill;
         // From here on there may be a hold, whatever becomes of this request.
@@ -364,6 +321,7 @@ impl Flow<'_> {
             answer = ask => answer?,
             () = gone.cancelled() => return Err("prefill_engine_gone"),
         };
+        placed.prefill_seen(account, began.elapsed().as_secs_f64());
         if placed.alone {
             let sample = placed.sample(began);
             engine.learn(|speed| speed.observe_prefill(&sample));
@@ -429,6 +387,13 @@ impl Flow<'_> {
         let streaming = self.wanted.stream && parts.status.is_success();
         if streaming {
             account.first_token();
+            let seconds = began.elapsed().as_secs_f64();
+            match placed.priced.plan {
+                Plan::Disaggregated { .. } if holding.is_some() => placed.handoff_seen(&account, seconds),
+                // The prefill leg failed: this was not what was predicted.
+                Plan::Disaggregated { .. } => {}
+                _ => placed.prefill_seen(&account, seconds),
+            }
             if placed.alone && holding.is_none() && Arc::ptr_eq(&placed.prefill, &placed.answer) {
                 let sample = placed.sample(began);
                 placed.answer.learn(|speed| speed.observe_prefill(&sample));
@@ -463,6 +428,7 @@ impl Flow<'_> {
             engine: placed.answer,
             prefill: placed.prefill_reservation,
             decode: placed.decode_reservation,
+            itl_seconds: placed.priced.itl_seconds,
         };
         Response::from_parts(parts, Body::new(Relay::new(first, inner, streaming, ongoing)))
     }

@@ -1,7 +1,9 @@
 //! A request on its way through the engines.
 //!
 //! ```text
-//! place ──▶ co-located ────────────────────────────▶ answer leg on E
+//! decide ──▶ no room? wait, then decide anew
+//!   │
+//!   ├─────▶ co-located ────────────────────────────▶ answer leg on E
 //!   │                                                  ▲
 //!   └─────▶ disaggregated ─▶ prefill leg on P ─▶ hold? ┴▶ answer leg on D, with or without a plan
 //! ```
@@ -12,12 +14,17 @@
 //! prefill engine, connections) hangs on guards, so a client that goes away frees it all.
 
 mod account;
+mod admit;
 mod flow;
 mod legs;
+mod place;
 mod prompt;
 mod relay;
 mod upstream;
+mod waiting;
 
-pub use self::flow::{Endpoint, MAX_ATTEMPTS, Placement, Wanted, serve};
+pub use self::flow::{Endpoint, MAX_ATTEMPTS, serve};
+pub use self::place::{Placement, Unplaced, Wanted};
 pub use self::prompt::{Found, Prompt};
 pub use self::upstream::{Upstream, UpstreamError};
+pub use self::waiting::{NoRoom, WaitingRoom};

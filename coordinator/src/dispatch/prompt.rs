@@ -1,9 +1,9 @@
 //! What is known of a request's prompt.
 
-use baton_coordinator_core::fleet::Fleet;
+use baton_coordinator_core::fleet::{EngineInfo, Fleet};
 use baton_coordinator_core::kv_index::{KvIndex, Overlaps};
 use baton_coordinator_core::placement::{fresh_key, prefix_key};
-use baton_proto::ContentKeys;
+use baton_proto::{BlockHash, ContentKeys};
 
 use crate::tokenizer::Tokens;
 
@@ -16,6 +16,17 @@ pub struct Found {
     pub prefix_key: Option<u64>,
     /// Names its first block that nobody holds.
     pub fresh_key: Option<u64>,
+    /// Its blocks, for each namespace and block size.
+    hashes: Vec<(String, u32, Vec<BlockHash>)>,
+}
+
+impl Found {
+    /// The prompt's blocks as an engine hashes them.
+    pub fn hashes_of(&self, engine: &EngineInfo) -> Option<&[BlockHash]> {
+        let namespace = engine.models.first()?;
+        let alike = |kind: &&(String, u32, _)| (&kind.0, kind.1) == (namespace, engine.block_size);
+        self.hashes.iter().find(alike).map(|kind| kind.2.as_slice())
+    }
 }
 
 /// A prompt: its tokens, or what is assumed without them.
@@ -65,25 +76,22 @@ impl Prompt {
         let mut found = Found::default();
         let Some(tokens) = &self.known else { return found };
         let mut held = Overlaps::default();
-        let mut done: Vec<(&str, u32)> = Vec::new();
         for engine in fleet.engines() {
             let (Some(namespace), block_size) = (engine.info.models.first(), engine.info.block_size) else {
                 continue;
             };
-            let kind = (namespace.as_str(), block_size);
-            if !engine.serves(model) || done.contains(&kind) {
+            if !engine.serves(model) || found.hashes_of(&engine.info).is_some() {
                 continue;
             }
-            done.push(kind);
             let hashes = tokens.block_hashes(namespace, block_size, &self.keys);
             // An engine never reuses a prompt's last token. With several cache groups it may reuse a shorter prefix, and not a
             // longer one cut short, so the index is asked for what can be used.
             let usable = tokens.len().saturating_sub(1) / block_size as usize;
-            let hashes = &hashes[..usable.min(hashes.len())];
-            index.overlaps(hashes, &mut held);
-            if done.len() == 1 {
-                found.prefix_key = prefix_key(hashes, block_size);
-                found.fresh_key = fresh_key(hashes, &held);
+            let usable = &hashes[..usable.min(hashes.len())];
+            index.overlaps(usable, &mut held);
+            if found.hashes.is_empty() {
+                found.prefix_key = prefix_key(usable, block_size);
+                found.fresh_key = fresh_key(usable, &held);
             }
             let alike: Vec<_> = fleet
                 .engines()
@@ -94,6 +102,7 @@ impl Prompt {
                 .map(|other| other.info.slot)
                 .collect();
             found.overlaps.merge(&held, |slot| alike.contains(&slot));
+            found.hashes.push((namespace.clone(), block_size, hashes));
         }
         found
     }

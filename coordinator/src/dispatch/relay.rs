@@ -4,6 +4,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
+use baton_coordinator_core::cost::Term;
 use baton_coordinator_core::load::{DecodeReservation, PrefillReservation, Reserved};
 use baton_coordinator_core::speed::DecodeSample;
 use bytes::Bytes;
@@ -22,6 +23,8 @@ pub(super) struct Ongoing {
     /// Until the first frame.
     pub(super) prefill: Option<PrefillReservation>,
     pub(super) decode: DecodeReservation,
+    /// Predicted between two tokens.
+    pub(super) itl_seconds: f64,
 }
 
 /// The body of the answer.
@@ -83,6 +86,10 @@ impl Relay {
                 sequences: mean(before.sequences, after.sequences),
                 context_tokens: mean(before.context_tokens, after.context_tokens),
             };
+            let predicted = self.ongoing.itl_seconds * sample.tokens as f64;
+            if sample.tokens > 0 {
+                self.ongoing.account.seen(Term::Decode, predicted, sample.seconds);
+            }
             self.ongoing.engine.learn(|speed| speed.observe_decode(&sample));
         }
     }

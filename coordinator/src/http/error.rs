@@ -15,12 +15,14 @@ pub struct ApiError {
     pub message: String,
     /// The request field it is about.
     pub param: Option<&'static str>,
+    /// When to come back, for 429 and 503; at least a second.
+    pub retry_after_seconds: Option<u64>,
 }
 
 impl ApiError {
     /// The request cannot be served as it is.
     pub fn bad_request(message: impl Into<String>, param: Option<&'static str>) -> Self {
-        Self { status: StatusCode::BAD_REQUEST, message: message.into(), param }
+        Self { status: StatusCode::BAD_REQUEST, message: message.into(), param, retry_after_seconds: None }
     }
 
     /// No such model.
@@ -29,12 +31,18 @@ impl ApiError {
             status: StatusCode::NOT_FOUND,
             message: format!("The model `{name}` does not exist."),
             param: Some("model"),
+            retry_after_seconds: None,
         }
     }
 
     /// Any other status.
     pub fn of(status: StatusCode, message: impl Into<String>) -> Self {
-        Self { status, message: message.into(), param: None }
+        Self { status, message: message.into(), param: None, retry_after_seconds: None }
+    }
+
+    /// The same, with the time after which to come back.
+    pub fn retry_after(self, seconds: u64) -> Self {
+        Self { retry_after_seconds: Some(seconds), ..self }
     }
 
     fn kind(&self) -> &'static str {
@@ -43,6 +51,7 @@ impl ApiError {
             StatusCode::METHOD_NOT_ALLOWED => "MethodNotAllowedError",
             StatusCode::PAYLOAD_TOO_LARGE => "PayloadTooLargeError",
             StatusCode::BAD_GATEWAY => "BadGatewayError",
+            StatusCode::TOO_MANY_REQUESTS => "TooManyRequestsError",
             StatusCode::SERVICE_UNAVAILABLE => "ServiceUnavailableError",
             status if status.is_server_error() => "InternalServerError",
             _ => "BadRequestError",
@@ -59,8 +68,9 @@ impl IntoResponse for ApiError {
             "code": self.status.as_u16(),
         });
         let mut response = (self.status, Json(json!({ "error": error }))).into_response();
-        if self.status == StatusCode::SERVICE_UNAVAILABLE {
-            response.headers_mut().insert(http::header::RETRY_AFTER, http::HeaderValue::from_static("1"));
+        if matches!(self.status, StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS) {
+            let seconds = http::HeaderValue::from(self.retry_after_seconds.unwrap_or(1).max(1));
+            response.headers_mut().insert(http::header::RETRY_AFTER, seconds);
         }
         response
     }

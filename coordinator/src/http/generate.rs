@@ -4,11 +4,15 @@ use std::sync::Arc;
 
 use axum::Json;
 use axum::body::Body;
-use axum::extract::State;
+use axum::extract::{Query, State};
 use axum::response::{IntoResponse, Response};
+use baton_coordinator_core::cost::Slo;
 use baton_coordinator_core::placement::{self, Policy};
+use baton_coordinator_core::record::Record;
+use baton_coordinator_core::sessions::Sessions;
 use baton_proto::ContentKeys;
 use http::{HeaderMap, StatusCode};
+use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
@@ -19,6 +23,11 @@ use crate::metrics::{Mode, Outcome};
 use crate::state::Coordinator;
 use crate::tokenizer::{Model, RenderError, Text, Tokens};
 
+/// Names the conversation that a request belongs to.
+const SESSION: &str = "x-session-id";
+/// The request's own SLOs, milliseconds.
+const TTFT_MS: &str = "x-baton-ttft-ms";
+const ITL_MS: &str = "x-baton-itl-ms";
 /// Bytes of JSON that are counted as a token where the prompt is not tokenised.
 const BYTES_PER_TOKEN: u64 = 4;
 /// So many bytes of a JSON string are read in the time that one is tokenised, at least.
@@ -72,13 +81,31 @@ pub(super) async fn route(
         Ok(wanted) => wanted,
         Err(error) => return error.into_response(),
     };
-    match wanted.place(&coordinator, &[], Some(usize::MAX)) {
+    match wanted.place(&coordinator, &[], Some(usize::MAX), false) {
         Ok(placed) => Json(json!(placed.explanation)).into_response(),
-        Err(why) => {
-            let message = format!("No engine can serve {}: {why}", wanted.model);
-            ApiError::of(StatusCode::SERVICE_UNAVAILABLE, message).into_response()
-        }
+        Err(unplaced) => unplaced.refusal(&wanted.model).into_response(),
     }
+}
+
+/// `GET /v1/route/recent`: the last decisions, oldest first, a JSON record on each line; `baton route --replay` reads them.
+pub(super) async fn recent(State(coordinator): State<Arc<Coordinator>>, query: Query<Recent>) -> Response {
+    let last = query.last.unwrap_or(usize::MAX);
+    // A large fleet's records are long: they are written one by one, and the ring is free in between.
+    let records: Vec<Record> = coordinator.decisions.with_recent(|recent| {
+        let left_out = recent.len().saturating_sub(last);
+        recent.records().skip(left_out).collect()
+    });
+    let lines = records.into_iter().map(|record| Ok::<_, std::io::Error>(record.to_json() + "\n"));
+    let body = Body::from_stream(futures::stream::iter(lines));
+    ([(http::header::CONTENT_TYPE, "application/x-ndjson")], body).into_response()
+}
+
+/// What of the ring is wanted.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Recent {
+    /// The last so many; all without it.
+    last: Option<usize>,
 }
 
 /// Reads a request. Without an endpoint given, messages make it a chat.
@@ -106,6 +133,9 @@ async fn wanted(
         Endpoint::Completions => Some(body.peek("max_tokens").unwrap_or(16)),
     };
     let policy = policy(coordinator, &headers)?;
+    let slo = slo(coordinator, model.name(), &headers)?;
+    let session = session(&headers, &body)?;
+    let priority = priority(&body);
     let prompt = prompt(coordinator, endpoint, model, &body).await;
     Ok(Wanted {
         endpoint,
@@ -114,6 +144,9 @@ async fn wanted(
         model: name,
         max_tokens,
         policy,
+        slo,
+        session,
+        priority,
         prompt,
         headers,
         body,
@@ -142,9 +175,44 @@ fn policy(coordinator: &Coordinator, headers: &HeaderMap) -> Result<&'static dyn
     };
     let name = match headers.get("x-baton-policy") {
         Some(value) => value.to_str().map_err(|_| wrong())?,
-        None => coordinator.config.policy.as_str(),
+        None => return Ok(coordinator.config.policy.0),
     };
     placement::policy(name).ok_or_else(wrong)
+}
+
+/// What is promised to the request: what it asks for, else what the model's configuration says.
+fn slo(coordinator: &Coordinator, model: &str, headers: &HeaderMap) -> Result<Slo, ApiError> {
+    let configured = coordinator.config.models.iter().find(|configured| configured.name == model);
+    let mut slo = configured.map_or_else(Slo::default, |configured| configured.slo.slo());
+    for (name, of) in [(TTFT_MS, &mut slo.ttft_seconds), (ITL_MS, &mut slo.itl_seconds)] {
+        let Some(value) = headers.get(name) else { continue };
+        let ms = value.to_str().ok().and_then(|text| text.parse::<f64>().ok());
+        let ms = ms.filter(|ms| ms.is_finite() && *ms > 0.0).ok_or_else(|| {
+            ApiError::bad_request(format!("{name}: milliseconds, a number above 0"), Some(name))
+        })?;
+        *of = Some(ms / 1e3);
+    }
+    Ok(slo)
+}
+
+/// The session that a request belongs to: by header, or by OpenAI's own member for what shares a cache.
+fn session(headers: &HeaderMap, body: &RequestBody) -> Result<Option<u64>, ApiError> {
+    let named = match headers.get(SESSION) {
+        Some(value) => {
+            let name = value.to_str().map_err(|_| {
+                ApiError::bad_request(format!("{SESSION}: visible ASCII characters"), Some(SESSION))
+            })?;
+            Some(name.to_owned())
+        }
+        None => body.peek::<String>("prompt_cache_key"),
+    };
+    Ok(named.filter(|name| !name.is_empty()).map(|name| Sessions::key(&name)))
+}
+
+/// vLLM's priority, the smaller first, around 0; what is beyond a byte is as urgent as its end.
+fn priority(body: &RequestBody) -> u8 {
+    let given = body.peek::<i64>("priority").unwrap_or(0);
+    (given.clamp(-128, 127) + 128) as u8
 }
 
 /// What is known of the request's prompt. Never an error: the engine is the judge.

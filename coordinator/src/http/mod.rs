@@ -33,6 +33,7 @@ pub fn router(coordinator: Arc<Coordinator>) -> Router {
         .route("/v1/completions", post(generate::completions))
         .route("/v1/chat/completions", post(generate::chat))
         .route("/v1/route", post(generate::route))
+        .route("/v1/route/recent", get(generate::recent))
         .route("/v1/models", get(info::models))
         .route("/tokenize", post(tokenize::tokenize))
         .route("/health", get(info::health))

@@ -3,6 +3,7 @@
 use std::io::Read as _;
 
 use anyhow::{Context as _, bail};
+use baton_coordinator_core::placement::POLICIES;
 use baton_fleet::Client;
 
 use crate::explanation::Explanation;
@@ -15,7 +16,7 @@ pub(crate) struct Arguments {
     #[arg(long, default_value = "http://127.0.0.1:8000")]
     coordinator: String,
     /// Place it under this policy instead of the coordinator's own
-    #[arg(long, value_parser = ["adaptive", "colocated", "disaggregated"])]
+    #[arg(long, value_parser = POLICIES.map(|policy| policy.name()))]
     policy: Option<String>,
     /// Print the coordinator's answer instead of a table
     #[arg(long)]

@@ -141,8 +141,18 @@ async fn engines_hash_the_same_content_differently() {
         let options = ["--blocks", "20", "--kv-events-endpoint", &events, "--kv-replay-endpoint", &replays];
         let engine = Engine::start(&options).await;
         engine.complete(json!({"prompt": (0..32).collect::<Vec<u32>>(), "max_tokens": 1})).await;
-        let batches: Vec<Value> =
-            replay(&replays, 0).await.into_iter().filter_map(|(_, batch)| batch).collect();
+        // The answer may be out before its events are.
+        let batches = tokio::time::timeout(Duration::from_secs(10), async {
+            loop {
+                let replayed = replay(&replays, 0).await;
+                let batches: Vec<Value> = replayed.into_iter().filter_map(|(_, batch)| batch).collect();
+                if !batches.is_empty() {
+                    return batches;
+                }
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        });
+        let batches = batches.await.unwrap();
         assert_eq!(batches.len(), 1);
         seen.extend(follow(&batches));
         engine.server.stop().await.unwrap();

@@ -2,6 +2,8 @@
 //!
 //! Checks on the Mooncake conversation trace run where `BATON_TRACES` names a folder with `mooncake_conversation_trace.jsonl`.
 
+#![allow(clippy::print_stdout, reason = "a test that fails shows the figures beside each other")]
+
 mod support;
 
 use std::path::PathBuf;
@@ -32,12 +34,12 @@ fn rows(path: &PathBuf) -> Vec<MooncakeRow> {
     all
 }
 
-/// Tokens found, of the second half of the rows, in percent: caches of so many blocks that take a row each, without time.
-/// `cache` says which cache a row goes to.
+/// Tokens found, of the rows `from` on, in percent: so many caches of so many blocks each that take one row after the other, without
+/// time. `cache` says which cache a row goes to.
 fn hit_rate(
     rows: &[MooncakeRow],
-    caches: usize,
-    blocks: u32,
+    from: usize,
+    (caches, blocks): (usize, u32),
     cache: impl Fn(usize, &MooncakeRow) -> usize,
 ) -> f64 {
     let mut pools: Vec<BlockPool> = (0..caches).map(|_| BlockPool::new(blocks, false)).collect();
@@ -109,9 +111,10 @@ fn engines_on_the_mooncake_trace() {
         let mut taken = Vec::new();
         pool.share(&arrival.blocks[..hits], &mut taken);
         assert!(pool.allocate(tokens.div_ceil(512) - hits as u32, &mut taken));
-        for at in hits..(tokens / 512) as usize {
+        let full = taken.iter().zip(&arrival.blocks[..(tokens / 512) as usize]).enumerate().skip(hits);
+        for (at, (block, id)) in full {
             let parent = at.checked_sub(1).map(|before| arrival.blocks[before]);
-            pool.publish(taken[at], parent, arrival.blocks[at]);
+            pool.publish(*block, parent, *id);
         }
         pool.release(&taken);
         hit += 512 * hits as u64;

@@ -46,6 +46,9 @@ fn ids(family: u64, length: usize) -> Vec<u64> {
     (0..length as u64).map(|at| if at < 4 { 1 + at } else { 100 * (family + 1) + at }).collect()
 }
 
+/// Ids, blocks in the pool, blocks in the model, leading blocks that are published.
+type Sequence = (Vec<u64>, Vec<u32>, Vec<u32>, usize);
+
 proptest! {
     #[test]
     fn pool_equals_model(actions in actions(), publish_late in any::<bool>()) {
@@ -56,10 +59,9 @@ proptest! {
             references: vec![0; BLOCKS as usize],
             free: (0..BLOCKS).collect(),
         };
-        // Sequences: ids, blocks in the pool, blocks in the model, leading blocks that are published.
-        let mut live: Vec<(Vec<u64>, Vec<u32>, Vec<u32>, usize)> = Vec::new();
+        let mut live: Vec<Sequence> = Vec::new();
         let mut told: BTreeSet<u64> = BTreeSet::new();
-        let publish = |pool: &mut BlockPool, model: &mut Model, sequence: &mut (Vec<u64>, Vec<u32>, Vec<u32>, usize)| {
+        let publish = |pool: &mut BlockPool, model: &mut Model, sequence: &mut Sequence| {
             while sequence.3 < sequence.0.len() {
                 let at = sequence.3;
                 pool.publish(sequence.1[at], at.checked_sub(1).map(|at| sequence.0[at]), sequence.0[at]);

@@ -1,5 +1,7 @@
 //! Readers, on small files of their own. Checks on recorded traces run where `BATON_TRACES` names a folder that has them.
 
+#![allow(clippy::print_stdout, reason = "a test that fails shows the figures beside each other")]
+
 use std::io::Write;
 
 use baton_sim::trace::{

@@ -143,7 +143,7 @@ impl Decider {
         }
         // Apart while the pricing borrows the rest of `self`.
         let mut scratch = std::mem::take(&mut self.scratch);
-        let found = filter(fleet, request, &mut scratch);
+        let found = filter(fleet, &self.loads, request, &mut scratch);
         let decision = found.then(|| {
             let pricing = self.pricing(fleet, request);
             scratch.costs.resize(fleet.engines().len(), Costs::default());
@@ -372,7 +372,7 @@ impl Search<'_> {
 }
 
 /// Fills in who can take part. Returns whether anyone can.
-fn filter(fleet: &Fleet, request: &Request<'_>, scratch: &mut Scratch) -> bool {
+fn filter(fleet: &Fleet, loads: &Loads, request: &Request<'_>, scratch: &mut Scratch) -> bool {
     let hot = fleet.hot();
     scratch.able.clear();
     scratch.whole.clear();
@@ -382,6 +382,13 @@ fn filter(fleet: &Fleet, request: &Request<'_>, scratch: &mut Scratch) -> bool {
         if let Some(at) = fleet.find(id) {
             scratch.able.retain(|other| *other != at);
         }
+    }
+    if request.most_in_flight.is_some() {
+        let room = |at: &u32| {
+            let foreign = hot[*at as usize].foreign_waiting + hot[*at as usize].foreign_running;
+            !request.is_full(foreign, &loads.engines[*at as usize])
+        };
+        scratch.able.retain(room);
     }
     let decodes = |at: &u32| hot[*at as usize].role.decodes();
     scratch.whole.extend(scratch.able.iter().copied().filter(decodes));

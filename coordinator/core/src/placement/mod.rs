@@ -51,6 +51,7 @@ pub use self::view::View;
 use crate::cost::Slo;
 use crate::fleet::Fleet;
 use crate::kv_index::{Overlaps, Slot};
+use crate::load::Reserved;
 
 /// Most pairs of engines that are priced for a decision.
 pub const MAX_PAIRS: usize = 1024;
@@ -76,6 +77,8 @@ pub struct Request<'a> {
     pub avoid: &'a [EngineId],
     /// What is promised to it.
     pub slo: Slo,
+    /// Engines with as many requests in flight are left out.
+    pub most_in_flight: Option<u32>,
     /// A number of its own, from a counter: [`RoundRobin`] counts with it, [`Random`] and [`PowerOfTwo`] draw from it.
     pub seed: u64,
     /// The engine that its session is pinned to ([`crate::sessions::Sessions`]).
@@ -97,11 +100,19 @@ impl<'a> Request<'a> {
             splittable: Ok(()),
             avoid: &[],
             slo: Slo::default(),
+            most_in_flight: None,
             seed: 0,
             pinned: None,
             prefix_key: None,
             fresh_key: None,
         }
+    }
+}
+
+impl Request<'_> {
+    /// Whether an engine with so much to do is left out.
+    pub(crate) fn is_full(&self, foreign: u32, reserved: &Reserved) -> bool {
+        self.most_in_flight.is_some_and(|most| reserved.in_flight() + u64::from(foreign) >= u64::from(most))
     }
 }
 
@@ -194,6 +205,8 @@ pub enum Skipped {
     Unhealthy,
     /// It failed this request already.
     Failed,
+    /// It has as many requests as it may.
+    Full,
 }
 
 /// Why each engine that cannot serve the request was left out, in order of their names.
@@ -205,6 +218,8 @@ pub fn skipped(fleet: &Fleet, request: &Request<'_>) -> Vec<(EngineId, Skipped)>
             Skipped::Unhealthy
         } else if request.avoid.contains(&engine.info.id) {
             Skipped::Failed
+        } else if request.is_full(engine.foreign_waiting + engine.foreign_running, &engine.load.reserved()) {
+            Skipped::Full
         } else {
             return None;
         };

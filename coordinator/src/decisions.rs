@@ -1,0 +1,81 @@
+//! What outlives a decision: the sessions it pinned, the record of it, and how well its terms were predicted.
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use baton_coordinator_core::accuracy::{Accuracy, TermAccuracy};
+use baton_coordinator_core::cost::Term;
+use baton_coordinator_core::kv_index::Slot;
+use baton_coordinator_core::record::Recent;
+use baton_coordinator_core::sessions::Sessions;
+use tokio::time::Instant;
+
+use crate::config::Limits;
+
+/// Sessions that are remembered: about 16 MB.
+const MAX_SESSIONS: usize = 200_000;
+const POISON: &str = "no code that holds this lock panics";
+
+/// Shared by all requests.
+pub struct Decisions {
+    began: Instant,
+    count: AtomicU64,
+    sessions: Mutex<Sessions>,
+    recent: Mutex<Recent>,
+    accuracy: Mutex<Accuracy>,
+}
+
+impl Decisions {
+    /// Nothing was decided yet.
+    pub fn new(limits: &Limits) -> Self {
+        Self {
+            began: Instant::now(),
+            count: AtomicU64::new(0),
+            sessions: Mutex::new(Sessions::new(MAX_SESSIONS, limits.session_idle_ms)),
+            recent: Mutex::new(Recent::new(limits.recent_decisions)),
+            accuracy: Mutex::default(),
+        }
+    }
+
+    /// A number for the next decision.
+    pub fn next_seed(&self) -> u64 {
+        self.count.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Milliseconds since the coordinator started: the clock of sessions and of requests that wait.
+    pub fn now_ms(&self) -> u64 {
+        self.began.elapsed().as_millis() as u64
+    }
+
+    /// The same in seconds: the clock of what the index expects.
+    pub fn tick(&self) -> u64 {
+        self.began.elapsed().as_secs()
+    }
+
+    /// Where a session is served.
+    pub fn pinned(&self, session: u64) -> Option<Slot> {
+        self.sessions.lock().expect(POISON).get(self.now_ms(), session)
+    }
+
+    /// A session is served by this engine from now on.
+    pub fn pin(&self, session: u64, slot: Slot) {
+        self.sessions.lock().expect(POISON).pin(self.now_ms(), session, slot);
+    }
+
+    /// An engine left for good.
+    pub fn forget(&self, slot: Slot) {
+        self.sessions.lock().expect(POISON).forget(slot);
+    }
+
+    /// Runs with the last decisions.
+    pub fn with_recent<T>(&self, run: impl FnOnce(&mut Recent) -> T) -> T {
+        run(&mut self.recent.lock().expect(POISON))
+    }
+
+    /// A term was predicted, and then seen, in seconds. Returns how well it is predicted now.
+    pub fn seen(&self, term: Term, predicted: f64, seen: f64) -> TermAccuracy {
+        let mut accuracy = self.accuracy.lock().expect(POISON);
+        accuracy.observe(term, predicted, seen);
+        accuracy.of(term)
+    }
+}
