@@ -4,7 +4,7 @@ SHELL := /bin/bash
 CARGO ?= cargo
 json = $(if $(JSON),--json)
 
-.PHONY: help setup build demo up test lint e2e e2e-fast e2e-random bench bench-transfer bench-placement
+.PHONY: help setup build demo up test lint e2e e2e-fast e2e-random record-events bench bench-transfer bench-placement
 .PHONY: peers-handoff peers-http peers-index
 
 help: ## this list
@@ -39,6 +39,9 @@ e2e-fast: build ## acceptance suite on mock engines
 
 e2e-random: build ## acceptance suite on real vLLM with a small random-weight model; no timed comparison (CI)
 	tests/e2e/run.sh random --skip ttft $(json)
+
+record-events: build ## record real vLLM's KV events anew, for the tests that replay them (tests/e2e/fixtures)
+	tests/e2e/run.sh random --only index --record tests/e2e/fixtures
 
 bench: setup ## what tokenising and proxying add to TTFT
 	$(CARGO) build --release -p baton-bench-overhead -p baton-coordinator -p baton-agent -p baton-mock-engine

@@ -36,7 +36,7 @@ use crate::engine::connector::core::Attachment;
 use crate::engine::kv_events::Heard;
 use crate::engine::stats::Status;
 use crate::metrics::Metrics;
-use crate::ownership::{Applied, Ownership};
+use crate::ownership::{Applied, Attention, CacheGroup, Ownership};
 
 /// Reports that may wait for a session.
 pub const MAX_REPORTS: usize = 1024;
@@ -283,8 +283,10 @@ impl Session {
                     ownership.apply(event, &mut applied);
                 }
             }
-            Heard::Lost => ownership.clear(&mut applied),
+            Heard::Lost => ownership.forget(&mut applied),
         }
+        // Ahead of the events, which the coordinator could not place: it asks for all then.
+        self.redescribed |= applied.regrouped;
         self.wiring.metrics.set_owned(ownership.len());
         for reason in applied.ignored {
             self.wiring.metrics.event_ignored(reason);
@@ -322,6 +324,11 @@ impl Session {
                 self.outbox.flush();
             }
         }
+        let num_blocks = attachment.engine.as_ref().map(|engine| engine.num_blocks).or(status.num_blocks);
+        let num_blocks = num_blocks.filter(|blocks| *blocks > 0);
+        if let (Some((_, _, ownership)), Some(blocks)) = (&mut self.ownership, num_blocks) {
+            ownership.set_capacity(blocks);
+        }
     }
 
     fn register(&self) -> v1::Register {
@@ -341,6 +348,12 @@ impl Session {
             can_transfer: attachment.can_transfer,
             layout: attachment.layout.clone(),
             last_event_seq: self.outbox.last_seq(),
+            groups: self
+                .ownership
+                .iter()
+                .flat_map(|(_, _, ownership)| ownership.groups())
+                .map(group)
+                .collect(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
         }
     }
@@ -500,6 +513,15 @@ impl Session {
             self.outbox.take(|| owned.into_iter().flat_map(Ownership::iter), || metrics.snapshot())?;
         Some(Say::Events(batch))
     }
+}
+
+fn group(group: &CacheGroup) -> v1::CacheGroup {
+    let (attention, window) = match group.attention {
+        Attention::Full => (v1::Attention::Full, 0),
+        Attention::SlidingWindow(window) => (v1::Attention::SlidingWindow, window),
+        Attention::State => (v1::Attention::State, 0),
+    };
+    v1::CacheGroup { attention: attention.into(), window, block_size: group.block_size }
 }
 
 fn message(say: Say) -> v1::AgentMessage {

@@ -61,6 +61,9 @@ pub enum BatchError {
     /// Its hashes are torn.
     #[error("events: {0}")]
     Field(#[from] FieldError),
+    /// It names a cache group that the engine did not register.
+    #[error("events: group {0}: not registered")]
+    Group(u32),
 }
 
 /// What a batch led to.
@@ -76,9 +79,9 @@ pub enum Ingested {
 
 /// A change of a batch, with its hashes unpacked.
 enum BlockChange {
-    /// Each block follows the one before it, the first this one.
-    Stored(Tiers, Option<BlockHash>, Vec<BlockHash>),
-    Removed(Tiers, Vec<BlockHash>),
+    /// Of a cache group. Each block follows the one before it, the first this one.
+    Stored(u16, Tiers, Option<BlockHash>, Vec<BlockHash>),
+    Removed(u16, Tiers, Vec<BlockHash>),
     Cleared,
 }
 
@@ -122,9 +125,10 @@ impl Coordinator {
         commands: tokio::sync::mpsc::Sender<v1::coordinator_message::Message>,
     ) -> Result<Registered, RegisterError> {
         let (epoch, known) = (registration.epoch, self.registry.get(&registration.engine_id).is_some());
+        let groups = registration.groups.clone();
         let registered = self.registry.register(registration, commands, Instant::now())?;
         let entry = &registered.entry;
-        let mut opened = self.index.open(entry.slot, epoch);
+        let mut opened = self.index.open_groups(entry.slot, epoch, &groups);
         if registered.emptied && opened.is_ok() {
             opened = self.index.clear(entry.slot, epoch);
         }
@@ -161,7 +165,10 @@ impl Coordinator {
         }
         let epoch = Epoch(epoch);
         for change in &changes {
-            if self.apply(entry, epoch, change).is_err() {
+            if let Err(error) = self.apply(entry, epoch, change) {
+                if let IndexError::NoGroup { group, .. } = error {
+                    return Err(BatchError::Group(group.into()));
+                }
                 // A newer session took the engine to its next epoch meanwhile; this one is about to end.
                 return Ok(Ingested::Waiting);
             }
@@ -171,7 +178,7 @@ impl Coordinator {
         entry.applied(batch.seq);
         for change in &changes {
             match change {
-                BlockChange::Stored(_, _, hashes) | BlockChange::Removed(_, hashes) => {
+                BlockChange::Stored(_, _, _, hashes) | BlockChange::Removed(_, _, hashes) => {
                     self.ownership.mark(entry, hashes);
                 }
                 BlockChange::Cleared => self.ownership.mark_all(entry),
@@ -184,10 +191,12 @@ impl Coordinator {
     fn apply(&self, entry: &Entry, epoch: Epoch, change: &BlockChange) -> Result<(), IndexError> {
         let holder = Holder::new(entry.slot, epoch);
         match change {
-            BlockChange::Stored(tiers, parent, hashes) => {
-                self.index.store(holder, *tiers, Run::chain(*parent, hashes)).map(drop)
+            BlockChange::Stored(group, tiers, parent, hashes) => {
+                self.index.store(holder.group(*group), *tiers, Run::chain(*parent, hashes)).map(drop)
             }
-            BlockChange::Removed(tiers, hashes) => self.index.remove(holder, *tiers, hashes),
+            BlockChange::Removed(group, tiers, hashes) => {
+                self.index.remove(holder.group(*group), *tiers, hashes)
+            }
             BlockChange::Cleared => self.index.clear(entry.slot, epoch),
         }
     }
@@ -244,7 +253,7 @@ impl Coordinator {
     }
 }
 
-fn unpack(events: &[v1::KvEvent]) -> Result<Vec<BlockChange>, FieldError> {
+fn unpack(events: &[v1::KvEvent]) -> Result<Vec<BlockChange>, BatchError> {
     use v1::kv_event::Event;
 
     let mut changes = Vec::with_capacity(events.len());
@@ -253,12 +262,14 @@ fn unpack(events: &[v1::KvEvent]) -> Result<Vec<BlockChange>, FieldError> {
             Some(Event::Stored(stored)) => {
                 let tier = tier(stored.tier()).unwrap_or(Tier::Gpu);
                 let parent = unpack_parent(&stored.parent)?;
-                BlockChange::Stored(tier.into(), parent, unpack_hashes(&stored.hashes)?.collect())
+                let hashes = unpack_hashes(&stored.hashes)?.collect();
+                BlockChange::Stored(group(stored.group)?, tier.into(), parent, hashes)
             }
             Some(Event::Removed(removed)) => {
                 // Without a tier: from all of them.
                 let tiers = tier(removed.tier()).map_or(Tiers::from_bits(u8::MAX), Tiers::from);
-                BlockChange::Removed(tiers, unpack_hashes(&removed.hashes)?.collect())
+                let hashes = unpack_hashes(&removed.hashes)?.collect();
+                BlockChange::Removed(group(removed.group)?, tiers, hashes)
             }
             Some(Event::Cleared(_)) => BlockChange::Cleared,
             // An event of a later version of the protocol.
@@ -266,6 +277,10 @@ fn unpack(events: &[v1::KvEvent]) -> Result<Vec<BlockChange>, FieldError> {
         });
     }
     Ok(changes)
+}
+
+fn group(group: u32) -> Result<u16, BatchError> {
+    group.try_into().map_err(|_| BatchError::Group(group))
 }
 
 fn tier(tier: v1::Tier) -> Option<Tier> {

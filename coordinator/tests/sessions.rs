@@ -78,7 +78,7 @@ async fn batches_are_acknowledged_and_gaps_mended() {
 async fn torn_hashes_end_the_session() {
     let fleet = Fleet::start("").await;
     let agent = Agent::connect(&fleet, register("e0", URL)).await;
-    let stored = v1::BlocksStored { hashes: vec![0; 17].into(), tier: 1, parent: Default::default() };
+    let stored = v1::BlocksStored { hashes: vec![0; 17].into(), tier: 1, ..Default::default() };
     let event = v1::KvEvent { event: Some(v1::kv_event::Event::Stored(stored)) };
     agent.say(Said::Events(v1::EventBatch { epoch: 1, seq: 1, events: vec![event] })).await;
     assert_eq!(agent.ended().await.code(), Code::InvalidArgument);

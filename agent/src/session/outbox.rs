@@ -4,17 +4,17 @@
 //!
 //! # Bounds
 //! Kept batches hold at most [`KEPT_BYTES`] of hashes, and as much again of parents and their frames where no block follows
-//! another. A snapshot under way holds 16 bytes for each block and tier that was owned when it began, and for each run of
+//! another. A snapshot under way holds 16 bytes for each block and place that was owned when it began, and for each run of
 //! them.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 
 use baton_proto::Epoch;
 use baton_proto::block_hash::BlockHash;
-use baton_proto::control::v1::{self, Tier};
+use baton_proto::control::v1;
 use bytes::{BufMut, BytesMut};
 
-use crate::ownership::{Block, Change};
+use crate::ownership::{Block, Change, Place};
 
 /// Hashes in one batch: 128 KiB.
 pub const BATCH: usize = 8192;
@@ -24,8 +24,8 @@ pub const KEPT_BYTES: usize = 16 << 20;
 /// What became of a run of blocks.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Kind {
-    Stored(Tier),
-    Removed(Tier),
+    Stored(Place),
+    Removed(Place),
     Cleared,
 }
 
@@ -68,10 +68,15 @@ impl Open {
             let hashes = run.hashes.freeze();
             let parent = || run.parent.map(|parent| parent.as_bytes().to_vec().into()).unwrap_or_default();
             let event = match run.kind {
-                Kind::Stored(tier) => {
-                    Event::Stored(v1::BlocksStored { hashes, tier: tier.into(), parent: parent() })
+                Kind::Stored(Place { group, tier }) => Event::Stored(v1::BlocksStored {
+                    hashes,
+                    tier: tier.into(),
+                    parent: parent(),
+                    group: group.into(),
+                }),
+                Kind::Removed(Place { group, tier }) => {
+                    Event::Removed(v1::BlocksRemoved { hashes, tier: tier.into(), group: group.into() })
                 }
-                Kind::Removed(tier) => Event::Removed(v1::BlocksRemoved { hashes, tier: tier.into() }),
                 Kind::Cleared => Event::Cleared(v1::Cleared {}),
             };
             v1::KvEvent { event: Some(event) }
@@ -137,9 +142,9 @@ impl Outbox {
             self.open = Open::default();
         }
         match change {
-            Change::Stored(block, tier) => self.open.push(Kind::Stored(tier), Some(block)),
-            Change::Removed(hash, tier) => {
-                self.open.push(Kind::Removed(tier), Some(Block { hash, parent: None }));
+            Change::Stored(block, place) => self.open.push(Kind::Stored(place), Some(block)),
+            Change::Removed(hash, place) => {
+                self.open.push(Kind::Removed(place), Some(Block { hash, parent: None }));
             }
             Change::Cleared => self.open.push(Kind::Cleared, None),
         }
@@ -203,7 +208,7 @@ impl Outbox {
     }
 
     /// The next batch to send. `owned` is all that the engine owns; `on_snapshot` is called when it is used.
-    pub fn take<I: Iterator<Item = (Block, Tier)>>(
+    pub fn take<I: Iterator<Item = (Block, Place)>>(
         &mut self,
         owned: impl FnOnce() -> I,
         on_snapshot: impl FnOnce(),
@@ -225,22 +230,22 @@ impl Outbox {
     }
 
     /// What was to be sent from `cursor` on is part of the snapshot, and its numbers are free again.
-    fn begin_snapshot(&mut self, cursor: u64, owned: impl Iterator<Item = (Block, Tier)>) {
+    fn begin_snapshot(&mut self, cursor: u64, owned: impl Iterator<Item = (Block, Place)>) {
         self.next = cursor;
         self.kept.clear();
         self.kept_hashes = 0;
-        let mut by_tier: [Vec<Block>; 3] = Default::default();
-        for (block, tier) in owned {
-            by_tier[(tier as usize).clamp(1, 3) - 1].push(block);
+        let mut by_place: BTreeMap<Place, Vec<Block>> = BTreeMap::new();
+        for (block, place) in owned {
+            by_place.entry(place).or_default().push(block);
         }
         let mut open = Open::default();
         open.push(Kind::Cleared, None);
-        for (tier, blocks) in [Tier::Gpu, Tier::Host, Tier::Disk].into_iter().zip(by_tier) {
+        for (place, blocks) in by_place {
             for block in blocks {
                 if open.hashes >= self.max_batch {
                     self.snapshot_batch(&mut open);
                 }
-                open.push(Kind::Stored(tier), Some(block));
+                open.push(Kind::Stored(place), Some(block));
             }
         }
         self.snapshot_batch(&mut open);
@@ -275,14 +280,14 @@ mod tests {
     }
 
     fn stored(i: u64) -> Change {
-        Change::Stored(block(i), Tier::Gpu)
+        Change::Stored(block(i), Place::GPU)
     }
 
     /// A coordinator: applies batches as the control plane's contract says.
     #[derive(Default)]
     struct Receiver {
         applied: u64,
-        owned: BTreeSet<(BlockHash, i32)>,
+        owned: BTreeSet<(BlockHash, u32, i32)>,
         batches: usize,
     }
 
@@ -312,12 +317,12 @@ mod tests {
                             let number = u64::from_le_bytes(hash.as_bytes()[..8].try_into().unwrap());
                             assert_eq!(parent, block(number).parent, "a run that is none");
                             parent = Some(hash);
-                            self.owned.insert((hash, run.tier));
+                            self.owned.insert((hash, run.group, run.tier));
                         }
                     }
                     Event::Removed(run) => {
                         for hash in unpack_hashes(&run.hashes).unwrap() {
-                            self.owned.remove(&(hash, run.tier));
+                            self.owned.remove(&(hash, run.group, run.tier));
                         }
                     }
                 }
@@ -327,7 +332,7 @@ mod tests {
     }
 
     fn drain(outbox: &mut Outbox, owned: &[u64]) -> Vec<v1::EventBatch> {
-        let owned = || owned.iter().map(|i| (block(*i), Tier::Gpu));
+        let owned = || owned.iter().map(|i| (block(*i), Place::GPU));
         std::iter::from_fn(|| outbox.take(owned, || ())).collect()
     }
 
@@ -444,7 +449,7 @@ mod tests {
             for op in ops.into_iter().chain([Op::Connect, Op::Flush, Op::Send(usize::MAX)]) {
                 match op {
                     Op::Store(i) if owned.insert(i) => outbox.push(stored(i)),
-                    Op::Remove(i) if owned.remove(&i) => outbox.push(Change::Removed(hash(i), Tier::Gpu)),
+                    Op::Remove(i) if owned.remove(&i) => outbox.push(Change::Removed(hash(i), Place::GPU)),
                     Op::Store(_) | Op::Remove(_) => {}
                     Op::Clear => {
                         owned.clear();
@@ -453,7 +458,7 @@ mod tests {
                     Op::Flush => outbox.flush(),
                     Op::Send(n) => {
                         for _ in 0..n {
-                            let all = || owned.iter().map(|i| (block(*i), Tier::Gpu));
+                            let all = || owned.iter().map(|i| (block(*i), Place::GPU));
                             let Some(batch) = outbox.take(all, || ()) else {
                                 prop_assert!(!outbox.has_batch());
                                 break;
@@ -478,7 +483,7 @@ mod tests {
                     Op::Resync => {}
                 }
             }
-            let expected: BTreeSet<_> = owned.iter().map(|i| (hash(*i), Tier::Gpu as i32)).collect();
+            let expected: BTreeSet<_> = owned.iter().map(|i| (hash(*i), 0, v1::Tier::Gpu as i32)).collect();
             prop_assert_eq!(receiver.owned, expected);
         }
     }

@@ -159,7 +159,9 @@ impl<'a> Session<'a> {
                 let ingested =
                     coordinator.ingest(entry, self.epoch, &batch).map_err(|error| match error {
                         BatchError::OtherEpoch { .. } => Status::failed_precondition(error.to_string()),
-                        BatchError::Field(_) => Status::invalid_argument(error.to_string()),
+                        BatchError::Field(_) | BatchError::Group(_) => {
+                            Status::invalid_argument(error.to_string())
+                        }
                     })?;
                 return Ok(match ingested {
                     Ingested::Upto(seq) => Some(Answer::EventAck(v1::EventAck { epoch: self.epoch, seq })),

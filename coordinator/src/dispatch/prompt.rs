@@ -84,10 +84,14 @@ impl Prompt {
                 continue;
             }
             let hashes = tokens.block_hashes(namespace, block_size, &self.keys);
-            index.overlaps(&hashes, &mut held);
+            // An engine never reuses a prompt's last token. With several cache groups it may reuse a shorter prefix, and not a
+            // longer one cut short, so the index is asked for what can be used.
+            let usable = tokens.len().saturating_sub(1) / block_size as usize;
+            let usable = &hashes[..usable.min(hashes.len())];
+            index.overlaps(usable, &mut held);
             if found.hashes.is_empty() {
-                found.prefix_key = prefix_key(&hashes, block_size);
-                found.fresh_key = fresh_key(&hashes, &held);
+                found.prefix_key = prefix_key(usable, block_size);
+                found.fresh_key = fresh_key(usable, &held);
             }
             let alike: Vec<_> = fleet
                 .engines()

@@ -135,6 +135,7 @@ impl Ownership {
                 applied_seq = 0;
                 restored.incomplete += 1;
             }
+            let groups = registration.groups.clone();
             let entry = match registry.restore(registration, applied_seq, now) {
                 Ok(entry) => entry,
                 Err(error) => {
@@ -142,14 +143,14 @@ impl Ownership {
                     continue;
                 }
             };
-            let mut by_tiers: BTreeMap<u8, Vec<BlockHash>> = BTreeMap::new();
-            for (hash, tiers) in buckets.into_iter().flatten() {
-                by_tiers.entry(tiers.bits()).or_default().push(hash);
+            let mut by_place: BTreeMap<(u16, Tiers), Vec<BlockHash>> = BTreeMap::new();
+            for (hash, group, tiers) in buckets.into_iter().flatten() {
+                by_place.entry((group, tiers)).or_default().push(hash);
             }
-            let stored = index.open(entry.slot, epoch).and_then(|()| {
-                by_tiers.iter().try_for_each(|(tiers, hashes)| {
-                    let holder = Holder::new(entry.slot, epoch);
-                    index.store(holder, Tiers::from_bits(*tiers), Run::loose(hashes)).map(drop)
+            let stored = index.open_groups(entry.slot, epoch, &groups).and_then(|()| {
+                by_place.iter().try_for_each(|((group, tiers), hashes)| {
+                    let holder = Holder::new(entry.slot, epoch).group(*group);
+                    index.store(holder, *tiers, Run::loose(hashes)).map(drop)
                 })
             });
             if let Err(error) = stored {
@@ -229,7 +230,7 @@ impl Ownership {
         let mut bytes = 0;
         let mut left: Vec<Slot> = engines.keys().copied().rev().collect();
         while !left.is_empty() {
-            let mut parts: BTreeMap<(Slot, u8), Vec<(BlockHash, Tiers)>> = BTreeMap::new();
+            let mut parts: BTreeMap<(Slot, u8), Vec<record::Stored>> = BTreeMap::new();
             let (mut gathered, mut blocks) = (Vec::new(), 0);
             while let Some(slot) = left.pop_if(|slot| {
                 blocks += index.blocks_of(*slot);
@@ -241,7 +242,7 @@ impl Ownership {
             }
             for (holder, hash, tiers) in index.export(|slot| gathered.binary_search(&slot).is_ok()) {
                 if let Some(part) = parts.get_mut(&(holder.slot, bucket_of(&hash))) {
-                    part.push((hash, tiers));
+                    part.push((hash, holder.group, tiers));
                 }
             }
             for ((slot, bucket), mut blocks) in parts {

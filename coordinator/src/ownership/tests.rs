@@ -37,9 +37,9 @@ impl Fixture {
     fn register(&self, message: v1::Register) -> crate::registry::Registered {
         let (commands, _) = mpsc::channel(4);
         let registration = Registration::check(message).unwrap();
-        let epoch = registration.epoch;
+        let (epoch, groups) = (registration.epoch, registration.groups.clone());
         let registered = self.registry.register(registration, commands, Instant::now()).unwrap();
-        self.index.open(registered.entry.slot, epoch).unwrap();
+        self.index.open_groups(registered.entry.slot, epoch, &groups).unwrap();
         self.ownership.mark_all(&registered.entry);
         registered
     }
@@ -129,6 +129,39 @@ async fn an_embedded_store_survives_a_restart() {
 }
 
 #[tokio::test]
+async fn cache_groups_survive_a_restart() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("c.redb");
+    let group = |attention: v1::Attention, window| v1::CacheGroup {
+        attention: attention.into(),
+        window,
+        block_size: 16,
+    };
+    let groups = vec![group(v1::Attention::Full, 0), group(v1::Attention::SlidingWindow, 40)];
+    let before = Fixture::new(boxed(Embedded::open(&path).unwrap()));
+    let entry = before.register(v1::Register { groups: groups.clone(), ..register("e0", 1) }).entry;
+    let blocks: Vec<BlockHash> = (0..10).map(hash).collect();
+    let holder = Holder::new(entry.slot, Epoch(1));
+    before.index.store(holder, Tier::Gpu, Run::loose(&blocks)).unwrap();
+    before.index.store(holder.group(1), Tier::Gpu, Run::loose(&blocks[4..7])).unwrap();
+    before.ownership.mark_all(&entry);
+    entry.applied(3);
+    before.flush().await.unwrap();
+    assert_eq!(before.overlap("e0", 0..10), 7);
+    drop(before);
+
+    let after = Fixture::new(boxed(Embedded::open(&path).unwrap()));
+    assert_eq!(after.restore().await, Restored { engines: 1, blocks: 13, incomplete: 0 });
+    assert_eq!(after.overlap("e0", 0..10), 7);
+    let again = after.register(v1::Register { groups, last_event_seq: 3, ..register("e0", 1) });
+    assert_eq!((again.next_event_seq, again.emptied), (4, false));
+    // Without its groups the same engine is another one to the index.
+    let plain = after.register(v1::Register { last_event_seq: 3, ..register("e0", 1) });
+    assert_eq!((plain.next_event_seq, plain.emptied), (0, true));
+    assert_eq!(after.overlap("e0", 0..10), 0);
+}
+
+#[tokio::test]
 async fn etcd_survives_a_restart() {
     let etcd = EtcdProcess::start();
     survives_a_restart(async || boxed(etcd.connect().await)).await;
@@ -143,7 +176,7 @@ async fn buckets_of_another_epoch_are_not_taken_for_whole() {
     before.store(&entry, 3, 7, 0..100);
     before.flush().await.unwrap();
     let key = record::bucket_key(&entry.id, bucket_of(&hash(5)));
-    let other = record::encode_bucket(Epoch(2), &[(hash(5), Tiers::from(Tier::Gpu))]);
+    let other = record::encode_bucket(Epoch(2), &[(hash(5), 0, Tiers::from(Tier::Gpu))]);
     before.ownership.store.write(vec![(key, Some(other))]).await.unwrap();
     drop(before);
 

@@ -23,7 +23,7 @@ use tokio_util::sync::CancellationToken;
 
 #[cfg(test)]
 pub(crate) use self::registration::testing;
-pub use self::registration::{EngineUrl, Registration, RegistrationError};
+pub use self::registration::{EngineUrl, MAX_GROUPS, Registration, RegistrationError};
 use crate::dispatch::Upstream;
 
 /// Commands that may wait for a session's stream.
@@ -333,8 +333,11 @@ impl Registry {
                     live.gone.cancel();
                     *entry.speed.lock().expect(POISON) = SpeedEstimate::default();
                 }
-                // An agent that lost count under the same epoch starts over as well.
-                let emptied = given > known || registration.message.last_event_seq < live.applied_seq;
+                // An agent that lost count under the same epoch starts over as well, and one that learnt of its engine's
+                // cache groups.
+                let emptied = given > known
+                    || registration.message.last_event_seq < live.applied_seq
+                    || registration.groups != live.registration.groups;
                 if emptied {
                     live.applied_seq = 0;
                 }

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use baton_coordinator_core::fleet::{EngineInfo, Role};
-use baton_coordinator_core::kv_index::Slot;
+use baton_coordinator_core::kv_index::{Attention, Group, Slot};
 use baton_proto::control::v1;
 use baton_proto::{EngineId, Epoch};
 use http::Uri;
@@ -18,6 +18,8 @@ const MAX_NAME: usize = 256;
 const MAX_TEXT: usize = 4096;
 /// Most tokens in a block.
 const MAX_BLOCK_SIZE: u32 = 1 << 16;
+/// Most cache groups of an engine.
+pub const MAX_GROUPS: usize = 32;
 
 /// A registration that is refused: names the field and the mend.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -82,6 +84,8 @@ pub struct Registration {
     pub epoch: Epoch,
     /// Where its server is.
     pub url: EngineUrl,
+    /// Its cache groups, at least one.
+    pub groups: Vec<Group>,
     role: Role,
 }
 
@@ -126,7 +130,8 @@ impl Registration {
             v1::Role::Prefill => Role::Prefill,
             v1::Role::Decode => Role::Decode,
         };
-        Ok(Self { engine_id, epoch: Epoch(message.epoch), url, role, message })
+        let groups = groups(&message).map_err(|problem| field("groups", problem))?;
+        Ok(Self { engine_id, epoch: Epoch(message.epoch), url, groups, role, message })
     }
 
     /// What the decision reads of it.
@@ -144,6 +149,31 @@ impl Registration {
             can_pull_cached: false,
         })
     }
+}
+
+/// The cache groups as the index counts them.
+fn groups(message: &v1::Register) -> Result<Vec<Group>, String> {
+    if message.groups.is_empty() {
+        return Ok(vec![Group::new(Attention::Full)]);
+    }
+    if message.groups.len() > MAX_GROUPS {
+        return Err(format!("{} groups: at most {MAX_GROUPS}", message.groups.len()));
+    }
+    let group = |(i, group): (usize, &v1::CacheGroup)| {
+        let size = group.block_size;
+        if size == 0 || size > MAX_BLOCK_SIZE || !size.is_multiple_of(message.block_size) {
+            return Err(format!("block_size {size} of group {i}: a multiple of {}", message.block_size));
+        }
+        let attention = match group.attention() {
+            v1::Attention::Full => Attention::Full,
+            v1::Attention::SlidingWindow if group.window > 0 => Attention::window(group.window, size),
+            v1::Attention::SlidingWindow => return Err(format!("window of group {i}: at least 1")),
+            v1::Attention::State => Attention::State,
+            v1::Attention::Unspecified => return Err(format!("attention of group {i}: not known here")),
+        };
+        Ok(Group { attention, stride: size / message.block_size })
+    };
+    message.groups.iter().enumerate().map(group).collect()
 }
 
 #[cfg(test)]
@@ -165,6 +195,7 @@ pub(crate) mod testing {
             layout: "l".into(),
             last_event_seq: 0,
             version: "1".into(),
+            groups: Vec::new(),
         }
     }
 }
@@ -177,7 +208,38 @@ mod tests {
     #[test]
     fn fields_are_checked_by_name() {
         type Change = fn(&mut v1::Register);
-        let cases: [(&str, Change); 9] = [
+        let group = |attention: v1::Attention, window, block_size| v1::CacheGroup {
+            attention: attention.into(),
+            window,
+            block_size,
+        };
+        let mut hybrid = register("e0", 1);
+        hybrid.groups = vec![
+            group(v1::Attention::SlidingWindow, 100, 16),
+            group(v1::Attention::Full, 0, 32),
+            group(v1::Attention::State, 0, 16),
+        ];
+        assert_eq!(
+            Registration::check(hybrid).unwrap().groups,
+            [
+                Group::new(Attention::SlidingWindow { blocks: 7 }),
+                Group { attention: Attention::Full, stride: 2 },
+                Group::new(Attention::State),
+            ]
+        );
+        let cases: [(&str, Change); 13] = [
+            ("groups", |message| message.groups = vec![v1::CacheGroup::default(); 33]),
+            ("groups", |message| {
+                let attention = v1::Attention::Full.into();
+                message.groups = vec![v1::CacheGroup { attention, window: 0, block_size: 24 }];
+            }),
+            ("groups", |message| {
+                let attention = v1::Attention::SlidingWindow.into();
+                message.groups = vec![v1::CacheGroup { attention, window: 0, block_size: 16 }];
+            }),
+            ("groups", |message| {
+                message.groups = vec![v1::CacheGroup { attention: 9, window: 0, block_size: 16 }];
+            }),
             ("engine_id", |message| message.engine_id = "Coordinator".into()),
             ("engine_id", |message| message.engine_id = "coordinator".into()),
             ("models", |message| message.models.clear()),
@@ -193,7 +255,8 @@ mod tests {
             change(&mut message);
             assert_eq!(Registration::check(message).unwrap_err().field, field);
         }
-        assert!(Registration::check(register("e0", 1)).is_ok());
+        let plain = Registration::check(register("e0", 1)).unwrap();
+        assert_eq!(plain.groups, [Group::new(Attention::Full)]);
     }
 
     #[test]

@@ -45,6 +45,20 @@ async fn an_agent_that_lost_count_starts_over() {
 }
 
 #[tokio::test]
+async fn an_agent_that_learnt_of_cache_groups_starts_over() {
+    let (registry, now) = (registry(), Instant::now());
+    let entry = take(&registry, register("e0", 5), now).unwrap().entry;
+    entry.applied(10);
+    let group = v1::CacheGroup { attention: v1::Attention::State.into(), window: 0, block_size: 16 };
+    let hybrid = v1::Register { groups: vec![group], last_event_seq: 12, ..register("e0", 5) };
+    let registered = take(&registry, hybrid.clone(), now).unwrap();
+    assert_eq!((registered.next_event_seq, registered.emptied), (0, true));
+    entry.applied(12);
+    let again = take(&registry, hybrid, now).unwrap();
+    assert_eq!((again.next_event_seq, again.emptied), (13, false));
+}
+
+#[tokio::test]
 async fn a_gap_is_asked_for_once_and_mended_by_a_whole_batch() {
     let (registry, now) = (registry(), Instant::now());
     let entry = take(&registry, register("e0", 1), now).unwrap().entry;

@@ -41,6 +41,7 @@ pub fn register(id: &str, url: &str) -> v1::Register {
         can_transfer: true,
         layout: "same".to_owned(),
         last_event_seq: 0,
+        groups: Vec::new(),
         version: "test".to_owned(),
     }
 }
@@ -88,6 +89,7 @@ impl Agent {
             hashes: pack_hashes(stored),
             tier: v1::Tier::Gpu as i32,
             parent: Default::default(),
+            group: 0,
         };
         events.push(KvEvent { event: Some(Event::Stored(stored)) });
         self.say(Said::Events(v1::EventBatch { epoch, seq, events })).await;

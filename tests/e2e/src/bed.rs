@@ -1,7 +1,7 @@
 //! The fleet under test: two engines with agents, a plain one beside them as reference, the coordinator, etcd.
 
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
@@ -23,6 +23,8 @@ pub struct Scale {
     pub fault_tokens: usize,
     /// Tokens generated for each answer that is compared.
     pub answer_tokens: u32,
+    /// Requests for which the index is compared with the engine.
+    pub index_cases: usize,
     /// Repetitions of a timed comparison.
     pub rounds: usize,
     /// How long to wait for something that has to happen soon.
@@ -37,6 +39,10 @@ pub struct Bed {
     pub scale: Scale,
     /// Source of fresh prompts.
     pub prompts: Prompts,
+    /// A model of which some layers see a window only, for vLLM.
+    pub hybrid_model: Option<PathBuf>,
+    /// The folder in which the scenario `index` keeps engines' KV events.
+    pub record: Option<PathBuf>,
     next_transfer: u64,
 }
 
@@ -99,7 +105,14 @@ impl Bed {
         let fits = spec.engines.len() == 3 && spec.engines.iter().map(|e| e.agent).eq([true, true, false]);
         ensure!(fits, "the suite needs two engines with agents and a plain one");
         let fleet = Fleet::start(spec).await?;
-        let bed = Self { fleet, scale, prompts: Prompts::new(20), next_transfer: 1 };
+        let bed = Self {
+            fleet,
+            scale,
+            prompts: Prompts::new(20),
+            hybrid_model: None,
+            record: None,
+            next_transfer: 1,
+        };
         // The first request to an engine pays for what it sets up lazily.
         for i in [Self::PREFILL, Self::DECODE, Self::PLAIN] {
             Ask::completion(bed.model(), "Warm up.", 4).send(&bed.engine(i), &[]).await?;

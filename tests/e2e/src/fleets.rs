@@ -23,6 +23,7 @@ pub fn mock() -> (FleetSpec, Scale) {
         longest: 3000,
         fault_tokens: 1000,
         answer_tokens: 16,
+        index_cases: 120,
         rounds: 5,
         patience: Duration::from_secs(20),
     };
@@ -49,6 +50,7 @@ pub fn vllm(python: &Path, connector: &Path, model: PathBuf, name: &str, fast: b
         longest: 3000,
         fault_tokens: if fast { 1000 } else { 600 },
         answer_tokens: 16,
+        index_cases: 300,
         rounds: if fast { 5 } else { 3 },
         patience: Duration::from_secs(60),
     };

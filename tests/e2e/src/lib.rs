@@ -7,6 +7,7 @@
 //! | [`fleets`] | which fleets there are: mock engines, vLLM with either model |
 //! | [`ask`], [`legs`] | requests, whole and as the two legs of a handoff |
 //! | [`relay`], [`memory`] | ways to do harm: on the wire, and in an engine's memory |
+//! | [`traffic`], [`recording`] | conversations, and an engine's KV events under them |
 //! | [`audit`] | the agents' digests of what left and what arrived |
 //! | [`report`] | acceptance lines |
 
@@ -17,6 +18,8 @@ pub mod fleets;
 pub mod legs;
 pub mod memory;
 pub mod prompts;
+pub mod recording;
 pub mod relay;
 pub mod report;
 pub mod scenarios;
+pub mod traffic;

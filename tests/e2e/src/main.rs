@@ -36,6 +36,9 @@ struct Options {
     /// Not these scenarios, by name; a prefix will do. `ttft` compares times, which needs an idle machine.
     #[arg(long, num_args = 1..)]
     skip: Vec<String>,
+    /// Keep the KV events of the scenario `index` in this folder, as tests/e2e/fixtures has them.
+    #[arg(long)]
+    record: Option<PathBuf>,
     /// End in one JSON line: {line: {figure…, ok}}.
     #[arg(long)]
     json: bool,
@@ -69,6 +72,7 @@ async fn main() -> ExitCode {
 #[allow(clippy::print_stdout, reason = "the report is what this program is for")]
 async fn run(options: &Options) -> anyhow::Result<bool> {
     let scenarios = chosen(&options.only, &options.skip)?;
+    let mut hybrid_model = None;
     let (mut spec, scale) = match options.engine {
         Engine::Mock => fleets::mock(),
         Engine::Vllm => {
@@ -79,18 +83,23 @@ async fn run(options: &Options) -> anyhow::Result<bool> {
                 ModelName::Smollm2 => ("smollm2-float32", false),
                 ModelName::Random => ("random", true),
             };
-            let model = cache.join("models").join(dir);
-            ensure!(
-                model.join("config.json").exists(),
-                "{} has no model: start the suite with tests/e2e/run.sh",
-                model.display()
-            );
+            let [model, hybrid] = [dir, "hybrid"].map(|dir| cache.join("models").join(dir));
+            for model in [&model, &hybrid] {
+                ensure!(
+                    model.join("config.json").exists(),
+                    "{} has no model: start the suite with tests/e2e/run.sh",
+                    model.display()
+                );
+            }
+            hybrid_model = Some(hybrid);
             fleets::vllm(&python, &options.connector, model, dir, fast)
         }
     };
     spec.dir.clone_from(&options.dir);
     let started = Instant::now();
     let mut bed = Bed::start(spec, scale).await?;
+    bed.hybrid_model = hybrid_model;
+    bed.record.clone_from(&options.record);
     println!("fleet up after {:.0} s", started.elapsed().as_secs_f64());
 
     let mut report = Report::default();

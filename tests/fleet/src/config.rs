@@ -149,6 +149,8 @@ pub(crate) struct EngineInputs<'a> {
     pub(crate) served_name: &'a str,
     /// `None` for a plain engine.
     pub(crate) agent: Option<AgentSide<'a>>,
+    /// Whether it takes part in transfers.
+    pub(crate) connector: bool,
 }
 
 /// Where an engine and its agent meet.
@@ -196,6 +198,8 @@ pub(crate) fn vllm_args(vllm: &VllmEngine, inputs: &EngineInputs<'_>) -> Vec<Str
             "replay_endpoint": agent.events.replay,
         });
         args.flag("--kv-events-config", events);
+    }
+    if let Some(agent) = inputs.agent.filter(|_| inputs.connector) {
         let transfer = json!({
             "kv_connector": "BatonConnector",
             "kv_connector_module_path": "baton_connector.connector",
@@ -260,11 +264,21 @@ mod tests {
     fn a_plain_engine_is_told_of_no_agent() {
         let events = KvEvents { live: "ipc:///e".into(), replay: "ipc:///r".into() };
         let side = AgentSide { socket: "/s", events: &events };
-        let inputs = |agent| EngineInputs { port: 1, model: Path::new("/m"), served_name: "m", agent };
+        let inputs = |agent| EngineInputs {
+            port: 1,
+            model: Path::new("/m"),
+            served_name: "m",
+            agent,
+            connector: true,
+        };
         let vllm = VllmEngine::new("python3", "agent/connector");
         for args in [mock_args(&MockEngine::default(), &inputs(None)), vllm_args(&vllm, &inputs(None))] {
             assert!(!args.iter().any(|arg| arg.contains("kv") || arg.contains("socket")), "{args:?}");
         }
-        assert!(vllm_args(&vllm, &inputs(Some(side))).iter().any(|arg| arg.contains(r#""socket":"/s""#)));
+        let with = vllm_args(&vllm, &inputs(Some(side)));
+        assert!(with.iter().any(|arg| arg.contains(r#""socket":"/s""#)));
+        let without = vllm_args(&vllm, &EngineInputs { connector: false, ..inputs(Some(side)) });
+        assert!(without.iter().any(|arg| arg.contains("ipc:///e")));
+        assert!(!without.iter().any(|arg| arg.contains("/s")), "{without:?}");
     }
 }

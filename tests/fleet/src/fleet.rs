@@ -63,6 +63,7 @@ struct EngineSlot {
     ports: EnginePorts,
     engine: Slot,
     agent: Option<Slot>,
+    kv_events: String,
     /// The newest epoch that the coordinator was seen to know.
     epoch: u64,
 }
@@ -120,6 +121,7 @@ impl Fleet {
                 ports: layout.ports,
                 engine: Slot::new(layout.engine),
                 agent: layout.agent.map(Slot::new),
+                kv_events: layout.kv_events,
                 epoch: 0,
             })
             .collect();
@@ -182,6 +184,11 @@ impl Fleet {
     /// The ports of engine `i` and its agent.
     pub fn ports(&self, i: usize) -> &EnginePorts {
         &self.engines[i].ports
+    }
+
+    /// The ZMQ address at which an engine with an agent publishes its KV events.
+    pub fn kv_events(&self, i: usize) -> &str {
+        &self.engines[i].kv_events
     }
 
     /// A new client of the coordinator, without connections yet.
@@ -345,7 +352,7 @@ impl Fleet {
                 Some((_, registration)) if registration.epoch < slot.epoch => {
                     format!("registered under the old epoch {}", registration.epoch)
                 }
-                Some((_, registration)) if !registration.can_transfer => {
+                Some((_, registration)) if spec.connector && !registration.can_transfer => {
                     "its connector is not attached".into()
                 }
                 Some((status, _)) if !status.healthy => "not healthy".into(),

@@ -116,6 +116,8 @@ pub(crate) struct EngineLayout {
     pub(crate) ports: EnginePorts,
     pub(crate) engine: Job,
     pub(crate) agent: Option<Job>,
+    /// Where it publishes its KV events.
+    pub(crate) kv_events: String,
 }
 
 impl Layout {
@@ -211,6 +213,7 @@ impl EngineLayout {
             model,
             served_name: &spec.served_name,
             agent: engine.agent.then_some(AgentSide { socket: &socket, events: &events }),
+            connector: engine.connector,
         };
         let (program, args, env) = match &engine.kind {
             EngineKind::Mock(mock) => {
@@ -245,7 +248,7 @@ impl EngineLayout {
             }
         };
         let engine = files.job(format!("engine-{}", engine.id), program, args, env);
-        Ok(Self { ports, engine, agent })
+        Ok(Self { ports, engine, agent, kv_events: events.live })
     }
 }
 
@@ -263,7 +266,7 @@ fn check(spec: &FleetSpec) -> Result<(), FleetError> {
     }
     for engine in &spec.engines {
         match &engine.kind {
-            EngineKind::Vllm(vllm) if engine.agent && vllm.connector.is_none() => {
+            EngineKind::Vllm(vllm) if engine.agent && engine.connector && vllm.connector.is_none() => {
                 return Err(FleetError::Spec(format!(
                     "engine {} has an agent but no connector: name the directory of baton_connector",
                     engine.id

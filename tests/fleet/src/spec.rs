@@ -121,6 +121,9 @@ pub struct EngineSpec {
     pub kind: EngineKind,
     /// Whether an agent runs beside it. Without one the engine is plain: no connector, unknown to the coordinator.
     pub agent: bool,
+    /// Whether a vLLM engine with an agent gets Baton's connector. Without it, it serves and tells what it caches, and
+    /// takes part in no transfer.
+    pub connector: bool,
     /// UDP port of the agent's transfer endpoint on 127.0.0.1; a free one where not given.
     pub transfer_port: Option<u16>,
     /// `host:port` under which other agents are to reach it, such as a relay's; the endpoint itself where
@@ -149,6 +152,7 @@ impl EngineSpec {
             role: Role::Both,
             kind,
             agent: true,
+            connector: true,
             transfer_port: None,
             advertise: None,
             agent_config: toml::Table::new(),
@@ -158,6 +162,11 @@ impl EngineSpec {
     /// The same engine in that role.
     pub fn role(self, role: Role) -> Self {
         Self { role, ..self }
+    }
+
+    /// The same engine with an agent and without connector; for vLLM only.
+    pub fn without_connector(self) -> Self {
+        Self { connector: false, ..self }
     }
 
     /// The same engine without agent and connector.

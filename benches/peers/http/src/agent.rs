@@ -86,6 +86,7 @@ impl Agent {
             can_transfer: false,
             layout: String::new(),
             last_event_seq: 0,
+            groups: Vec::new(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
         };
         said.send(v1::AgentMessage { message: Some(Said::Register(register)) }).await?;
@@ -108,7 +109,11 @@ impl Agent {
     /// Says that the engine holds these blocks, and waits until the coordinator has them.
     pub async fn stored(&mut self, hashes: &[BlockHash]) -> Result<()> {
         self.seq += 1;
-        let stored = v1::BlocksStored { hashes: pack_hashes(hashes), tier: v1::Tier::Gpu as i32 };
+        let stored = v1::BlocksStored {
+            hashes: pack_hashes(hashes),
+            tier: v1::Tier::Gpu as i32,
+            ..Default::default()
+        };
         let mut events = vec![KvEvent { event: Some(Event::Stored(stored)) }];
         if self.seq == 1 {
             events.insert(0, KvEvent { event: Some(Event::Cleared(v1::Cleared {})) });

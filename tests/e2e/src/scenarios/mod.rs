@@ -2,6 +2,7 @@
 
 mod faults;
 mod identity;
+mod index;
 mod openai;
 mod second_turn;
 mod store;
@@ -20,6 +21,8 @@ pub enum Scenario {
     Ttft,
     /// The second turn of a conversation hits where it is sent.
     SecondTurn,
+    /// What the index says is cached is what the engine finds cached.
+    Index,
     /// Token ids equal the engine's.
     Tokens,
     /// Errors, events, parameters and disconnects.
@@ -42,10 +45,11 @@ pub enum Scenario {
 
 impl Scenario {
     /// All of them, in order: the ones that break something come last.
-    pub const ALL: [Scenario; 12] = [
+    pub const ALL: [Scenario; 13] = [
         Scenario::Identity,
         Scenario::Ttft,
         Scenario::SecondTurn,
+        Scenario::Index,
         Scenario::Tokens,
         Scenario::OpenAi,
         Scenario::WireFlip,
@@ -63,6 +67,7 @@ impl Scenario {
             Scenario::Identity => "identity",
             Scenario::Ttft => "ttft",
             Scenario::SecondTurn => "second_turn",
+            Scenario::Index => "index",
             Scenario::Tokens => "tokens",
             Scenario::OpenAi => "http",
             Scenario::AgentKilled => "fault.agent_killed",
@@ -81,6 +86,7 @@ impl Scenario {
             Scenario::Identity => identity::run(bed).await,
             Scenario::Ttft => ttft::run(bed).await,
             Scenario::SecondTurn => second_turn::run(bed).await,
+            Scenario::Index => index::run(bed).await,
             Scenario::Tokens => tokens::run(bed).await,
             Scenario::OpenAi => openai::run(bed).await,
             Scenario::AgentKilled => faults::agent_killed(bed).await,
