@@ -70,7 +70,8 @@ struct Live {
     /// Sequences that decoded on the prefill engine when it was placed, and their tokens of context.
     beside: (u64, u64),
     prefill: Option<PrefillReservation>,
-    decode: Option<DecodeReservation>,
+    /// Ends with the request.
+    _decode: DecodeReservation,
     transfer: Option<TransferReservation>,
     first_token: Option<FirstToken>,
 }
@@ -296,7 +297,7 @@ impl Placer for Production {
             prefill: Some(
                 load(plan.prefill()).reserve_prefill(chosen.uncached_tokens, chosen.prefill_seconds),
             ),
-            decode: Some(load(plan.decode()).reserve_decode(u64::from(request.prompt_tokens))),
+            _decode: load(plan.decode()).reserve_decode(u64::from(request.prompt_tokens)),
             transfer,
             first_token: None,
         };
