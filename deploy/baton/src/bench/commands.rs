@@ -259,12 +259,14 @@ pub(super) fn capacity(arguments: &Capacity, stop: &AtomicBool) -> anyhow::Resul
     let found = capacities(&output.bench(place.speeds()), &fleet, &modes, &workload, *rate)?;
     let bound = bound_of(&fleet, &workload, *rate)?;
     let most = bound.most_goodput(search::ATTAINMENT);
+    let over_time =
+        |found: &search::Capacity| found.run.as_ref().map_or(0.0, |run| run.report.goodput_per_second);
     let row = |(mode, found): &(Mode, search::Capacity)| {
         vec![
             mode.to_string(),
             format!("{:.3}", found.rate),
             format!("{:.2}", found.goodput()),
-            format!("{:.1} %", 100.0 * (1.0 - found.goodput() / most)),
+            format!("{:.1} %", 100.0 * (1.0 - over_time(found) / most)),
             found
                 .run
                 .as_ref()

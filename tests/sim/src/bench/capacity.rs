@@ -40,12 +40,14 @@ pub struct Capacity {
     pub run: Option<Run>,
     /// All rates that were tried, in order.
     pub probes: Vec<Probe>,
+    /// What a rate of 1 offers ([`Workload::offered_per_second`]).
+    offered_per_second: f64,
 }
 
 impl Capacity {
-    /// Requests within both SLOs, per second, at the highest rate that keeps them.
+    /// Requests within both SLOs at that rate, per second of the time in which sessions begin: what is offered at that rate, times the share within.
     pub fn goodput(&self) -> f64 {
-        self.run.as_ref().map_or(0.0, |run| run.report.goodput_per_second)
+        self.run.as_ref().map_or(0.0, |run| self.rate * self.offered_per_second * run.report.attainment)
     }
 }
 
@@ -66,8 +68,13 @@ pub fn capacity(
     guess: f64,
     precision: f64,
 ) -> Result<Capacity, BenchError> {
+    let workload = &workload
+        .clone()
+        .recorded()
+        .map_err(|error| BenchError::Workload { workload: workload.to_string(), error })?;
     let most_missed = may_miss(workload);
-    let mut found = Capacity { rate: 0.0, run: None, probes: Vec::new() };
+    let offered_per_second = workload.offered_per_second().unwrap_or(0.0);
+    let mut found = Capacity { rate: 0.0, run: None, probes: Vec::new(), offered_per_second };
     let mut keeps = |rate: f64| -> Result<bool, BenchError> {
         let run = bench.run_within(fleet, mode, workload, rate, most_missed)?;
         // A run that was given up has requests under way.

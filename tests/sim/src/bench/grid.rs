@@ -35,8 +35,6 @@ pub struct Cell {
     pub adaptive_goodput: f64,
     /// Adaptive's over the best static mode's; 0 where neither mode keeps the SLOs at any rate.
     pub ratio: f64,
-    /// No policy reaches more ([`oracle::Bound::most_goodput`]).
-    pub most_goodput: f64,
     /// Where adaptive loses: what it does at the static mode's highest rate.
     pub reason: Option<String>,
 }
@@ -131,7 +129,7 @@ impl Grid {
             for mode in Mode::usual(fleet.len() as u32) {
                 items.push(Item { workload, fleet: fleet.clone(), mode, guess, cell });
             }
-            cells.push((workload, fleet, most));
+            cells.push((workload, fleet));
         }
         let work = |item: &Item<'_>| {
             capacity(bench, &item.fleet, &item.mode, item.workload, item.guess, PRECISION)
@@ -139,11 +137,11 @@ impl Grid {
         };
         let found: Vec<Option<(usize, Mode, Capacity)>> = bench.all(&items, work, &|_| done())?;
         let mut table = Vec::new();
-        for (at, (workload, fleet, most)) in cells.into_iter().enumerate() {
+        for (at, (workload, fleet)) in cells.into_iter().enumerate() {
             let of_cell: Vec<&(usize, Mode, Capacity)> =
                 found.iter().flatten().filter(|found| found.0 == at).collect();
             if of_cell.len() == Mode::usual(fleet.len() as u32).len() {
-                table.push(cell(bench, workload, &fleet, most, &of_cell)?);
+                table.push(cell(bench, workload, &fleet, &of_cell)?);
             }
         }
         Ok(table)
@@ -154,18 +152,17 @@ impl Grid {
         let score = score(cells);
         page.section("Adaptive beside the best static mode");
         page.text(&format!(
-            "Goodput at capacity: requests per second within both SLOs at the highest rate at which 90 % of all are. {} cells; adaptive is above {WON}x \
+            "Goodput at capacity: requests within both SLOs per second in which sessions begin, at the highest rate at which 90 % of all are. {} cells; adaptive is above {WON}x \
              the best static mode in {}, below {LOST}x in {}.",
             score.cells, score.won, score.lost
         ));
-        page.note("The bound is what no policy exceeds (see the section on the oracle); it is not tight.");
         let rows: Vec<Vec<String>> = cells.iter().map(row).collect();
         page.table(&HEAD, &rows);
     }
 }
 
 /// The head of [`row`]s.
-pub const HEAD: [&str; 10] = [
+pub const HEAD: [&str; 9] = [
     "trace",
     "<fleet",
     "Gbit/s",
@@ -174,7 +171,6 @@ pub const HEAD: [&str; 10] = [
     "its goodput",
     "adaptive",
     "ratio",
-    "bound",
     "<reason, where adaptive loses",
 ];
 
@@ -191,7 +187,6 @@ pub fn row(cell: &Cell) -> Vec<String> {
         figure(cell.static_goodput),
         figure(cell.adaptive_goodput),
         if cell.static_goodput > 0.0 { format!("{:.3}", cell.ratio) } else { "–".to_owned() },
-        figure(cell.most_goodput),
         match (&cell.reason, cell.static_goodput.max(cell.adaptive_goodput) > 0.0) {
             (Some(reason), _) => reason.clone(),
             (None, true) => String::new(),
@@ -204,7 +199,6 @@ fn cell(
     bench: &Bench<'_>,
     workload: &Workload,
     fleet: &Fleet,
-    most: f64,
     found: &[&(usize, Mode, Capacity)],
 ) -> Result<Cell, BenchError> {
     let mut cell = Cell {
@@ -216,7 +210,6 @@ fn cell(
         static_goodput: 0.0,
         adaptive_goodput: 0.0,
         ratio: 0.0,
-        most_goodput: most,
         reason: None,
     };
     let mut best: Option<(&Mode, &Capacity)> = None;

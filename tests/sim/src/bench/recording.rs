@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use crate::trace::{Arrival, Rows, Source, When};
-use crate::{Nanos, mix};
+use crate::{Nanos, mix, seconds};
 
 /// All requests of a source. Memory: the source's blocks, 8 bytes each, and about 100 bytes a request.
 #[derive(Clone, Debug, Default)]
@@ -16,10 +16,10 @@ pub struct Recording {
 }
 
 impl Recording {
-    /// Reads a source to its end.
-    pub fn read(source: &mut dyn Source) -> Self {
+    /// Reads a source to its end, or until there are so many requests; sessions are whole.
+    pub fn read(source: &mut dyn Source, most: u64) -> Self {
         let (mut chains, mut requests) = (Vec::new(), 0);
-        while let Some(first) = source.open() {
+        while let Some(first) = if requests < most { source.open() } else { None } {
             let session = first.session;
             let mut chain = vec![first];
             while let Some(next) = session.and_then(|session| source.follow(session)) {
@@ -36,6 +36,16 @@ impl Recording {
         self.requests
     }
 
+    /// Requests per second of the time in which sessions begin.
+    pub fn per_second(&self) -> f64 {
+        self.requests as f64 / seconds(self.span()).max(1e-9)
+    }
+
+    /// When the last session begins.
+    fn span(&self) -> Nanos {
+        self.chains.iter().map(|chain| Self::opens_at(chain)).max().unwrap_or(0)
+    }
+
     fn opens_at(chain: &[Arrival]) -> Nanos {
         match chain[0].when {
             When::At(at) | When::After(at) => at,
@@ -45,7 +55,7 @@ impl Recording {
     /// So many copies (at least one), spread evenly over the time in which the recording's sessions begin. Contents of different copies have nothing in common.
     pub fn replay(self: &Arc<Self>, copies: u32) -> Replay {
         let copies = u64::from(copies.max(1));
-        let span = self.chains.iter().map(|chain| Self::opens_at(chain)).max().unwrap_or(0);
+        let span = self.span();
         let mut order: Vec<(Nanos, u32, u32)> = Vec::with_capacity(self.chains.len() * copies as usize);
         for copy in 0..copies {
             let shift = (u128::from(span) * u128::from(copy) / u128::from(copies)) as Nanos;
@@ -132,7 +142,7 @@ mod tests {
     #[test]
     fn one_copy_is_the_recording_and_more_share_nothing() {
         let source = || First::new(Generator::new(Shape::mix(), 1.0, 16, 3), 200);
-        let recording = Arc::new(Recording::read(&mut source()));
+        let recording = Arc::new(Recording::read(&mut source(), u64::MAX));
         assert_eq!(recording.requests(), 200);
         let (once, original) = (all(&mut recording.replay(1)), all(&mut source()));
         let plain = |arrivals: &[Arrival]| -> Vec<_> {

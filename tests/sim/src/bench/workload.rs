@@ -72,6 +72,8 @@ pub struct Workload {
     copies: u32,
     block_tokens: u32,
     seed: u64,
+    /// Of what is recorded.
+    rate_unit: &'static str,
 }
 
 /// Requests of a generated workload where nobody says how many.
@@ -103,6 +105,7 @@ impl Workload {
             copies: 1,
             block_tokens,
             seed,
+            rate_unit: "",
         }
     }
 
@@ -110,7 +113,7 @@ impl Workload {
     pub fn file(path: &Path, format: Format, block_tokens: u32, seed: u64) -> Self {
         let name = path.file_stem().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
         let origin = Origin::File(path.to_owned(), format);
-        Self { name, origin, requests: None, copies: 1, block_tokens, seed }
+        Self { name, origin, requests: None, copies: 1, block_tokens, seed, rate_unit: "" }
     }
 
     /// With at most so many requests.
@@ -131,16 +134,34 @@ impl Workload {
         self.recorded()
     }
 
-    /// The same, read into memory, so that it need not be read again for each run.
+    /// The same in memory, so that it need not be read again for each run. What is limited to a number of requests then ends with the session
+    /// that reaches it: all sessions are whole, and whatever the rate, the requests are the same.
     ///
     /// # Errors
     /// The file cannot be read.
     pub fn recorded(mut self) -> io::Result<Self> {
-        if let Origin::File(path, format) = &self.origin {
-            let recording = Recording::read(&mut *self.read(path, *format)?);
-            self.origin = Origin::Recorded(Arc::new(recording));
-        }
+        let most = self.requests.unwrap_or(u64::MAX);
+        let recording = match &self.origin {
+            Origin::Recorded(_) => return Ok(self),
+            Origin::File(path, format) => Recording::read(&mut *self.read(path, *format)?, most),
+            Origin::Generated(shapes) => {
+                let mut sessions = Generator::new(shapes.clone(), 1.0, self.block_tokens, self.seed);
+                Recording::read(&mut sessions, most)
+            }
+        };
+        self.rate_unit = self.rate_unit();
+        self.origin = Origin::Recorded(Arc::new(recording));
+        self.requests = None;
         Ok(self)
+    }
+
+    /// Requests per second that it offers at a rate of 1: of the time in which its sessions begin. Of one that is not
+    /// [recorded](Workload::recorded) it is not known.
+    pub fn offered_per_second(&self) -> Option<f64> {
+        match &self.origin {
+            Origin::Recorded(recording) => Some(recording.per_second() * f64::from(self.copies)),
+            Origin::Generated(_) | Origin::File(..) => None,
+        }
     }
 
     /// Its name in reports: of a generated one as given, of a trace its file's.
@@ -169,7 +190,8 @@ impl Workload {
     pub fn rate_unit(&self) -> &'static str {
         match self.origin {
             Origin::Generated(_) => "sessions/s",
-            Origin::File(..) | Origin::Recorded(_) => "x recorded",
+            Origin::File(..) => "x recorded",
+            Origin::Recorded(_) => self.rate_unit,
         }
     }
 
