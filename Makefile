@@ -4,7 +4,8 @@ SHELL := /bin/bash
 CARGO ?= cargo
 json = $(if $(JSON),--json)
 
-.PHONY: help setup build demo up test lint e2e e2e-fast e2e-random record-events bench bench-transfer bench-placement
+.PHONY: help setup build demo up test lint e2e e2e-fast e2e-random record-events
+.PHONY: bench bench-overhead bench-transfer bench-placement
 .PHONY: peers-handoff peers-http peers-index
 
 help: ## this list
@@ -43,7 +44,11 @@ e2e-random: build ## acceptance suite on real vLLM with a small random-weight mo
 record-events: build ## record real vLLM's KV events anew, for the tests that replay them (tests/e2e/fixtures)
 	tests/e2e/run.sh random --only index --record tests/e2e/fixtures
 
-bench: setup ## what tokenising and proxying add to TTFT
+bench: setup ## simulated fleets side by side, as target/bench/report.html; TRACE=path FORMAT=mooncake|azure|sessions|multiturn, FLEET=file
+	$(CARGO) build --release -p baton
+	target/release/baton bench report $(if $(TRACE),--trace "$(TRACE)") $(if $(FORMAT),--format $(FORMAT)) $(if $(FLEET),--fleet "$(FLEET)") $(json)
+
+bench-overhead: setup ## what tokenising and proxying add to TTFT
 	$(CARGO) build --release -p baton-bench-overhead -p baton-coordinator -p baton-agent -p baton-mock-engine
 	target/release/baton-bench-overhead $(json)
 

@@ -4,6 +4,7 @@
 //! looks into a running one. Results go to standard output, progress and errors to standard error.
 #![allow(clippy::print_stdout)]
 
+mod bench;
 mod certs;
 mod demo;
 mod explain;
@@ -41,6 +42,9 @@ enum Command {
     Explain(explain::Arguments),
     /// Replay decisions that a coordinator wrote down
     Route(route::Arguments),
+    /// Simulate fleets on traces: co-located, disaggregated and adaptive side by side
+    #[command(subcommand)]
+    Bench(bench::Command),
 }
 
 fn main() -> ExitCode {
@@ -71,5 +75,6 @@ async fn run(command: Command) -> anyhow::Result<()> {
         Command::Fleet(arguments) => fleet::run(arguments).await,
         Command::Explain(arguments) => explain::run(arguments).await,
         Command::Route(arguments) => route::run(&arguments),
+        Command::Bench(command) => bench::run(command).await,
     }
 }

@@ -132,3 +132,48 @@ fn nothing_outlives_a_killed_up() {
     assert!(!up.signal(Signal::KILL).success());
     wait_until_unused(dir.path());
 }
+
+#[test]
+fn a_bench_says_what_was_run_and_repeats_to_the_byte() {
+    let dir = tempfile::tempdir().unwrap();
+    let html = dir.path().join("report.html").display().to_string();
+    let args =
+        ["bench", "compare", "--trace", "agent", "--requests", "120", "--policy", "colocated,4P4D,adaptive"];
+    let args = [&args[..], &["--rate", "0.5,1", "--seed", "7", "--json", "--html", &html]].concat();
+    let (first, report) = (baton(&args), fs::read(&html).unwrap());
+    assert!(first.status.success(), "{first:?}");
+    let json: serde_json::Value = serde_json::from_slice(&first.stdout).unwrap();
+    assert_eq!((json["seed"].as_u64(), json["version"].as_str()), (Some(7), Some(env!("CARGO_PKG_VERSION"))));
+    assert!(json["command"].as_str().unwrap().starts_with("baton bench compare --trace agent"));
+    assert_eq!(json["results"].as_array().unwrap().len(), 6);
+    assert_eq!(json["results"][0]["report"]["finished"], 120);
+    let again = baton(&[&args[..], &["--threads", "1"]].concat());
+    let mut other: serde_json::Value = serde_json::from_slice(&again.stdout).unwrap();
+    other["command"] = json["command"].clone();
+    assert_eq!(other, json);
+    let same = |bytes: &[u8]| String::from_utf8_lossy(bytes).replace(" --threads 1", "");
+    assert_eq!(same(&fs::read(&html).unwrap()), same(&report));
+    assert!(!same(&report).contains("<script") && same(&report).contains("<svg"));
+}
+
+#[test]
+fn a_bench_reports_malformed_rows_and_what_it_cannot_do() {
+    let dir = tempfile::tempdir().unwrap();
+    let trace = dir.path().join("trace.csv");
+    fs::write(&trace, "TIMESTAMP,ContextTokens,GeneratedTokens\n2024-01-01 00:00:00,500,10\nnever,1,1\n")
+        .unwrap();
+    let trace = trace.display().to_string();
+    let replay = |more: &[&str]| baton(&[&["bench", "replay", "--trace", &trace, "--json"], more].concat());
+    let good = replay(&["--format", "azure"]);
+    let json: serde_json::Value = serde_json::from_slice(&good.stdout).unwrap();
+    assert_eq!(
+        (json["report"]["finished"].as_u64(), json["report"]["rows"]["bad"].as_u64()),
+        (Some(1), Some(1))
+    );
+    assert!(String::from_utf8_lossy(&good.stderr).contains("line 3: TIMESTAMP"), "{good:?}");
+    let message = |output: Output| String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(message(replay(&[])).contains("--format"));
+    assert!(message(replay(&["--format", "azure", "--policy", "best"])).contains("adaptive"));
+    assert!(message(replay(&["--format", "azure", "--policy", "1P1D"])).contains("the fleet has 8"));
+    assert!(message(replay(&["--format", "azure", "--gbit", "-1"])).contains("--gbit"));
+}

@@ -70,6 +70,7 @@ struct Live {
     /// Sequences that decoded on the prefill engine when it was placed, and their tokens of context.
     beside: (u64, u64),
     prefill: Option<PrefillReservation>,
+    /// Ends with the request.
     _decode: DecodeReservation,
     transfer: Option<TransferReservation>,
     first_token: Option<FirstToken>,

@@ -10,8 +10,10 @@
 //! | [`link`] | transfers between hosts that share links fairly |
 //! | [`fleet`] | the file that describes engines and links |
 //! | [`decision`] | the coordinator's own decision, as a placer |
+//! | [`bench`] | what a bench is made of: workloads, modes, capacities, bounds, reports |
 //! | [`sim`] | the event loop, the [`sim::Placer`] that it asks, and what it measures |
 
+pub mod bench;
 pub mod decision;
 pub mod engine;
 pub mod fleet;

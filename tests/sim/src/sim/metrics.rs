@@ -113,9 +113,22 @@ impl Outcome {
 
     /// Whether it had both that it was promised.
     pub fn within(&self, slo: &Slo) -> bool {
-        let ms = |duration: Nanos| duration as f64 / MILLISECOND as f64;
-        ms(self.ttft) <= slo.ttft_ms && self.tpot().is_none_or(|tpot| ms(tpot) <= slo.tpot_ms)
+        self.first_token_within(slo) && self.tokens_within(slo)
     }
+
+    /// Whether its first token came in time.
+    pub fn first_token_within(&self, slo: &Slo) -> bool {
+        milliseconds(self.ttft) <= slo.ttft_ms
+    }
+
+    /// Whether its other tokens came fast enough.
+    pub fn tokens_within(&self, slo: &Slo) -> bool {
+        self.tpot().is_none_or(|tpot| milliseconds(tpot) <= slo.tpot_ms)
+    }
+}
+
+fn milliseconds(duration: Nanos) -> f64 {
+    duration as f64 / MILLISECOND as f64
 }
 
 /// How the fleet was doing at a time, over the interval before it.
@@ -179,6 +192,8 @@ pub(super) struct Metrics {
     pub(super) transfers: u64,
     finished: u64,
     within: u64,
+    late_first_token: u64,
+    slow_tokens: u64,
     prompt_tokens: u64,
     hit_tokens: u64,
     fetched_tokens: u64,
@@ -218,6 +233,8 @@ impl Metrics {
         self.end = now;
         self.finished += 1;
         self.within += u64::from(slo.is_none_or(|slo| outcome.within(slo)));
+        self.late_first_token += u64::from(slo.is_some_and(|slo| !outcome.first_token_within(slo)));
+        self.slow_tokens += u64::from(slo.is_some_and(|slo| !outcome.tokens_within(slo)));
         self.prompt_tokens += u64::from(outcome.prompt_tokens);
         self.hit_tokens += u64::from(outcome.hit_tokens);
         self.fetched_tokens += u64::from(outcome.fetched_tokens);
@@ -248,6 +265,8 @@ impl Metrics {
             requests_per_second: per_second(self.finished),
             goodput_per_second: per_second(self.within),
             attainment: share(self.within, self.requests),
+            late_first_token: self.late_first_token,
+            slow_tokens: self.slow_tokens,
             prompt_tokens: self.prompt_tokens,
             hit_tokens: self.hit_tokens,
             hit_rate: share(self.hit_tokens, self.prompt_tokens),
@@ -307,6 +326,10 @@ pub struct Report {
     pub goodput_per_second: f64,
     /// Requests served within both SLOs, as a share of those that arrived.
     pub attainment: f64,
+    /// Requests whose first token came too late.
+    pub late_first_token: u64,
+    /// Requests whose other tokens came too slowly.
+    pub slow_tokens: u64,
     /// Tokens of prompts.
     pub prompt_tokens: u64,
     /// Those that the engine that computed the prompt had cached.

@@ -1,0 +1,178 @@
+//! Benches: bounds bound, capacities are where they are said to be, and nothing depends on the number of threads.
+
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use baton_sim::bench::capacity::{ATTAINMENT, capacity};
+use baton_sim::bench::grid::{Grid, score};
+use baton_sim::bench::page::Page;
+use baton_sim::bench::sweep::Sweep;
+use baton_sim::bench::{Bench, BenchError, Mode, Workload, oracle, scenarios};
+use baton_sim::decision::Speeds;
+use baton_sim::fleet::Fleet;
+
+fn fleet() -> Fleet {
+    Fleet::parse(include_str!("../../../benches/fleets/8b-h100x8.toml")).expect("an example")
+}
+
+static RUNNING: AtomicBool = AtomicBool::new(false);
+
+fn bench(threads: usize) -> Bench<'static> {
+    Bench { speeds: Speeds::Learned, threads, stop: &RUNNING, progress: &|_| () }
+}
+
+fn workload(name: &str, requests: u64) -> Workload {
+    Workload::named(name, 64, 5).expect("a generated workload").with_requests(requests)
+}
+
+#[test]
+fn no_policy_is_better_than_the_bound() {
+    let modes = ["colocated", "adaptive", "4P4D", "naive@4P4D", "session_sticky", "random", "threshold@2P6D"];
+    for (name, rate) in [("mix", 1.0), ("chat", 4.0), ("agent", 0.3), ("documents", 1.0), ("documents", 0.01)]
+    {
+        let workload = workload(name, 600);
+        let bound =
+            oracle::bound(&fleet(), 64, &mut *workload.open(rate).expect("nothing is read from a disk"));
+        assert_eq!(bound.requests, 600);
+        for mode in modes {
+            let mode: Mode = mode.parse().expect("a mode");
+            let report = bench(1).run(&fleet(), &mode, &workload, rate).expect("it runs").report;
+            assert_eq!(report.finished, 600, "{name} {mode}");
+            assert!(
+                bound.ttft_ms <= report.ttft_ms.mean,
+                "{name} {mode}: {} {}",
+                bound.ttft_ms,
+                report.ttft_ms.mean
+            );
+            assert!(
+                bound.e2e_ms <= report.e2e_ms.mean,
+                "{name} {mode}: {} {}",
+                bound.e2e_ms,
+                report.e2e_ms.mean
+            );
+            assert!(
+                bound.hit_rate >= report.hit_rate,
+                "{name} {mode}: {} {}",
+                bound.hit_rate,
+                report.hit_rate
+            );
+            let most = bound.most_goodput(report.attainment);
+            assert!(report.goodput_per_second <= most, "{name} {mode}: {} {most}", report.goodput_per_second);
+        }
+    }
+}
+
+#[test]
+fn the_bound_is_reached_where_nobody_meets_anybody() {
+    // One request at a time, nothing in common: what the bound counts is all that happens.
+    let single = baton_sim::trace::Shape::single(
+        baton_sim::trace::Length::fixed(4000),
+        baton_sim::trace::Length::fixed(50),
+    );
+    let workload = Workload::generated("single", vec![single], 64, 1).with_requests(50);
+    let bound = oracle::bound(&fleet(), 64, &mut *workload.open(0.01).expect("generated"));
+    let report = bench(1).run(&fleet(), &Mode::COLOCATED, &workload, 0.01).expect("it runs").report;
+    assert!(
+        (report.ttft_ms.mean / bound.ttft_ms - 1.0).abs() < 1e-4,
+        "{} {}",
+        report.ttft_ms.mean,
+        bound.ttft_ms
+    );
+    assert!(
+        (report.e2e_ms.mean / bound.e2e_ms - 1.0).abs() < 1e-4,
+        "{} {}",
+        report.e2e_ms.mean,
+        bound.e2e_ms
+    );
+}
+
+#[test]
+fn a_capacity_is_the_highest_rate_that_keeps_the_slos() {
+    let workload = workload("chat", 1500).recorded().expect("generated");
+    let (mode, bench) = (Mode::COLOCATED, bench(1));
+    let found = capacity(&bench, &fleet(), &mode, &workload, 2.0, 0.02).expect("it runs");
+    let at = |rate| bench.run(&fleet(), &mode, &workload, rate).expect("it runs").report.attainment;
+    assert!(at(found.rate) >= ATTAINMENT && at(found.rate * 1.021) < ATTAINMENT, "{found:?}");
+    let run = found.run.as_ref().expect("a rate keeps them");
+    assert!(run.report.finished >= 1500 && run.report.attainment == at(found.rate));
+    assert!(found.probes.iter().all(|probe| probe.kept == (probe.rate <= found.rate)));
+    // Where it begins does not matter much.
+    let other = capacity(&bench, &fleet(), &mode, &workload, 100.0, 0.02).expect("it runs");
+    assert!((other.rate / found.rate - 1.0).abs() < 0.05, "{} {}", other.rate, found.rate);
+}
+
+#[test]
+fn slos_that_nothing_keeps_have_no_capacity() {
+    let mut fleet = fleet();
+    fleet.slo.as_mut().expect("the example has one").ttft_ms = 0.1;
+    let found =
+        capacity(&bench(1), &fleet, &Mode::ADAPTIVE, &workload("chat", 100), 1.0, 0.1).expect("it runs");
+    assert_eq!((found.rate, found.goodput(), found.run.is_none()), (0.0, 0.0, true));
+}
+
+#[test]
+fn reports_do_not_depend_on_threads() {
+    let html = |threads: usize| {
+        let mut page = Page::new("test");
+        let mut fleet = fleet();
+        fleet.links.choices = vec![25.0];
+        let done = AtomicUsize::new(0);
+        let count = || drop(done.fetch_add(1, Ordering::Relaxed));
+        let grid = Grid { workloads: vec![workload("agent", 150)], fleets: vec![fleet.clone()] };
+        let cells = grid.run(&bench(threads), &count).expect("it runs");
+        assert_eq!((cells.len(), score(&cells).cells, done.load(Ordering::Relaxed)), (1, 1, grid.len()));
+        assert!(cells[0].goodput.iter().all(|(_, goodput)| *goodput > 0.0));
+        Grid::show(&mut page, &cells);
+        let sweep = Sweep {
+            tokens: vec![2000],
+            hits: vec![0.0, 0.5],
+            gbit: vec![100.0],
+            output_tokens: 50,
+            requests: 100,
+            block_tokens: 64,
+            seed: 3,
+        };
+        let points = sweep
+            .run(&bench(threads), &fleet, &[Mode::COLOCATED, Mode::split(4, 4)], &count)
+            .expect("it runs");
+        assert!(points.iter().all(|point| point.split_over_colocated > 0.0), "{points:?}");
+        sweep.show(&mut page, &fleet, &points);
+        page.finish()
+    };
+    let one = html(1);
+    assert!(one.contains("<svg") && one.contains("co-located"));
+    assert_eq!(one, html(2));
+    assert_eq!(one, html(1));
+}
+
+#[test]
+fn every_set_up_can_run() {
+    for scenario in scenarios::all(&fleet(), 64, 1) {
+        assert!(scenario.ways() >= 3, "{}", scenario.name);
+    }
+}
+
+#[test]
+fn a_stopped_bench_keeps_what_was_done() {
+    let stop = AtomicBool::new(false);
+    let bench = Bench { speeds: Speeds::Known, threads: 1, stop: &stop, progress: &|_| () };
+    let modes = [Mode::COLOCATED, Mode::ADAPTIVE, Mode::split(4, 4)];
+    let work = |mode: &Mode| {
+        let run = bench.run(&fleet(), mode, &workload("chat", 100), 1.0);
+        stop.store(*mode == Mode::ADAPTIVE, Ordering::Relaxed);
+        run.map(|run| run.report.finished)
+    };
+    let found = bench.all(&modes, work, &|_| ()).expect("stopping is no error");
+    assert_eq!(found, [Some(100), Some(100), None]);
+    let stopped = bench.run(&fleet(), &Mode::COLOCATED, &workload("chat", 1000), 1.0);
+    assert!(matches!(stopped, Err(BenchError::Stopped)));
+}
+
+#[test]
+fn a_mode_that_the_fleet_cannot_run_is_said() {
+    let run = |mode: &str| {
+        let mode: Mode = mode.parse().expect("a mode");
+        bench(1).run(&fleet(), &mode, &workload("chat", 10), 1.0).expect_err("it cannot run").to_string()
+    };
+    assert!(run("3P4D").contains("the fleet has 8"));
+    assert!(run("naive").contains("naive@3P5D"));
+}
