@@ -164,6 +164,9 @@ pub(super) fn replay(arguments: &Replay, stop: &AtomicBool) -> anyhow::Result<()
     output.finish(page)
 }
 
+/// A mode, and what it did at each rate, in their order.
+pub(super) type AtRates = (Mode, Vec<(f64, Report)>);
+
 /// Runs all modes at all rates; those of the first rate in full.
 pub(super) fn runs(
     bench: &Bench<'_>,
@@ -171,7 +174,7 @@ pub(super) fn runs(
     modes: &[Mode],
     workload: &Workload,
     rates: &[f64],
-) -> anyhow::Result<(Vec<Compared>, Vec<(Mode, Vec<(f64, Report)>)>)> {
+) -> anyhow::Result<(Vec<Compared>, Vec<AtRates>)> {
     let items: Vec<(Mode, f64)> =
         rates.iter().flat_map(|rate| modes.iter().map(move |mode| (*mode, *rate))).collect();
     let bar = progress(items.len() as u64, "runs");
@@ -179,7 +182,7 @@ pub(super) fn runs(
     let found = bench.all(&items, work, &|_| bar.inc(1))?;
     bar.finish_and_clear();
     let mut first = Vec::new();
-    let mut all: Vec<(Mode, Vec<(f64, Report)>)> = modes.iter().map(|mode| (*mode, Vec::new())).collect();
+    let mut all: Vec<AtRates> = modes.iter().map(|mode| (*mode, Vec::new())).collect();
     for (at, (run, (mode, rate))) in found.into_iter().zip(&items).enumerate() {
         let Some(run) = run else { continue };
         all[at % modes.len()].1.push((*rate, run.report.clone()));
