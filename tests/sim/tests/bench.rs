@@ -116,7 +116,9 @@ fn reports_do_not_depend_on_threads() {
         let mut fleet = fleet();
         fleet.links.choices = vec![25.0];
         let done = AtomicUsize::new(0);
-        let count = || drop(done.fetch_add(1, Ordering::Relaxed));
+        let count = || {
+            done.fetch_add(1, Ordering::Relaxed);
+        };
         let grid = Grid { workloads: vec![workload("agent", 150)], fleets: vec![fleet.clone()] };
         let cells = grid.run(&bench(threads), &count).expect("it runs");
         assert_eq!((cells.len(), score(&cells).cells, done.load(Ordering::Relaxed)), (1, 1, grid.len()));
