@@ -49,9 +49,19 @@ impl Recording {
         rmp_serde::from_slice(&bytes).with_context(|| format!("{}: no recording", path.display()))
     }
 
-    /// Writes it. Returns its size in bytes.
+    /// Largest recording, in bytes.
+    pub const LARGEST: usize = 288 << 10;
+
+    /// Writes it, as far as it is not too large. Returns its size in bytes.
     pub fn write(&self, path: &Path) -> anyhow::Result<usize> {
-        let bytes = rmp_serde::to_vec(self)?;
+        let mut steps = Vec::new();
+        let mut left = Self::LARGEST;
+        for step in &self.steps {
+            let Some(rest) = left.checked_sub(rmp_serde::to_vec(step)?.len()) else { break };
+            left = rest;
+            steps.push(step.clone());
+        }
+        let bytes = rmp_serde::to_vec(&Self { steps, ..self.clone() })?;
         std::fs::write(path, &bytes).with_context(|| path.display().to_string())?;
         Ok(bytes.len())
     }

@@ -41,13 +41,13 @@ pub(super) async fn run(bed: &mut Bed) -> anyhow::Result<Vec<Line>> {
     let engine = EngineSpec::new("small", small(kind, BLOCKS));
     let plain = fleet(spec, engine, spec.model.clone(), &spec.served_name);
     let cases = bed.scale.index_cases;
-    let plan = Plan { blocks: BLOCKS, cases, record: record("full.events") };
+    let plan = Plan { blocks: BLOCKS, cases, keeps_all: true, record: record("full.events") };
     let mut lines = vec![differential("index.differential", plain, plan).await?];
     if let Some(model) = &bed.hybrid_model {
         // The connector takes models with one cache group only.
         let engine = EngineSpec::new("small", small(kind, HYBRID_BLOCKS)).without_connector();
         let hybrid = fleet(spec, engine, Model::Dir(model.clone()), "hybrid");
-        let plan = Plan { blocks: HYBRID_BLOCKS, cases, record: record("hybrid.events") };
+        let plan = Plan { blocks: HYBRID_BLOCKS, cases, keeps_all: false, record: record("hybrid.events") };
         lines.push(differential("index.differential_hybrid", hybrid, plan).await?);
     }
     Ok(lines)
@@ -59,6 +59,8 @@ struct Plan {
     blocks: u64,
     /// Requests that are compared.
     cases: usize,
+    /// Whether all that a request has computed stays cached until the next one comes.
+    keeps_all: bool,
     /// The recording to write.
     record: Option<PathBuf>,
 }
@@ -185,7 +187,7 @@ async fn compare(fleet: &Fleet, line: &mut Line, plan: &Plan) -> anyhow::Result<
             cached: answer.found,
         });
         traffic.answered(&turn, &answer.tokens);
-        unsettled += usize::from(!settle(fleet, &turn, &answer.tokens, block, true).await?);
+        unsettled += usize::from(!settle(fleet, &turn, &answer.tokens, block, plan.keeps_all).await?);
         batches += keep(&mut listener, &mut recording).await?;
     }
     let evicted = recording.steps.iter().any(|step| match step {
@@ -248,9 +250,9 @@ async fn ask(client: &baton_fleet::Client, model: &str, turn: &Turn) -> anyhow::
     Ok(Answered { expected, found, tokens })
 }
 
-/// Waits until the coordinator knows what the engine has done. Where the request was alone, its own blocks are the last ones
-/// that the engine cached, so the coordinator should know all of them; returns whether it does.
-async fn settle(fleet: &Fleet, turn: &Turn, answer: &[u32], block: u64, alone: bool) -> anyhow::Result<bool> {
+/// Waits until the coordinator knows what the engine has done. With `own`, the request's own blocks are the last ones that the
+/// engine cached, and the coordinator should know all of them; returns whether it does.
+async fn settle(fleet: &Fleet, turn: &Turn, answer: &[u32], block: u64, own: bool) -> anyhow::Result<bool> {
     const PATIENCE: Duration = Duration::from_secs(2);
     let deadline = Instant::now() + PATIENCE;
     let whole = Turn { tokens: [&turn.tokens[..], answer].concat(), ..turn.clone() };
@@ -272,7 +274,7 @@ async fn settle(fleet: &Fleet, turn: &Turn, answer: &[u32], block: u64, alone: b
         if since.elapsed() >= QUIET {
             let reply = client.post("/v1/route", &body(fleet.model(), &whole), &[]).await?.ok()?;
             let known = super::store::predicted_hit(&reply.json()?)?;
-            if !alone || known >= computed {
+            if !own || known >= computed {
                 return Ok(true);
             }
             if Instant::now() >= deadline {
