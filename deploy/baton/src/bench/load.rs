@@ -38,7 +38,7 @@ pub(crate) struct Place {
     #[arg(long, value_name = "FILE")]
     pub(crate) fleet: Option<PathBuf>,
     /// Width of hosts' network cards, instead of the fleet's own
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     pub(crate) gbit: Option<f64>,
     /// The decision knows the engines' speed from the start, instead of learning it from what it sees
     #[arg(long)]
