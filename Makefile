@@ -5,7 +5,7 @@ CARGO ?= cargo
 json = $(if $(JSON),--json)
 
 .PHONY: help setup build demo up test lint e2e e2e-fast e2e-random bench bench-transfer bench-placement
-.PHONY: peers-handoff peers-http peers-index
+.PHONY: kernels-check peers-handoff peers-http peers-index
 
 help: ## this list
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -25,6 +25,9 @@ up: build ## the same fleet, until Ctrl-C, with a curl line that works
 test: build ## unit, property, protocol and integration tests, and the end-to-end suite on mock engines
 	$(CARGO) test --workspace
 	scripts/python-tests.sh
+
+kernels-check: setup ## compile every CUDA kernel for sm_80, sm_90 and sm_100, and test their CPU reference; needs no GPU
+	scripts/kernels-check.sh
 
 lint: setup ## formatting, clippy, dependency rules
 	$(CARGO) fmt --all --check

@@ -1,11 +1,17 @@
 //! Reading and writing the KV blocks in an engine's memory. The only crate of Baton with unsafe code.
 //!
-//! [`BlockMemory`] is what the transfer needs of a memory; [`EngineMemory`] is the one for engines whose KV lies in
-//! host memory that they share by file descriptor. A memory on a GPU would be another implementation, with pinned
-//! host buffers between: `read` then hands out the buffers, and gives them back when the last `Bytes` is dropped.
+//! [`BlockMemory`] is what the transfer needs of a memory. [`EngineMemory`] is the one for engines whose KV lies in
+//! host memory that they share by file descriptor: its bytes are read and written where they lie. [`cuda::CudaMemory`] is
+//! the one for KV on an NVIDIA GPU, with pinned host buffers between.
+//!
+//! What the kernels in `*.cu` do is defined by [`reference`], and tested on both.
 
 mod bounds;
+pub mod cuda;
+mod heads;
 mod memory;
+mod plan;
+pub mod reference;
 mod storage;
 mod usage;
 
@@ -15,7 +21,9 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 pub use bounds::{LayoutError, MAX_PIECES};
+pub use heads::{CacheShape, Halves, Order, Share, Uneven, shares};
 pub use memory::{EngineMemory, MemoryError};
+pub use plan::Plan;
 
 /// Something that lives as long as bytes read from a memory do: its drop tells that no copy is in flight.
 pub type Guard = Arc<dyn Any + Send + Sync>;
@@ -35,6 +43,54 @@ pub trait BlockMemory: Send + Sync + 'static {
     /// alive until the last of the `Bytes` and of their clones and slices is dropped.
     fn read(self: Arc<Self>, block: u32, guard: Guard) -> Result<Vec<Bytes>, MemoryError>;
 
-    /// Writes `bytes` from `offset` within a block on.
+    /// Begins to read a block; the guard is kept as by [`Self::read`].
+    fn stage(self: Arc<Self>, block: u32, guard: Guard) -> Result<Staged, MemoryError> {
+        self.read(block, guard).map(Staged::ready)
+    }
+
+    /// How many blocks are worth staging ahead of the one that is read; 0 where reading costs nothing.
+    fn ahead(&self) -> usize {
+        0
+    }
+
+    /// Writes `bytes` from `offset` within a block on. They may be on their way until [`Self::flush`].
     fn write(&self, block: u32, offset: usize, bytes: &[u8]) -> Result<(), MemoryError>;
+
+    /// Ends what was written to these blocks: when it returns, all of it is in place, but for blocks that were not
+    /// written to their end, which hold anything; and nothing is written any more. An error means that some of the
+    /// blocks do not hold what was written. Waits for copies of the device only, a millisecond or so.
+    fn flush(&self, blocks: &[u32]) -> Result<(), MemoryError> {
+        let _ = blocks;
+        Ok(())
+    }
+
+    /// The XXH3-64 of each of these blocks, where the memory can make them without bringing the bytes to the CPU;
+    /// `None` where it cannot. May take a while.
+    fn checksums(&self, blocks: &[u32]) -> Option<Result<Vec<u64>, MemoryError>> {
+        let _ = blocks;
+        None
+    }
+}
+
+/// A block whose bytes are on their way from a memory. Its drop waits until they are no longer.
+pub struct Staged(Stage);
+
+enum Stage {
+    Ready(Vec<Bytes>),
+    Fetching(cuda::memory::Fetching),
+}
+
+impl Staged {
+    /// Of bytes that are there.
+    pub fn ready(bytes: Vec<Bytes>) -> Self {
+        Self(Stage::Ready(bytes))
+    }
+
+    /// Waits for the bytes: a fraction of a millisecond where they were just asked for.
+    pub fn take(self) -> Result<Vec<Bytes>, MemoryError> {
+        match self.0 {
+            Stage::Ready(bytes) => Ok(bytes),
+            Stage::Fetching(fetching) => fetching.take().map(|bytes| vec![bytes]),
+        }
+    }
 }

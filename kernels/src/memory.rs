@@ -24,6 +24,7 @@ use baton_proto::connector::Layout;
 use bytes::Bytes;
 
 use crate::bounds::{self, LayoutError, Run};
+use crate::cuda::DeviceError;
 use crate::storage::Storage;
 use crate::usage::Usage;
 use crate::{BlockMemory, Guard};
@@ -66,6 +67,22 @@ pub enum MemoryError {
     /// A block that is being read cannot be written, and the reverse.
     #[error("block {0} is in use by another transfer")]
     InUse(u32),
+    /// All pinned buffers are under way. They come back by themselves: try again.
+    #[error("no pinned buffer is free")]
+    NoBuffer,
+    /// A block of a GPU is written from its beginning on, without gaps.
+    #[error("block {block}: bytes at {offset} came behind {filled}")]
+    Order {
+        /// The block.
+        block: u32,
+        /// Where the bytes belong.
+        offset: usize,
+        /// Bytes that came before.
+        filled: usize,
+    },
+    /// The GPU.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
 }
 
 /// KV memory that an engine's worker shares by file descriptor. See the module for who may touch it when.

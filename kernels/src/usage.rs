@@ -25,14 +25,24 @@ impl Usage {
         self.0[block].fetch_sub(1, Ordering::Release);
     }
 
+    /// Takes a block that nobody uses to write to it; `false` where somebody does. Has to be given back by
+    /// [`Self::end_write`].
+    pub(crate) fn begin_write(&self, block: usize) -> bool {
+        self.0[block].compare_exchange(0, WRITER, Ordering::Acquire, Ordering::Relaxed).is_ok()
+    }
+
+    /// Gives back a block that was written.
+    pub(crate) fn end_write(&self, block: usize) {
+        self.0[block].store(0, Ordering::Release);
+    }
+
     /// Runs `write` on a block that nobody uses meanwhile; `false` where somebody does.
     pub(crate) fn write(&self, block: usize, write: impl FnOnce()) -> bool {
-        let slot = &self.0[block];
-        if slot.compare_exchange(0, WRITER, Ordering::Acquire, Ordering::Relaxed).is_err() {
+        if !self.begin_write(block) {
             return false;
         }
         write();
-        slot.store(0, Ordering::Release);
+        self.end_write(block);
         true
     }
 }
