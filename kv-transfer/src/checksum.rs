@@ -5,10 +5,18 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
 
 use baton_kernels::{BlockMemory, Guard, MemoryError};
 use tokio::sync::Notify;
 use xxhash_rust::xxh3::{Xxh3, xxh3_128};
+
+/// Blocks that a device is asked about at once; a pull waits for so many at most.
+const AT_ONCE: usize = 64;
+
+/// Between two looks for a free buffer, and how often one is looked for: 5 s.
+const BUFFER_POLL: Duration = Duration::from_millis(1);
+const BUFFER_POLLS: u32 = 5000;
 
 /// The checksums of a hold's blocks, in order, as they become known. A pull may begin while they are being made: it
 /// waits for the checksum of each block before it sends the block.
@@ -41,16 +49,21 @@ impl Checksums {
         block_ids: &[u32],
         guard: &Guard,
     ) -> Result<(), MemoryError> {
-        for block in block_ids.iter().take(self.values.len()) {
-            match of_block(memory, *block, guard) {
-                Ok(checksum) => self.push(checksum),
-                Err(error) => {
-                    self.abandon();
-                    return Err(error);
-                }
+        let wanted = &block_ids[..block_ids.len().min(self.values.len())];
+        let made = wanted.chunks(AT_ONCE).try_for_each(|blocks| match memory.checksums(blocks) {
+            Some(checksums) => {
+                checksums?.into_iter().for_each(|checksum| self.push(checksum));
+                Ok(())
             }
+            None => blocks.iter().try_for_each(|block| {
+                self.push(of_block(memory, *block, guard)?);
+                Ok(())
+            }),
+        });
+        if made.is_err() {
+            self.abandon();
         }
-        Ok(())
+        made
     }
 
     /// Blocks.
@@ -104,10 +117,21 @@ impl Checksums {
     }
 }
 
-/// The checksum of a block as it is in memory now.
+/// The checksum of a block as it is in memory now, made on the CPU. Waits where the memory has no buffer free: call it
+/// where blocking is fine.
 pub fn of_block(memory: &Arc<dyn BlockMemory>, block: u32, guard: &Guard) -> Result<u64, MemoryError> {
+    let mut tries = 0;
+    let pieces = loop {
+        match memory.clone().read(block, guard.clone()) {
+            Err(MemoryError::NoBuffer) if tries < BUFFER_POLLS => {
+                tries += 1;
+                std::thread::sleep(BUFFER_POLL);
+            }
+            read => break read?,
+        }
+    };
     let mut hasher = Xxh3::new();
-    for piece in memory.clone().read(block, guard.clone())? {
+    for piece in pieces {
         hasher.update(&piece);
     }
     Ok(hasher.digest())

@@ -9,7 +9,8 @@
 //! rank one. All name the same `instance`; a new instance means a restarted engine and starts a new epoch. A
 //! connection opens with [`ToAgent::Hello`], answered by [`ToConnector::Welcome`] or [`ToConnector::Refused`].
 //! A worker then describes its KV memory: one [`ToAgent::Storage`] per storage, each with one file
-//! descriptor as ancillary data, and [`ToAgent::Layout`] last, answered by a second `Welcome` or by `Refused`.
+//! descriptor as ancillary data, or [`ToAgent::Gpu`] and one [`ToAgent::CudaStorage`] per storage; and
+//! [`ToAgent::Layout`] last, answered by a second `Welcome` or by `Refused`.
 //!
 //! # A closed connection means: no copy is in flight
 //! The agent closes a worker's connection only after its last read from or write to that worker's memory, and a
@@ -40,6 +41,24 @@ pub enum ToAgent {
     /// Worker: the next storage of its KV memory; its file descriptor comes with this message.
     Storage {
         /// Bytes that may be mapped.
+        len: u64,
+    },
+    /// Worker: its KV memory lies on a GPU. Comes before its storages.
+    Gpu {
+        /// The GPU's UUID, 16 bytes.
+        #[serde(with = "serde_bytes")]
+        uuid: Vec<u8>,
+        /// CUDA IPC handle, 64 bytes, of an event that the worker records behind every forward pass. What reads a
+        /// held block waits for it.
+        #[serde(with = "serde_bytes")]
+        ready: Vec<u8>,
+    },
+    /// Worker: the next storage of its KV memory on the GPU.
+    CudaStorage {
+        /// CUDA IPC handle, 64 bytes, of an allocation; each allocation comes once.
+        #[serde(with = "serde_bytes")]
+        handle: Vec<u8>,
+        /// Bytes of it that may be used, from its beginning.
         len: u64,
     },
     /// Worker: how blocks lie in the storages.
@@ -216,6 +235,9 @@ mod tests {
         let value: serde_json::Value =
             rmp_serde::from_slice(&rmp_serde::to_vec_named(&ToAgent::Storage { len: 9 }).unwrap()).unwrap();
         assert_eq!(value, serde_json::json!({"type": "storage", "len": 9}));
+        let storage = ToAgent::CudaStorage { handle: vec![3; 64], len: 9 };
+        let bytes = rmp_serde::to_vec_named(&storage).unwrap();
+        assert_eq!(rmp_serde::from_slice::<ToAgent>(&bytes).unwrap(), storage);
         let ToAgent::Pull(pull) = pull else { unreachable!() };
         assert_eq!(pull.content.token_ids(), Some(vec![1, 2]));
     }

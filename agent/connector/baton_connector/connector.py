@@ -85,6 +85,8 @@ class BatonConnector(KVConnectorBase_V1):
         self._bad_blocks: set[int] = set()
         # Whether this step has nothing to compute.
         self._idle = False
+        # On a GPU: recorded behind each step's forward pass, for the agent's reads to wait for.
+        self._ready: torch.cuda.Event | None = None
         self._kv_config = kv_cache_config
         self._reason = unsupported(vllm_config, kv_cache_config)
 
@@ -142,13 +144,14 @@ class BatonConnector(KVConnectorBase_V1):
     def _describe(self, kv_caches: dict[str, torch.Tensor]) -> Registration:
         group = self._kv_config.kv_cache_groups[0]
         specs = getattr(group.kv_cache_spec, "kv_cache_specs", {})
-        storages, views = memory.share(kv_caches)
+        shared = memory.share(kv_caches)
+        self._ready = shared.ready
         pieces, facts = layout.describe(
-            views,
-            [storage.len for storage in storages],
+            shared.views,
+            [storage.len for storage in shared.storages],
             self._kv_config.num_blocks,
             self._block_size(),
-            [specs.get(view.layer, group.kv_cache_spec).page_size_bytes for view in views],
+            [specs.get(view.layer, group.kv_cache_spec).page_size_bytes for view in shared.views],
         )
         config = self._vllm_config
         first = next(iter(kv_caches.values()))
@@ -161,12 +164,12 @@ class BatonConnector(KVConnectorBase_V1):
         }
         logger.info(
             "Baton: %d storages shared, %d blocks of %s bytes in %d pieces",
-            len(storages),
+            len(shared.storages),
             self._kv_config.num_blocks,
             facts["block_bytes"],
             len(pieces),
         )
-        return Registration(storages, Layout(facts=facts, pieces=pieces))
+        return Registration(shared.storages, Layout(facts=facts, pieces=pieces), shared.gpu)
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         # Here rather than in `start_load_kv`, which an engine calls behind a step's forward pass: the blocks to
@@ -194,6 +197,8 @@ class BatonConnector(KVConnectorBase_V1):
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         assert self._worker is not None
+        if self._ready is not None:
+            self._ready.record()
         done = self._worker.end_step(self._idle)
         self._bad_blocks |= done.bad_blocks
         return done.sent or None, done.received or None

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 
 from . import protocol
 from .memory import SharedStorage
-from .protocol import FrameReader, Hello, Layout, ProtocolError, Refused, Storage, Welcome
+from .protocol import CudaStorage, FrameReader, Gpu, Hello, Layout, ProtocolError, Refused, Storage, Welcome
 
 logger = logging.getLogger("vllm.baton")
 
@@ -54,8 +54,10 @@ LOST = Lost()
 class Registration:
     """A worker's memory, as it is described after the hello."""
 
-    storages: Sequence[SharedStorage]
+    storages: Sequence[SharedStorage | CudaStorage]
     layout: Layout
+    # Where the storages lie on one.
+    gpu: Gpu | None = None
 
 
 class _Refusal(Exception):
@@ -305,7 +307,12 @@ class Link:
             sock.sendall(protocol.frame(self._hello))
             epoch = self._welcome(sock, reader, early)
             if self._registration is not None:
+                if self._registration.gpu is not None:
+                    sock.sendall(protocol.frame(self._registration.gpu))
                 for storage in self._registration.storages:
+                    if isinstance(storage, CudaStorage):
+                        sock.sendall(protocol.frame(storage))
+                        continue
                     data = protocol.frame(Storage(len=storage.len))
                     sent = socket.send_fds(sock, [data], [storage.fd])
                     sock.sendall(data[sent:])

@@ -45,6 +45,21 @@ class Storage(_Message, tag="storage"):
     len: int
 
 
+class Gpu(_Message, tag="gpu"):
+    """The storages that follow lie on this GPU."""
+
+    uuid: bytes
+    # CUDA IPC handle of an event recorded behind every forward pass.
+    ready: bytes
+
+
+class CudaStorage(_Message, tag="cuda_storage"):
+    """An allocation on the GPU, by its CUDA IPC handle."""
+
+    handle: bytes
+    len: int
+
+
 class Piece(msgspec.Struct, frozen=True):
     """One contiguous run of every block: `len` bytes at `offset + block * stride` of a storage."""
 

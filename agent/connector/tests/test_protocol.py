@@ -20,6 +20,12 @@ def test_messages_are_maps_with_a_type():
     }
 
 
+def test_handles_travel_as_bytes():
+    storage = protocol.CudaStorage(handle=b"\x07" * 64, len=9)
+    plain = msgspec.msgpack.decode(protocol.frame(storage)[4:])
+    assert plain == {"type": "cuda_storage", "handle": b"\x07" * 64, "len": 9}
+
+
 def test_token_ids_travel_as_bytes():
     content = protocol.Content(tokens=protocol.token_bytes([1, 2**31]), keys=protocol.ContentKeys(salt="s"))
     plain = msgspec.msgpack.decode(msgspec.msgpack.encode(content))

@@ -13,11 +13,12 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use baton_kernels::{BlockMemory, EngineMemory};
+use baton_kernels::cuda::{CudaMemory, DEFAULT_PINNED_BYTES};
+use baton_kernels::{BlockMemory, EngineMemory, MemoryError};
 use baton_kv_transfer::checksum::{digest, of_block};
 use baton_kv_transfer::{Canceller, Endpoint, HeldBlocks, HoldTable, PullRequest, SendReport, Source};
 use baton_proto::block_hash::BlockHasher;
-use baton_proto::connector::{Content, Hello, ToAgent, ToConnector};
+use baton_proto::connector::{Content, Hello, Layout, ToAgent, ToConnector};
 use baton_proto::control::v1;
 use baton_proto::wire::{PullHeader, WireError};
 use baton_proto::{BlockHash, Epoch, TransferId};
@@ -29,7 +30,8 @@ use tokio_util::sync::CancellationToken;
 use tracing::Level;
 
 use self::core::{
-    Action, Attachment, ChecksumJob, ConnId, Core, Extra, Input, MAX_HOLDS, Mapped, Now, PullId, lock,
+    Action, Attachment, ChecksumJob, ConnId, Core, Extra, Input, MAX_HOLDS, Mapped, Now, PullId, Storages,
+    lock,
 };
 pub use self::socket::SocketError;
 use self::socket::{Listener, Reader, encode};
@@ -240,10 +242,9 @@ impl Hub {
             Action::Map(conn, storages, layout, num_blocks) => {
                 let inputs = self.inputs.clone();
                 tokio::spawn(async move {
-                    let mapped =
-                        tokio::task::spawn_blocking(move || EngineMemory::new(storages, &layout, num_blocks));
+                    let mapped = tokio::task::spawn_blocking(move || map(storages, &layout, num_blocks));
                     let result = match mapped.await {
-                        Ok(Ok(memory)) => Ok(memory as Arc<dyn BlockMemory>),
+                        Ok(Ok(memory)) => Ok(memory),
                         Ok(Err(error)) => Err(format!("layout: {error}")),
                         Err(error) => Err(format!("layout: {error}")),
                     };
@@ -294,6 +295,21 @@ impl Hub {
     fn report(&self, report: Report) {
         if self.reports.try_send(report).is_err() {
             tracing::debug!("a report to the coordinator was dropped");
+        }
+    }
+}
+
+/// Maps a worker's memory. Blocks for a second or so.
+fn map(storages: Storages, layout: &Layout, num_blocks: u64) -> Result<Arc<dyn BlockMemory>, MemoryError> {
+    match storages {
+        Storages::Host(storages) => Ok(EngineMemory::new(storages, layout, num_blocks)?),
+        Storages::Gpu { uuid, ready, storages } => {
+            let ready = Some(&ready);
+            let memory = CudaMemory::open(uuid, &storages, ready, layout, num_blocks, DEFAULT_PINNED_BYTES)?;
+            if let Some(why) = memory.device().fallback() {
+                tracing::warn!(%why, "the GPU's driver takes no kernels: blocks are copied piece by piece, which is slower");
+            }
+            Ok(memory)
         }
     }
 }

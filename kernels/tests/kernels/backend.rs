@@ -117,7 +117,7 @@ impl Backend for Gpu {
     ) -> Vec<Vec<u8>> {
         let mut paged = self.paged(plan, storages);
         paged.scatter(blocks, &self.buffer(staging), stride).unwrap();
-        paged.storages_mut().iter().map(|storage| bytes(storage)).collect()
+        paged.storages_mut().iter().map(bytes).collect()
     }
 
     fn checksums(&self, data: &[u8], len: usize, stride: usize) -> Vec<u64> {

@@ -2,7 +2,7 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// While [`Open`] lives, the gate cannot be shut.
+/// While [`Open`] lives, the gate cannot be shut, and nobody else enters.
 pub(super) struct Open<'a>(#[allow(dead_code, reason = "held, never read")] MutexGuard<'a, bool>);
 
 /// Open at first.
@@ -16,6 +16,11 @@ impl Gate {
     pub(super) fn enter(&self) -> Option<Open<'_>> {
         let shut = self.lock();
         (!*shut).then_some(Open(shut))
+    }
+
+    /// Keeps everybody else out for the while, also where the gate is shut.
+    pub(super) fn hold(&self) -> Open<'_> {
+        Open(self.lock())
     }
 
     /// Shuts the gate for good. Waits until nobody is inside.

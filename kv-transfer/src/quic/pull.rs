@@ -26,14 +26,48 @@ const CHUNKS: usize = 16;
 
 /// A pull under way; resolves when it is over and nothing is written to the memory any more.
 ///
-/// Dropping it cancels the pull. The drop waits for the write at hand, less than a millisecond: when it returns, nothing
-/// is written any more either.
+/// Dropping it cancels the pull. The drop waits for the write at hand, and for copies of a device that are under way, a
+/// millisecond or so: when it returns, nothing is written any more either.
 #[must_use = "a pull that is dropped is cancelled"]
 #[derive(Debug)]
 pub struct Pull {
     result: oneshot::Receiver<Result<PullReport, PullError>>,
-    gate: Arc<Gate>,
+    writes: Writes,
     cancel: CancellationToken,
+}
+
+/// What a pull writes to, and the right to do so.
+#[derive(Clone)]
+struct Writes {
+    /// Absent once the pull is over.
+    memory: Option<Arc<dyn BlockMemory>>,
+    block_ids: Arc<[u32]>,
+    gate: Arc<Gate>,
+}
+
+impl std::fmt::Debug for Writes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Writes").field("blocks", &self.block_ids.len()).finish_non_exhaustive()
+    }
+}
+
+impl Writes {
+    /// Ends what was written. See [`BlockMemory::flush`].
+    fn flush(&self) -> Result<(), PullError> {
+        let _alone = self.gate.hold();
+        let Some(memory) = &self.memory else { return Ok(()) };
+        memory.flush(&self.block_ids).map_err(|error| PullError::Memory(error.to_string()))
+    }
+
+    /// Which of the blocks do not hold what they should, where the memory can tell by itself.
+    fn verify(&self, checksums: &[u64]) -> Result<Vec<usize>, PullError> {
+        let made = self.memory.as_ref().and_then(|memory| memory.checksums(&self.block_ids));
+        match made {
+            None => Ok(Vec::new()),
+            Some(Ok(made)) => Ok((0..made.len()).filter(|i| made[*i] != checksums[*i]).collect()),
+            Some(Err(error)) => Err(PullError::Memory(error.to_string())),
+        }
+    }
 }
 
 impl Pull {
@@ -48,6 +82,8 @@ impl Future for Pull {
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         Pin::new(&mut self.result).poll(cx).map(|result| {
+            // Others may write to its blocks from now on.
+            self.writes.memory = None;
             result.unwrap_or_else(|_| Err(PullError::ConnectionLost("the endpoint closed".into())))
         })
     }
@@ -55,8 +91,10 @@ impl Future for Pull {
 
 impl Drop for Pull {
     fn drop(&mut self) {
-        self.gate.shut();
+        self.writes.gate.shut();
         self.cancel.cancel();
+        // An error is of no interest: the blocks count as lost.
+        let _ = self.writes.flush();
     }
 }
 
@@ -78,7 +116,7 @@ struct Job {
     shared: Arc<Shared>,
     request: PullRequest,
     memory: Arc<dyn BlockMemory>,
-    block_ids: Vec<u32>,
+    block_ids: Arc<[u32]>,
     gate: Arc<Gate>,
     cancel: CancellationToken,
     started: Instant,
@@ -94,26 +132,42 @@ pub(super) fn start(
 ) -> Pull {
     let (done, result) = oneshot::channel();
     let (gate, cancel) = (Arc::new(Gate::default()), CancellationToken::new());
+    let block_ids: Arc<[u32]> = block_ids.into();
+    let writes = Writes { memory: Some(memory.clone()), block_ids: block_ids.clone(), gate: gate.clone() };
     let started = Instant::now();
     // More than that does not fit the wire's field.
     let deadline = started + request.deadline.min(Duration::from_millis(u64::from(u32::MAX)));
-    let job = Job {
-        shared,
-        request,
-        memory,
-        block_ids,
-        gate: gate.clone(),
-        cancel: cancel.clone(),
-        started,
-        deadline,
-    };
+    let job = Job { shared, request, memory, block_ids, gate, cancel: cancel.clone(), started, deadline };
+    let ending = writes.clone();
     handle.spawn(async move {
-        let result = job.run().await;
+        let result = end(ending, job.run().await).await;
         // Memory and gate are let go before the pull counts as over.
         drop(job);
         let _ = done.send(result);
     });
-    Pull { result, gate, cancel }
+    Pull { result, writes, cancel }
+}
+
+/// Waits for what is on its way to the memory, and looks at what arrived there.
+async fn end(writes: Writes, result: Result<PullReport, PullError>) -> Result<PullReport, PullError> {
+    let on_device = writes.memory.as_ref().is_some_and(|memory| memory.ahead() > 0);
+    let ends = move || {
+        let flushed = writes.flush();
+        let mut report = result?;
+        flushed?;
+        report.failed.extend(writes.verify(&report.checksums)?);
+        report.failed.sort_unstable();
+        report.failed.dedup();
+        Ok(report)
+    };
+    // A memory that is written where it lies has nothing to wait for.
+    if !on_device {
+        return ends();
+    }
+    match tokio::task::spawn_blocking(ends).await {
+        Ok(result) => result,
+        Err(error) => Err(PullError::Memory(error.to_string())),
+    }
 }
 
 /// A pull that broke, and whether asking again on another connection may help.
@@ -157,7 +211,7 @@ impl Job {
     /// What the caller may have got wrong.
     fn check(&self) -> Result<(), PullError> {
         let blocks = self.memory.num_blocks();
-        let mut sorted = self.block_ids.clone();
+        let mut sorted = self.block_ids.to_vec();
         sorted.sort_unstable();
         if let Some(last) = sorted.last().filter(|last| u64::from(**last) >= blocks) {
             return Err(PullError::Memory(format!("block {last}: there are {blocks}")));

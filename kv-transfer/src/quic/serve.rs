@@ -1,9 +1,11 @@
 //! Serving pulls and probes.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use baton_kernels::{MemoryError, Staged};
 use baton_proto::wire::{ErrorCode, Frame, PREFIX, WireError};
 use bytes::Bytes;
 use quinn::crypto::rustls::QuicServerConfig;
@@ -28,6 +30,9 @@ const MAX_INCOMING: usize = 256;
 
 /// KV bytes gathered ahead of what the connection took.
 const BATCH: usize = 1 << 20;
+
+/// From one look for a free buffer of the memory to the next.
+const BUFFER_POLL: Duration = Duration::from_millis(1);
 
 /// How connections are accepted; `payload` is what the first hop back carries, where the peer is known.
 pub(super) fn server_config(
@@ -136,8 +141,12 @@ struct Serve<'a> {
     written: usize,
     /// Bytes in the batch that are not written.
     batched: usize,
-    /// A block whose checksum is being made.
+    /// A block whose checksum is being made, or for which no buffer is free.
     awaited: Option<u32>,
+    /// When to look for a buffer again.
+    retry_at: Option<Instant>,
+    /// Blocks on their way from the memory, in order, each with its index.
+    ahead: VecDeque<(u32, Staged)>,
     checksums: Vec<u64>,
 }
 
@@ -154,6 +163,8 @@ impl<'a> Serve<'a> {
             written: 0,
             batched: 0,
             awaited: None,
+            retry_at: None,
+            ahead: VecDeque::new(),
             checksums: Vec::new(),
         }
     }
@@ -171,7 +182,7 @@ impl<'a> Serve<'a> {
             if timer.deadline().into_std() != due {
                 timer.as_mut().reset(due.into());
             }
-            let Self { sender, held, batch, written, awaited, .. } = &mut self;
+            let Self { sender, held, batch, written, awaited, retry_at, .. } = &mut self;
             let pending = &mut batch[*written..];
             tokio::select! {
                 biased;
@@ -184,7 +195,7 @@ impl<'a> Serve<'a> {
                 },
                 code = hold_ended(held.as_ref()) => sender.handle_hold_ended(code),
                 () = &mut timer => sender.handle_timeout(Instant::now()),
-                (index, checksum) = checksum_made(held.as_ref(), *awaited) => self.gather(index, checksum),
+                (index, checksum) = checksum_made(held.as_ref(), *awaited, *retry_at) => self.gather(index, checksum),
                 wrote = send.write_chunks(pending), if writing && !pending.is_empty() => match wrote {
                     Ok(wrote) => self.wrote(wrote),
                     // The puller may still say how it ended.
@@ -255,16 +266,23 @@ impl<'a> Serve<'a> {
     /// Takes a block's bytes from memory, where its checksum could be made.
     fn gather(&mut self, index: u32, checksum: Option<u64>) {
         self.awaited = None;
+        self.retry_at = None;
         self.gathered.clear();
-        let gathered = match (&self.held, checksum) {
-            (Some(held), Some(checksum)) => {
-                let block = held.block_ids[index as usize];
-                held.memory.clone().read(block, held.claim.guard()).map(|pieces| (pieces, checksum))
-            }
-            _ => return self.sender.handle_block(Err(ErrorCode::Internal.into())),
+        let Some(checksum) = checksum else {
+            return self.sender.handle_block(Err(ErrorCode::Internal.into()));
         };
-        match gathered {
-            Ok((pieces, checksum)) => {
+        let staged = match self.ahead.front() {
+            Some((at, _)) if *at == index => self.ahead.pop_front().map(|(_, staged)| Ok(staged)),
+            _ => self.stage(index),
+        };
+        if let Some(Ok(_)) = &staged {
+            self.stage_ahead();
+        }
+        let Some(taken) = staged.map(|staged| staged.and_then(Staged::take)) else {
+            return self.sender.handle_block(Err(ErrorCode::Internal.into()));
+        };
+        match taken {
+            Ok(pieces) => {
                 let mut start = 0;
                 for piece in pieces {
                     let len = piece.len();
@@ -276,9 +294,35 @@ impl<'a> Serve<'a> {
                 }
                 self.sender.handle_block(Ok(checksum));
             }
+            // They come back as fast as the network takes what was sent; those of later blocks have to at once.
+            Err(MemoryError::NoBuffer) => {
+                self.ahead.clear();
+                self.awaited = Some(index);
+                self.retry_at = Some(Instant::now() + BUFFER_POLL);
+            }
             Err(error) => {
                 tracing::warn!(%error, "a held block cannot be read");
                 self.sender.handle_block(Err(ErrorCode::Internal.into()));
+            }
+        }
+    }
+
+    /// Begins to take a block from memory; `None` where nothing is held.
+    fn stage(&self, index: u32) -> Option<Result<Staged, MemoryError>> {
+        let held = self.held.as_ref()?;
+        let block = *held.block_ids.get(index as usize)?;
+        Some(held.memory.clone().stage(block, held.claim.guard()))
+    }
+
+    /// Begins to take the blocks that come next, as many as the memory is the faster for.
+    fn stage_ahead(&mut self) {
+        let most = self.held.as_ref().map_or(0, |held| held.memory.ahead());
+        while self.ahead.len() < most {
+            let next = self.ahead.back().map_or(self.sender.begun(), |(at, _)| at + 1);
+            match self.stage(next) {
+                Some(Ok(staged)) => self.ahead.push_back((next, staged)),
+                // What is wrong shows when it is that block's turn.
+                Some(Err(_)) | None => return,
             }
         }
     }
@@ -323,8 +367,15 @@ async fn hold_ended(held: Option<&HeldBlocks>) -> ErrorCode {
     held.claim.end().map_or(ErrorCode::Released, |end| end.code())
 }
 
-/// Resolves when the checksum of the awaited block is made, or will not be.
-async fn checksum_made(held: Option<&HeldBlocks>, awaited: Option<u32>) -> (u32, Option<u64>) {
+/// Resolves when the checksum of the awaited block is made, or will not be; and not before `retry_at`.
+async fn checksum_made(
+    held: Option<&HeldBlocks>,
+    awaited: Option<u32>,
+    retry_at: Option<Instant>,
+) -> (u32, Option<u64>) {
     let (Some(held), Some(index)) = (held, awaited) else { return std::future::pending().await };
+    if let Some(at) = retry_at {
+        sleep_until(at.into()).await;
+    }
     (index, held.checksums.wait(held.first_block + index as usize).await)
 }

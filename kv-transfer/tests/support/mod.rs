@@ -163,7 +163,7 @@ impl TableSource {
     pub fn hold(
         &self,
         id: TransferId,
-        memory: &Arc<EngineMemory>,
+        memory: &Arc<impl BlockMemory>,
         shape: Shape,
         block_ids: Vec<u32>,
         lease: Duration,

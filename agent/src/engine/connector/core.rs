@@ -10,7 +10,6 @@ mod hello;
 mod interface;
 
 use std::collections::{BTreeMap, VecDeque};
-use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -27,7 +26,7 @@ use baton_proto::{BlockHash, Epoch, TransferId};
 
 use self::interface::kind;
 pub use self::interface::{
-    Action, Attachment, ChecksumJob, ConnId, EngineShape, Extra, Input, Mapped, Now, PullId,
+    Action, Attachment, ChecksumJob, ConnId, EngineShape, Extra, Input, Mapped, Now, PullId, Storages,
 };
 use super::outcomes::Outcomes;
 use crate::layout::{self, RankLayout};
@@ -94,7 +93,7 @@ enum Stage {
     /// Part of the current life.
     Scheduler,
     /// Part of the current life, with the storages that came so far.
-    Worker { rank: u32, storages: Vec<(OwnedFd, u64)>, layout: Option<RankLayout> },
+    Worker { rank: u32, storages: Storages, layout: Option<RankLayout> },
     /// Part of a life that ends; what it says has no effect.
     Ending,
 }
@@ -214,22 +213,24 @@ impl Core {
         match (stage, message) {
             (Stage::Ending, _) => {}
             (Stage::New, ToAgent::Hello(hello)) => self.hello(now, conn, hello),
-            (Stage::Worker { storages, layout: None, .. }, ToAgent::Storage { len }) => match extra.fd {
-                Some(_) if storages.len() == MAX_STORAGES => {
-                    self.refuse(now, conn, format!("storage: at most {MAX_STORAGES} can be registered"));
+            (
+                Stage::Worker { storages, layout: None, .. },
+                message @ (ToAgent::Storage { .. } | ToAgent::Gpu { .. } | ToAgent::CudaStorage { .. }),
+            ) => {
+                let added = if storages.len() == MAX_STORAGES {
+                    Err(format!("storage: at most {MAX_STORAGES} can be registered"))
+                } else {
+                    storages.add(message, extra.fd)
+                };
+                if let Err(reason) = added {
+                    self.refuse(now, conn, reason);
                 }
-                Some(fd) => storages.push((fd, len)),
-                None => self.refuse(
-                    now,
-                    conn,
-                    "storage: no file descriptor came with it; send one as ancillary data, and see the agent's limit of open files".into(),
-                ),
-            },
+            }
             (Stage::Worker { storages, layout: described @ None, .. }, ToAgent::Layout(layout)) => {
                 match RankLayout::new(&layout) {
                     Ok(rank) => {
                         *described = Some(rank);
-                        let storages = std::mem::take(storages);
+                        let storages = std::mem::replace(storages, Storages::new());
                         let blocks = self.life.as_ref().map_or(0, |life| life.shape.num_blocks);
                         self.actions.push(Action::Map(conn, storages, layout, blocks));
                     }
@@ -292,7 +293,7 @@ impl Core {
             }
             Side::Worker(rank) => {
                 life.workers.insert(rank, Worker { conn, ready: None });
-                Stage::Worker { rank, storages: Vec::new(), layout: None }
+                Stage::Worker { rank, storages: Storages::new(), layout: None }
             }
         };
         self.connections.insert(conn, stage);

@@ -4,6 +4,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
+use baton_kernels::cuda::{CudaStorage, IpcHandle};
 use baton_kernels::{BlockMemory, Guard};
 use baton_kv_transfer::checksum::Checksums;
 use baton_kv_transfer::{PullError, PullReport, PullRequest};
@@ -69,6 +70,64 @@ impl std::fmt::Debug for Mapped {
     }
 }
 
+/// The storages that a worker sent.
+#[derive(Debug)]
+pub enum Storages {
+    /// Files of shared memory, each with its length in bytes.
+    Host(Vec<(OwnedFd, u64)>),
+    /// Memory of a GPU.
+    Gpu {
+        /// Which.
+        uuid: [u8; 16],
+        /// The event behind the worker's forward passes.
+        ready: IpcHandle,
+        /// Allocations.
+        storages: Vec<CudaStorage>,
+    },
+}
+
+impl Storages {
+    /// None yet.
+    pub(super) fn new() -> Self {
+        Self::Host(Vec::new())
+    }
+
+    /// How many came.
+    pub(super) fn len(&self) -> usize {
+        match self {
+            Self::Host(storages) => storages.len(),
+            Self::Gpu { storages, .. } => storages.len(),
+        }
+    }
+
+    /// Takes in a message about them. `Err` says what is wrong with it.
+    pub(super) fn add(&mut self, message: ToAgent, fd: Option<OwnedFd>) -> Result<(), String> {
+        match (self, message) {
+            (Self::Host(storages), ToAgent::Storage { len }) => {
+                let fd = fd.ok_or(
+                    "storage: no file descriptor came with it; send one as ancillary data, and see the agent's limit of open files",
+                )?;
+                storages.push((fd, len));
+            }
+            (this @ Self::Host(_), ToAgent::Gpu { uuid, ready }) if this.len() == 0 => {
+                let uuid = uuid.try_into().map_err(|_| "gpu.uuid: it has 16 bytes")?;
+                let ready = ready.try_into().map_err(|_| "gpu.ready: a CUDA IPC handle has 64 bytes")?;
+                *this = Self::Gpu { uuid, ready, storages: Vec::new() };
+            }
+            (Self::Gpu { storages, .. }, ToAgent::CudaStorage { handle, len }) => {
+                let handle =
+                    handle.try_into().map_err(|_| "cuda_storage.handle: a CUDA IPC handle has 64 bytes")?;
+                storages.push(CudaStorage { handle, len });
+            }
+            (_, message) => {
+                let kind = kind(&message);
+                return Err(format!("{kind}: send `storage`s alone, or `gpu` and then `cuda_storage`s"));
+            }
+        }
+        Ok(())
+    }
+}
+
 /// What is to be done, in order.
 pub enum Action {
     /// Send a message.
@@ -76,7 +135,7 @@ pub enum Action {
     /// Close the connection when what was sent is written. It is not named again.
     Close(ConnId),
     /// Map a worker's memory, and answer with [`Input::Mapped`].
-    Map(ConnId, Vec<(OwnedFd, u64)>, Layout, u64),
+    Map(ConnId, Storages, Layout, u64),
     /// Make the checksums of a hold, then drop the guard.
     Checksum(ChecksumJob),
     /// Start a pull, and answer with [`Input::PullEnded`].
@@ -134,6 +193,8 @@ pub(super) fn kind(message: &ToAgent) -> &'static str {
     match message {
         ToAgent::Hello(_) => "hello",
         ToAgent::Storage { .. } => "storage",
+        ToAgent::Gpu { .. } => "gpu",
+        ToAgent::CudaStorage { .. } => "cuda_storage",
         ToAgent::Layout(_) => "layout",
         ToAgent::Hold(_) => "hold",
         ToAgent::Pull(_) => "pull",

@@ -10,6 +10,7 @@ use bytes::Bytes;
 
 use super::*;
 
+mod gpu;
 mod two_phase;
 
 const BLOCKS: u64 = 64;
