@@ -34,7 +34,7 @@ pub struct Regret {
 impl Regret {
     /// Of a run that served all of the requests that the bound is for; of one that did not, nothing can be said.
     pub fn of(report: &Report, bound: &Bound) -> Option<Self> {
-        (report.finished == bound.requests).then(|| Self {
+        (report.finished == bound.requests).then_some(Self {
             ttft_ms: report.ttft_ms.mean - bound.ttft_ms,
             e2e_ms: report.e2e_ms.mean - bound.e2e_ms,
             hit_rate: bound.hit_rate - report.hit_rate,

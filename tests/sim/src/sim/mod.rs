@@ -206,10 +206,8 @@ impl<'a> Simulation<'a> {
 
     fn run(&mut self, observer: &mut dyn FnMut(&Outcome) -> ControlFlow<()>) {
         while !self.stop {
-            let opens_at = match &self.next_open {
-                Some(Arrival { when: When::At(at) | When::After(at), .. }) => Some(*at),
-                None => None,
-            };
+            let opens_at =
+                self.next_open.as_ref().map(|Arrival { when: When::At(at) | When::After(at), .. }| *at);
             let due = self.heap.peek().map(|entry| entry.0.0);
             match (opens_at, due) {
                 (Some(at), due) if due.is_none_or(|due| at <= due) => {
@@ -270,11 +268,11 @@ impl<'a> Simulation<'a> {
     }
 
     fn await_transfers(&mut self) {
-        if let Some((at, version)) = self.network.next() {
-            if version != self.awaited_transfers {
-                self.awaited_transfers = version;
-                self.push(at, Event::Transfers { version });
-            }
+        if let Some((at, version)) = self.network.next()
+            && version != self.awaited_transfers
+        {
+            self.awaited_transfers = version;
+            self.push(at, Event::Transfers { version });
         }
     }
 
@@ -416,11 +414,11 @@ impl<'a> Simulation<'a> {
             self.take(output, &mut released, observer);
         }
         self.outputs = outputs;
-        if let Some((at, version)) = self.engines[engine as usize].next() {
-            if version != self.awaited[engine as usize] {
-                self.awaited[engine as usize] = version;
-                self.push(at, Event::Wake { engine, version });
-            }
+        if let Some((at, version)) = self.engines[engine as usize].next()
+            && version != self.awaited[engine as usize]
+        {
+            self.awaited[engine as usize] = version;
+            self.push(at, Event::Wake { engine, version });
         }
         // Blocks that became free may let in who waits there.
         for other in released {
