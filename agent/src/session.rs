@@ -339,6 +339,7 @@ impl Session {
             engine_id: self.identity.engine_id.to_string(),
             epoch: self.outbox.epoch().0,
             models: status.models.clone(),
+            adapters: status.adapters.clone(),
             engine_url: self.identity.engine_url.clone(),
             transfer_address: self.identity.transfer_address.clone(),
             block_size,

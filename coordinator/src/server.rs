@@ -19,6 +19,8 @@ use crate::{control, http};
 
 /// How often ownership is written.
 const FLUSH: Duration = Duration::from_secs(1);
+/// Between two rounds of probes.
+const PROBE: Duration = Duration::from_secs(1);
 /// The longest pause after failed writes.
 const FLUSH_AT_LEAST: Duration = Duration::from_secs(10);
 
@@ -104,6 +106,7 @@ impl Server {
             end.cancel();
         }));
         tasks.push(tokio::spawn(watch_leases(coordinator.clone(), stop.clone())));
+        tasks.push(tokio::spawn(probe_links(coordinator.clone(), stop.clone())));
         tasks.push(tokio::spawn(keep_ownership(coordinator.clone(), stop.clone())));
         info!(%address, %control_address, "serving");
         Ok(Self { coordinator, address, control_address, stop, tasks })
@@ -136,6 +139,17 @@ async fn watch_leases(coordinator: Arc<Coordinator>, stop: CancellationToken) {
     loop {
         tokio::select! {
             _ = ticks.tick() => coordinator.expire(Instant::now()),
+            () = stop.cancelled() => return,
+        }
+    }
+}
+
+async fn probe_links(coordinator: Arc<Coordinator>, stop: CancellationToken) {
+    let mut ticks = interval(PROBE);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            _ = ticks.tick() => coordinator.registry.probe(Instant::now()),
             () = stop.cancelled() => return,
         }
     }

@@ -209,6 +209,7 @@ impl Coordinator {
             let predicted = links.alone(source.slot, entry.slot, sample.bytes);
             self.seen(Term::Transfer, predicted, sample.seconds);
             links.observe(source.slot, entry.slot, sample.bytes, sample.seconds, sample.rtt_seconds);
+            self.registry.measured(source.slot, entry.slot, Instant::now());
         }
     }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use baton_proto::ContentKeys;
 use baton_proto::block_hash::BlockHasher;
-use baton_proto::control::v1::agent_message::Message as Said;
+use baton_proto::control::v1::{self, agent_message::Message as Said};
 use futures::StreamExt;
 use serde_json::{Value, json};
 
@@ -351,6 +351,34 @@ async fn a_prefix_is_found_where_its_events_say_and_under_its_salt() {
         ("e0".into(), "96".into())
     );
     assert_eq!(fleet.metric("baton_index_blocks").await, 10.0);
+}
+
+#[tokio::test]
+async fn an_adapter_is_served_where_it_is_loaded_and_finds_its_own_prefix() {
+    let fleet = Fleet::start("").await;
+    let (_e0, _a0) = fleet.engine("e0").await;
+    let engine = Engine::start().await;
+    let loaded = v1::Register { adapters: vec!["sql".into()], ..register("e1", &engine.url()) };
+    let mut a1 = Agent::connect(&fleet, loaded).await;
+    let tokens: Vec<u32> = (0..100).collect();
+    let of = |lora: Option<&str>| ContentKeys { lora: lora.map(str::to_owned), ..ContentKeys::default() };
+    let hasher = BlockHasher::new("m");
+    let own = hasher.chain(&tokens[..80], 16, &of(Some("sql")));
+    a1.events(1, 1, true, &[own, hasher.chain(&tokens[..32], 16, &of(None))].concat()).await;
+    assert_eq!(a1.ack().await, 1);
+
+    let ask = async |model: &str| {
+        let body = json!({"model": model, "prompt": tokens, "max_tokens": 4});
+        let response = fleet.complete("longest_prefix", &body).await;
+        (response.status(), header(&response, "x-baton-decode"), header(&response, "x-baton-hit-tokens"))
+    };
+    assert_eq!(ask("sql").await, (http::StatusCode::OK, "e1".into(), "80".into()));
+    assert_eq!(ask("m").await, (http::StatusCode::OK, "e1".into(), "32".into()));
+    assert_eq!(ask("other").await.0, http::StatusCode::NOT_FOUND);
+    assert_eq!(engine.bodies().len(), 2);
+    let models: Value = fleet.http.get(fleet.url("/v1/models")).send().await.unwrap().json().await.unwrap();
+    let listed = |at: usize| (models["data"][at]["id"].clone(), models["data"][at]["parent"].clone());
+    assert_eq!([listed(0), listed(1)], [(json!("m"), json!(null)), (json!("sql"), json!("m"))]);
 }
 
 #[tokio::test]

@@ -7,6 +7,7 @@ use std::time::Duration;
 use baton_proto::BlockHash;
 use baton_proto::control::v1;
 use baton_proto::control::v1::agent_message::Message as Said;
+use baton_proto::control::v1::coordinator_message::Message as Answer;
 use tonic::Code;
 
 use self::support::{Agent, Engine, Fleet, eventually, register};
@@ -139,6 +140,29 @@ async fn agents_are_told_whom_they_can_pull_from() {
     assert_eq!(a0.peers().await, ["e2"], "layouts must be equal");
     drop(a2);
     assert_eq!(a0.peers().await, [""; 0]);
+}
+
+#[tokio::test]
+async fn links_that_nothing_crosses_are_measured() {
+    let fleet = Fleet::start("").await;
+    let mut a0 = Agent::connect(&fleet, register("e0", URL)).await;
+    let other = v1::Register { layout: "other".into(), ..register("e1", URL) };
+    let mut a1 = Agent::connect(&fleet, other).await;
+    let mut a2 = Agent::connect(&fleet, register("e2", URL)).await;
+    assert_eq!(a2.asked_to_probe().await, ("e0".into(), "e0.example:7420".into()));
+    assert_eq!(a0.asked_to_probe().await, ("e2".into(), "e2.example:7420".into()));
+    let (bytes, seconds, rtt_seconds) = (1 << 20, 0.5, 0.001);
+    a0.say(Said::Link(v1::LinkSample { source: "e2".into(), bytes, seconds, rtt_seconds })).await;
+    let slot = |id: &str| fleet.server.coordinator.registry.get(&id.parse().unwrap()).unwrap().slot;
+    eventually("the placement counts on what was measured", async || {
+        let link = fleet.server.coordinator.fleet().links().get(slot("e2"), slot("e0"));
+        link.measured && (link.bytes_per_second - bytes as f64 / 0.498).abs() < 1.0
+    })
+    .await;
+    // What it was told arrives in order, so by now a probe would have.
+    a1.events(1, 1, true, &[]).await;
+    a1.ack().await;
+    assert!(!a1.has_seen(|answer| matches!(answer, Answer::ProbeLink(_))), "nobody has its layout");
 }
 
 #[tokio::test]

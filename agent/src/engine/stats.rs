@@ -27,8 +27,12 @@ const PATIENCE: Duration = Duration::from_secs(5);
 const TIMEOUTS: u32 = 3;
 /// Largest answer that is read.
 const MAX_BODY: usize = 16 << 20;
+/// Polls of the load for one of the model names: adapters come and go while the engine is up.
+const POLLS_PER_NAMES: u32 = 10;
 /// Most model names that are passed on.
 const MAX_MODELS: usize = 64;
+/// Most names of adapters that are passed on.
+const MAX_ADAPTERS: usize = 1024;
 /// Longest model name that is passed on, in bytes.
 const MAX_NAME: usize = 1024;
 
@@ -39,6 +43,8 @@ pub struct Status {
     pub up: bool,
     /// Names under which it serves the model, adapters left out.
     pub models: Vec<String>,
+    /// Names of the LoRA adapters that it has loaded on the model.
+    pub adapters: Vec<String>,
     /// Tokens in one block, where its metrics tell.
     pub block_size: Option<u32>,
     /// Blocks in its GPU cache, where its metrics tell.
@@ -88,15 +94,18 @@ impl Poller {
         let mut tick = interval(INTERVAL);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut timeouts = 0;
+        let mut polls: u32 = 0;
         loop {
             tokio::select! {
                 () = stop.cancelled() => return,
                 _ = tick.tick() => {}
             }
             let known = status.borrow().clone();
+            let names = !known.up || polls.is_multiple_of(POLLS_PER_NAMES);
+            polls = polls.wrapping_add(1);
             let polled = tokio::select! {
                 () = stop.cancelled() => return,
-                polled = self.poll(known.clone()) => polled,
+                polled = self.poll(known.clone(), names) => polled,
             };
             let next = match polled {
                 Ok(next) => {
@@ -126,17 +135,10 @@ impl Poller {
         }
     }
 
-    async fn poll(&self, mut status: Status) -> Result<Status, PollError> {
-        if !status.up {
-            let models: Models =
-                serde_json::from_slice(&self.get("/v1/models").await?).map_err(PollError::Models)?;
-            status.models = models
-                .data
-                .into_iter()
-                .filter(|model| model.parent.is_none() && model.id.len() <= MAX_NAME)
-                .map(|model| model.id)
-                .take(MAX_MODELS)
-                .collect();
+    async fn poll(&self, mut status: Status, names: bool) -> Result<Status, PollError> {
+        if names {
+            let answer = serde_json::from_slice(&self.get("/v1/models").await?).map_err(PollError::Models)?;
+            read_models(answer, &mut status);
         }
         let text = self.get("/metrics").await?;
         read_metrics(&String::from_utf8_lossy(&text), &mut status);
@@ -157,6 +159,15 @@ impl Poller {
         };
         timeout(PATIENCE, fetch).await.map_err(|_| PollError::Timeout)?
     }
+}
+
+/// Takes the names from an answer to `/v1/models`: adapters have a parent.
+fn read_models(answer: Models, status: &mut Status) {
+    let short = answer.data.into_iter().filter(|model| model.id.len() <= MAX_NAME);
+    let (models, adapters): (Vec<Model>, Vec<Model>) = short.partition(|model| model.parent.is_none());
+    let names = |models: Vec<Model>, most| models.into_iter().map(|model| model.id).take(most).collect();
+    status.models = names(models, MAX_MODELS);
+    status.adapters = names(adapters, MAX_ADAPTERS);
 }
 
 #[derive(Deserialize)]
@@ -264,6 +275,20 @@ vllm:nan NaN
             (4, 2, 1_234_000, 77)
         );
         assert!((load.kv_usage - 0.25).abs() < 1e-9);
+    }
+
+    #[test]
+    fn adapters_are_told_from_models() {
+        let answer = serde_json::json!({ "object": "list", "data": [
+            { "id": "m", "root": "/models/m", "parent": null },
+            { "id": "alias", "root": "/models/m" },
+            { "id": "sql", "root": "/adapters/sql", "parent": "m" },
+            { "id": "x".repeat(MAX_NAME + 1), "parent": null },
+        ]});
+        let mut status = Status { adapters: vec!["unloaded since".into()], ..Status::default() };
+        read_models(serde_json::from_value(answer).unwrap(), &mut status);
+        assert_eq!(status.models, ["m", "alias"]);
+        assert_eq!(status.adapters, ["sql"]);
     }
 
     #[test]

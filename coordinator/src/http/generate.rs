@@ -11,6 +11,7 @@ use baton_coordinator_core::placement::{self, Policy};
 use baton_coordinator_core::record::Record;
 use baton_coordinator_core::sessions::Sessions;
 use baton_proto::ContentKeys;
+use baton_proto::control::v1;
 use http::{HeaderMap, StatusCode};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -123,7 +124,7 @@ async fn wanted(
     });
     let name: String =
         body.read("model")?.ok_or_else(|| ApiError::bad_request("model: name the model", Some("model")))?;
-    let model = model(coordinator, &name)?;
+    let Named { model, adapter } = named(coordinator, &name)?;
     if body.get("kv_transfer_params").is_some() {
         let message = "kv_transfer_params is set by the coordinator: leave it out";
         return Err(ApiError::bad_request(message, Some("kv_transfer_params")));
@@ -136,7 +137,12 @@ async fn wanted(
     let slo = slo(coordinator, model.name(), &headers)?;
     let session = session(&headers, &body)?;
     let priority = priority(&body);
-    let prompt = prompt(coordinator, endpoint, model, &body).await;
+    let keys = ContentKeys {
+        lora: adapter.then(|| name.clone()),
+        salt: body.peek("cache_salt"),
+        ..ContentKeys::default()
+    };
+    let prompt = prompt(coordinator, endpoint, model, &body, keys).await;
     Ok(Wanted {
         endpoint,
         stream: body.peek("stream").unwrap_or(false),
@@ -154,18 +160,29 @@ async fn wanted(
     })
 }
 
-/// The configured model that a name stands for: its own, or an alias under which an engine serves it too.
-pub(super) fn model(coordinator: &Coordinator, name: &str) -> Result<Arc<Model>, ApiError> {
+/// What a name stands for.
+pub(super) struct Named {
+    /// The configured model.
+    pub model: Arc<Model>,
+    /// The name is that of a LoRA adapter on it.
+    pub adapter: bool,
+}
+
+/// Whose name it is: a configured model's own, an alias under which an engine serves one too, or an adapter's that an engine has
+/// loaded on one.
+pub(super) fn named(coordinator: &Coordinator, name: &str) -> Result<Named, ApiError> {
     if let Some(model) = coordinator.models.get(name) {
-        return Ok(model.clone());
+        return Ok(Named { model: model.clone(), adapter: false });
     }
-    let aliases = coordinator.registry.entries().into_iter().find_map(|entry| {
+    let found = coordinator.registry.entries().into_iter().find_map(|entry| {
         let registration = entry.registration();
-        let names = &registration.message.models;
-        let known = names.iter().find_map(|other| coordinator.models.get(other));
-        names.iter().any(|other| other == name).then(|| known.cloned()).flatten()
+        let v1::Register { models, adapters, .. } = &registration.message;
+        let known = models.iter().find_map(|other| coordinator.models.get(other))?;
+        let adapter = !models.iter().any(|other| other == name);
+        let is_there = !adapter || adapters.iter().any(|other| other == name);
+        is_there.then(|| Named { model: known.clone(), adapter })
     });
-    aliases.ok_or_else(|| ApiError::unknown_model(name))
+    found.ok_or_else(|| ApiError::unknown_model(name))
 }
 
 fn policy(coordinator: &Coordinator, headers: &HeaderMap) -> Result<&'static dyn Policy, ApiError> {
@@ -221,9 +238,9 @@ async fn prompt(
     endpoint: Endpoint,
     model: Arc<Model>,
     body: &RequestBody,
+    keys: ContentKeys,
 ) -> Prompt {
     let began = Instant::now();
-    let keys = ContentKeys { salt: body.peek("cache_salt"), ..ContentKeys::default() };
     match tokens(coordinator, endpoint, &model, body, &keys).await {
         Ok(tokens) => {
             coordinator.metrics.tokenize_seconds.observe(began.elapsed().as_secs_f64());

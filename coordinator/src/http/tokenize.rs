@@ -8,7 +8,7 @@ use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
-use super::generate::model;
+use super::generate::named;
 use super::{ApiError, RequestBody, read};
 use crate::state::Coordinator;
 use crate::tokenizer::{Chat, RenderError};
@@ -24,7 +24,7 @@ pub(super) async fn tokenize(State(coordinator): State<Arc<Coordinator>>, body: 
 async fn answer(coordinator: &Arc<Coordinator>, body: Body) -> Result<Value, ApiError> {
     let body = RequestBody::parse(read(body, coordinator.config.limits.max_body_bytes).await?)?;
     let model = match body.read::<String>("model")? {
-        Some(name) => model(coordinator, &name)?,
+        Some(name) => named(coordinator, &name)?.model,
         None => {
             let mut models = coordinator.models.iter();
             let (first, more) = (models.next(), models.next());

@@ -3,6 +3,7 @@
 //! An engine enters with its agent's Register message, or from the store when the coordinator starts. Its agent's lease
 //! keeps it healthy. A lapsed lease takes it out of placement at once, and what it owned is dropped some time later.
 
+mod probing;
 mod registration;
 
 use std::collections::BTreeMap;
@@ -21,6 +22,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use self::probing::{Candidate, Probing};
 #[cfg(test)]
 pub(crate) use self::registration::testing;
 pub use self::registration::{EngineUrl, MAX_GROUPS, Registration, RegistrationError};
@@ -254,6 +256,7 @@ pub struct Registry {
     max_engines: u32,
     sessions: AtomicU64,
     peers: watch::Sender<Arc<PeerMap>>,
+    probing: Mutex<Probing>,
     tls: rustls::ClientConfig,
 }
 
@@ -266,6 +269,7 @@ impl Registry {
             max_engines,
             sessions: AtomicU64::new(0),
             peers: watch::Sender::new(Arc::default()),
+            probing: Mutex::default(),
             tls,
         }
     }
@@ -404,6 +408,33 @@ impl Registry {
             self.publish_peers();
         }
         lapses
+    }
+
+    /// A transfer over a link was measured.
+    pub fn measured(&self, source: Slot, destination: Slot, now: Instant) {
+        self.probing.lock().expect(POISON).measured(source, destination, now);
+    }
+
+    /// Asks agents to measure idle links, each at most one. To be called about once a second.
+    pub fn probe(&self, now: Instant) {
+        let peers = self.peers.borrow().clone();
+        let entries: Vec<Arc<Entry>> = peers.keys().filter_map(|id| self.get(id)).collect();
+        let candidates: Vec<Candidate<'_>> = entries
+            .iter()
+            .map(|entry| {
+                let reserved = entry.load.reserved();
+                let idle = reserved.sending_bytes + reserved.receiving_bytes == 0;
+                Candidate { slot: entry.slot, layout: &peers[&entry.id].1, idle }
+            })
+            .collect();
+        let due = self.probing.lock().expect(POISON).due(&candidates, now);
+        for (to, from) in due {
+            let (engine_id, transfer_address) = (&entries[from].id, &peers[&entries[from].id].0);
+            entries[to].tell(Command::ProbeLink(v1::ProbeLink {
+                engine_id: engine_id.to_string(),
+                transfer_address: transfer_address.clone(),
+            }));
+        }
     }
 
     /// Gives the slot of a forgotten engine to whoever comes next. Nothing may refer to it any more.

@@ -12,7 +12,9 @@ use http::uri::{Authority, PathAndQuery, Scheme};
 
 /// Most names of one engine's model.
 const MAX_MODELS: usize = 64;
-/// Longest model name, in bytes.
+/// Most adapters of one engine.
+const MAX_ADAPTERS: usize = 1024;
+/// Longest name of a model or an adapter, in bytes.
 const MAX_NAME: usize = 256;
 /// Longest layout, address, URL or version, in bytes.
 const MAX_TEXT: usize = 4096;
@@ -104,6 +106,13 @@ impl Registration {
         if message.models.iter().any(|name| name.is_empty() || name.len() > MAX_NAME) {
             return Err(field("models", format!("a name has 1 to {MAX_NAME} bytes")));
         }
+        if message.adapters.len() > MAX_ADAPTERS {
+            let problem = format!("{} names: give at most {MAX_ADAPTERS}", message.adapters.len());
+            return Err(field("adapters", problem));
+        }
+        if message.adapters.iter().any(|name| name.is_empty() || name.len() > MAX_NAME) {
+            return Err(field("adapters", format!("a name has 1 to {MAX_NAME} bytes")));
+        }
         for (name, text) in [
             ("engine_url", &message.engine_url),
             ("transfer_address", &message.transfer_address),
@@ -140,7 +149,8 @@ impl Registration {
             slot,
             id: self.engine_id.clone(),
             epoch: self.epoch,
-            models: self.message.models.clone(),
+            // The first names the namespace, also for the adapters.
+            models: self.message.models.iter().chain(&self.message.adapters).cloned().collect(),
             role: self.role,
             block_size: self.message.block_size,
             block_bytes: self.message.block_bytes,
@@ -196,6 +206,7 @@ pub(crate) mod testing {
             last_event_seq: 0,
             version: "1".into(),
             groups: Vec::new(),
+            adapters: Vec::new(),
         }
     }
 }
@@ -227,7 +238,7 @@ mod tests {
                 Group::new(Attention::State),
             ]
         );
-        let cases: [(&str, Change); 13] = [
+        let cases: [(&str, Change); 15] = [
             ("groups", |message| message.groups = vec![v1::CacheGroup::default(); 33]),
             ("groups", |message| {
                 let attention = v1::Attention::Full.into();
@@ -244,6 +255,8 @@ mod tests {
             ("engine_id", |message| message.engine_id = "coordinator".into()),
             ("models", |message| message.models.clear()),
             ("models", |message| message.models[0] = "x".repeat(257)),
+            ("adapters", |message| message.adapters = vec!["a".into(); 1025]),
+            ("adapters", |message| message.adapters = vec![String::new()]),
             ("engine_url", |message| message.engine_url = "http://10.0.0.1:8000".into()),
             ("engine_url", |message| message.engine_url = "/v1".into()),
             ("block_size", |message| message.block_size = 0),

@@ -43,6 +43,7 @@ pub fn register(id: &str, url: &str) -> v1::Register {
         last_event_seq: 0,
         groups: Vec::new(),
         version: "test".to_owned(),
+        adapters: Vec::new(),
     }
 }
 
@@ -126,6 +127,20 @@ impl Agent {
     pub async fn peers(&mut self) -> Vec<String> {
         self.next(|answer| match answer {
             Answer::Peers(peers) => Some(peers.peers.iter().map(|peer| peer.engine_id.clone()).collect()),
+            _ => None,
+        })
+        .await
+    }
+
+    /// Whether an answer came meanwhile that nobody asked for.
+    pub fn has_seen(&self, is: impl Fn(&Answer) -> bool) -> bool {
+        self.seen.iter().any(is)
+    }
+
+    /// Name and address of the engine that it was told to measure the link from.
+    pub async fn asked_to_probe(&mut self) -> (String, String) {
+        self.next(|answer| match answer {
+            Answer::ProbeLink(probe) => Some((probe.engine_id.clone(), probe.transfer_address.clone())),
             _ => None,
         })
         .await

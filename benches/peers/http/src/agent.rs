@@ -87,6 +87,7 @@ impl Agent {
             layout: String::new(),
             last_event_seq: 0,
             groups: Vec::new(),
+            adapters: Vec::new(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
         };
         said.send(v1::AgentMessage { message: Some(Said::Register(register)) }).await?;
