@@ -117,6 +117,12 @@ const NOBODY: u32 = u32::MAX;
 pub struct Fleet {
     engines: Vec<Engine>,
     hot: Vec<Hot>,
+    /// In the same order, side by side.
+    loads: Vec<(Slot, Arc<EngineLoad>)>,
+    /// What [`Hot::exchange`] is on any engine, in order.
+    exchanges: Vec<u32>,
+    /// The most layers that any engine streams.
+    streamed_layers: u32,
     /// Engines by model name, in order of both.
     by_model: Vec<(String, Vec<u32>)>,
     /// Places of engines by slot.
@@ -132,7 +138,12 @@ impl Fleet {
         let mut layouts: Vec<&str> = engines.iter().map(|engine| engine.info.layout.as_str()).collect();
         layouts.sort_unstable();
         layouts.dedup();
-        let hot = engines.iter().map(|engine| hot(engine, &layouts)).collect();
+        let hot: Vec<Hot> = engines.iter().map(|engine| hot(engine, &layouts)).collect();
+        let mut exchanges: Vec<u32> = hot.iter().filter_map(|hot| hot.exchange).collect();
+        exchanges.sort_unstable();
+        exchanges.dedup();
+        let streamed_layers = hot.iter().map(|hot| hot.streamed_layers).max().unwrap_or(0);
+        let loads = engines.iter().map(|engine| (engine.info.slot, Arc::clone(&engine.load))).collect();
 
         let mut served: Vec<(&str, u32)> = Vec::new();
         let mut by_slot = Vec::new();
@@ -150,7 +161,17 @@ impl Fleet {
             .chunk_by(|a, b| a.0 == b.0)
             .map(|group| (group[0].0.to_owned(), group.iter().map(|entry| entry.1).collect()))
             .collect();
-        Self { hot, by_model, by_slot, links, ring: Arc::default(), engines }
+        Self {
+            hot,
+            loads,
+            exchanges,
+            streamed_layers,
+            by_model,
+            by_slot,
+            links,
+            ring: Arc::default(),
+            engines,
+        }
     }
 
     /// The same fleet at a later time. What depends on the engines' names alone is taken over where those are the
@@ -201,6 +222,21 @@ impl Fleet {
 
     pub(crate) fn hot(&self) -> &[Hot] {
         &self.hot
+    }
+
+    /// What is dispatched to each engine.
+    pub(crate) fn loads(&self) -> impl ExactSizeIterator<Item = (Slot, &EngineLoad)> {
+        self.loads.iter().map(|(slot, load)| (*slot, &**load))
+    }
+
+    /// Kinds of KV that any of the engines can exchange now.
+    pub(crate) fn exchanges(&self) -> &[u32] {
+        &self.exchanges
+    }
+
+    /// The most layers that any engine streams.
+    pub(crate) fn streamed_layers(&self) -> u32 {
+        self.streamed_layers
     }
 }
 

@@ -64,11 +64,15 @@ struct Estimate {
 struct Row {
     /// The links into it, in order of source.
     from: Vec<(Slot, Estimate)>,
-    /// The fastest link into it and out of it, bytes per second.
-    fastest_in: Option<f64>,
-    fastest_out: Option<f64>,
-    /// Of the links into it.
+    /// Of these.
     shortest_rtt: Option<f64>,
+}
+
+/// The fastest link into an engine and out of it, bytes per second.
+#[derive(Clone, Copy, Debug, Default)]
+struct Ends {
+    into: Option<f64>,
+    out: Option<f64>,
 }
 
 /// All links. At most one entry for each ordered pair of engines that ever exchanged blocks. A clone shares what
@@ -77,6 +81,8 @@ struct Row {
 pub struct Links {
     /// By slot.
     rows: Vec<Arc<Row>>,
+    /// By slot, as many: side by side, since decisions read those of every engine.
+    ends: Vec<Ends>,
     /// The fastest of all, and the shortest round trip.
     fastest: Option<f64>,
     shortest_rtt: Option<f64>,
@@ -104,11 +110,12 @@ impl Links {
         }
         let after = estimate.bytes_per_second.mean();
         self.summarise_in(destination);
-        let fastest = self.row(source).fastest_out;
+        self.grow(source);
+        let fastest = self.fastest_out(source);
         if before == fastest {
             self.summarise_out(source);
         } else if after > fastest {
-            self.row(source).fastest_out = after;
+            self.ends[source.0 as usize].out = after;
         }
         self.summarise();
     }
@@ -123,7 +130,7 @@ impl Links {
         });
         let estimate = estimate.unwrap_or_default();
         let measured = estimate.bytes_per_second.mean();
-        let ends = || match (self.fastest_out(source), row.and_then(|row| row.fastest_in)) {
+        let ends = || match (self.fastest_out(source), self.fastest_in(destination)) {
             (Some(out), Some(into)) => out.min(into),
             (Some(end), None) | (None, Some(end)) => end,
             (None, None) => PRIOR_BYTES_PER_SECOND,
@@ -160,19 +167,32 @@ impl Links {
         TransferSeconds { wait: (behind - alone).max(0.0), transfer: ROUND_TRIPS * link.rtt_seconds + alone }
     }
 
-    /// No transfer of so many bytes to this engine is predicted to take less.
+    /// No transfer to this engine with which so many bytes are on the way to it is predicted to take less, waiting
+    /// included.
     #[inline]
-    pub(crate) fn at_least(&self, destination: Slot, bytes: u64) -> f64 {
+    pub(crate) fn at_least_into(&self, destination: Slot, bytes: u64) -> f64 {
+        self.at_least(self.fastest_in(destination), bytes)
+    }
+
+    /// No transfer from this engine with which so many bytes are on the way from it is predicted to take less, waiting
+    /// included.
+    #[inline]
+    pub(crate) fn at_least_out_of(&self, source: Slot, bytes: u64) -> f64 {
+        self.at_least(self.fastest_out(source), bytes)
+    }
+
+    #[inline]
+    fn at_least(&self, end: Option<f64>, bytes: u64) -> f64 {
         let rtt = self.shortest_rtt.map_or(PRIOR_RTT_SECONDS, |rtt| rtt.min(PRIOR_RTT_SECONDS));
         let fastest = || self.fastest.map_or(PRIOR_BYTES_PER_SECOND, |f| f.max(PRIOR_BYTES_PER_SECOND));
-        let width = self.fastest_in(destination).unwrap_or_else(fastest);
-        ROUND_TRIPS * rtt + bytes as f64 / width
+        ROUND_TRIPS * rtt + bytes as f64 / end.unwrap_or_else(fastest)
     }
 
     /// Drops what is known of an engine's links: its slot may go to another one.
     pub fn forget(&mut self, slot: Slot) {
         if let Some(row) = self.rows.get_mut(slot.0 as usize) {
             *row = Arc::default();
+            self.ends[slot.0 as usize] = Ends::default();
         }
         for at in 0..self.rows.len() {
             if self.rows[at].from.binary_search_by_key(&slot, |entry| entry.0).is_ok() {
@@ -196,7 +216,7 @@ impl Links {
     pub(crate) fn restore(known: impl Iterator<Item = (Slot, Slot, Option<f64>, Option<f64>)>) -> Self {
         let mut links = Links::default();
         for (source, destination, bytes_per_second, rtt_seconds) in known {
-            links.row(source);
+            links.grow(source);
             let row = links.row(destination);
             let mut estimate = Estimate::default();
             // The first sample is the mean, to the bit.
@@ -211,22 +231,27 @@ impl Links {
         links
     }
 
-    fn row(&mut self, slot: Slot) -> &mut Row {
-        let at = slot.0 as usize;
-        if self.rows.len() <= at {
-            self.rows.resize_with(at + 1, Arc::default);
+    fn grow(&mut self, slot: Slot) {
+        let entries = slot.0 as usize + 1;
+        if self.rows.len() < entries {
+            self.rows.resize_with(entries, Arc::default);
+            self.ends.resize(entries, Ends::default());
         }
-        Arc::make_mut(&mut self.rows[at])
+    }
+
+    fn row(&mut self, slot: Slot) -> &mut Row {
+        self.grow(slot);
+        Arc::make_mut(&mut self.rows[slot.0 as usize])
     }
 
     #[inline]
     fn fastest_out(&self, slot: Slot) -> Option<f64> {
-        self.rows.get(slot.0 as usize)?.fastest_out
+        self.ends.get(slot.0 as usize)?.out
     }
 
     #[inline]
     fn fastest_in(&self, slot: Slot) -> Option<f64> {
-        self.rows.get(slot.0 as usize)?.fastest_in
+        self.ends.get(slot.0 as usize)?.into
     }
 
     fn summarise_in(&mut self, slot: Slot) {
@@ -234,7 +259,8 @@ impl Links {
         let estimates = || row.from.iter().map(|(_, estimate)| estimate);
         let fastest = estimates().filter_map(|e| e.bytes_per_second.mean()).reduce(f64::max);
         let shortest = estimates().filter_map(|e| e.rtt_seconds.mean()).reduce(f64::min);
-        (row.fastest_in, row.shortest_rtt) = (fastest, shortest);
+        row.shortest_rtt = shortest;
+        self.ends[slot.0 as usize].into = fastest;
     }
 
     fn summarise_out(&mut self, slot: Slot) {
@@ -243,11 +269,11 @@ impl Links {
             row.from[at].1.bytes_per_second.mean()
         };
         let fastest = self.rows.iter().filter_map(mean).reduce(f64::max);
-        self.row(slot).fastest_out = fastest;
+        self.ends[slot.0 as usize].out = fastest;
     }
 
     fn summarise(&mut self) {
-        self.fastest = self.rows.iter().filter_map(|row| row.fastest_in).reduce(f64::max);
+        self.fastest = self.ends.iter().filter_map(|ends| ends.into).reduce(f64::max);
         self.shortest_rtt = self.rows.iter().filter_map(|row| row.shortest_rtt).reduce(f64::min);
     }
 
@@ -341,11 +367,15 @@ mod tests {
                     let TransferSeconds { wait, transfer } =
                         links.transfer(source, destination, bytes, queued);
                     prop_assert!(wait >= 0.0 && transfer.is_finite());
-                    prop_assert!(links.at_least(destination, bytes) <= transfer * (1.0 + 1e-12));
+                    let all = (wait + transfer) * (1.0 + 1e-12);
+                    prop_assert!(links.at_least_into(destination, bytes) <= transfer * (1.0 + 1e-12));
+                    prop_assert!(links.at_least_into(destination, bytes + queued.destination) <= all);
+                    prop_assert!(links.at_least_out_of(source, bytes + queued.source) <= all);
                     prop_assert_eq!(
                         copy.transfer(source, destination, bytes, queued), TransferSeconds { wait, transfer });
                     prop_assert_eq!(
-                        copy.at_least(destination, bytes).to_bits(), links.at_least(destination, bytes).to_bits());
+                        copy.at_least_into(destination, bytes).to_bits(),
+                        links.at_least_into(destination, bytes).to_bits());
                 }
             }
         }

@@ -18,6 +18,15 @@ const POISON: &str = "no code that holds this lock panics";
 /// The counters of one engine. Guards change them; reading them is free of locks but where it receives blocks.
 #[derive(Debug, Default)]
 pub struct EngineLoad {
+    counters: Counters,
+    /// What comes from whom; at most one entry for each transfer in flight.
+    receiving_from: Mutex<Vec<(Slot, u64)>>,
+}
+
+/// One cache line, so that a decision, which reads those of every engine, waits for one for each.
+#[derive(Debug, Default)]
+#[repr(align(64))]
+struct Counters {
     prefill_tokens: AtomicU64,
     prefill_nanos: AtomicU64,
     prefills: AtomicU64,
@@ -26,8 +35,6 @@ pub struct EngineLoad {
     prefilled_nanos: AtomicU64,
     sending_bytes: AtomicU64,
     receiving_bytes: AtomicU64,
-    /// What comes from whom; at most one entry for each transfer in flight.
-    receiving_from: Mutex<Vec<(Slot, u64)>>,
 }
 
 impl EngineLoad {
@@ -36,16 +43,16 @@ impl EngineLoad {
     pub fn reserve_prefill(self: &Arc<Self>, uncached_tokens: u64, seconds: f64) -> PrefillReservation {
         // The cast turns what is not a number into 0.
         let nanos = (seconds.clamp(0.0, LONGEST_SECONDS) * NANOS) as u64;
-        self.prefill_tokens.fetch_add(uncached_tokens, Ordering::Relaxed);
-        self.prefill_nanos.fetch_add(nanos, Ordering::Relaxed);
-        self.prefills.fetch_add(1, Ordering::Relaxed);
+        self.counters.prefill_tokens.fetch_add(uncached_tokens, Ordering::Relaxed);
+        self.counters.prefill_nanos.fetch_add(nanos, Ordering::Relaxed);
+        self.counters.prefills.fetch_add(1, Ordering::Relaxed);
         PrefillReservation { load: Arc::clone(self), tokens: uncached_tokens, nanos }
     }
 
     /// Reserves a place among the decoding sequences for one of so many tokens. Drop the guard at the last token.
     pub fn reserve_decode(self: &Arc<Self>, context_tokens: u64) -> DecodeReservation {
-        self.sequences.fetch_add(1, Ordering::Relaxed);
-        self.context_tokens.fetch_add(context_tokens, Ordering::Relaxed);
+        self.counters.sequences.fetch_add(1, Ordering::Relaxed);
+        self.counters.context_tokens.fetch_add(context_tokens, Ordering::Relaxed);
         DecodeReservation { load: Arc::clone(self), tokens: context_tokens }
     }
 
@@ -55,9 +62,9 @@ impl EngineLoad {
         destination: &Arc<EngineLoad>,
         bytes: u64,
     ) -> TransferReservation {
-        source.1.sending_bytes.fetch_add(bytes, Ordering::Relaxed);
+        source.1.counters.sending_bytes.fetch_add(bytes, Ordering::Relaxed);
         let mut from = destination.receiving_from.lock().expect(POISON);
-        destination.receiving_bytes.fetch_add(bytes, Ordering::Relaxed);
+        destination.counters.receiving_bytes.fetch_add(bytes, Ordering::Relaxed);
         match from.iter_mut().find(|entry| entry.0 == source.0) {
             Some(entry) => entry.1 += bytes,
             None => from.push((source.0, bytes)),
@@ -72,22 +79,23 @@ impl EngineLoad {
     }
 
     /// What is reserved now.
+    #[inline]
     pub fn reserved(&self) -> Reserved {
         Reserved {
-            prefill_tokens: self.prefill_tokens.load(Ordering::Relaxed),
-            prefill_seconds: self.prefill_nanos.load(Ordering::Relaxed) as f64 / NANOS,
-            prefills: self.prefills.load(Ordering::Relaxed),
-            sequences: self.sequences.load(Ordering::Relaxed),
-            context_tokens: self.context_tokens.load(Ordering::Relaxed),
-            sending_bytes: self.sending_bytes.load(Ordering::Relaxed),
-            receiving_bytes: self.receiving_bytes.load(Ordering::Relaxed),
+            prefill_tokens: self.counters.prefill_tokens.load(Ordering::Relaxed),
+            prefill_seconds: self.counters.prefill_nanos.load(Ordering::Relaxed) as f64 / NANOS,
+            prefills: self.counters.prefills.load(Ordering::Relaxed),
+            sequences: self.counters.sequences.load(Ordering::Relaxed),
+            context_tokens: self.counters.context_tokens.load(Ordering::Relaxed),
+            sending_bytes: self.counters.sending_bytes.load(Ordering::Relaxed),
+            receiving_bytes: self.counters.receiving_bytes.load(Ordering::Relaxed),
         }
     }
 
     /// Predicted seconds of all prefills that ever came to their first token. The difference over a while is what
     /// sequences that decoded meanwhile were stalled by.
     pub fn prefilled_seconds(&self) -> f64 {
-        self.prefilled_nanos.load(Ordering::Relaxed) as f64 / NANOS
+        self.counters.prefilled_nanos.load(Ordering::Relaxed) as f64 / NANOS
     }
 }
 
@@ -209,15 +217,15 @@ pub struct PrefillReservation {
 impl PrefillReservation {
     /// Its first token is there: releases it, and counts it as computed.
     pub fn computed(self) {
-        self.load.prefilled_nanos.fetch_add(self.nanos, Ordering::Relaxed);
+        self.load.counters.prefilled_nanos.fetch_add(self.nanos, Ordering::Relaxed);
     }
 }
 
 impl Drop for PrefillReservation {
     fn drop(&mut self) {
-        self.load.prefill_tokens.fetch_sub(self.tokens, Ordering::Relaxed);
-        self.load.prefill_nanos.fetch_sub(self.nanos, Ordering::Relaxed);
-        self.load.prefills.fetch_sub(1, Ordering::Relaxed);
+        self.load.counters.prefill_tokens.fetch_sub(self.tokens, Ordering::Relaxed);
+        self.load.counters.prefill_nanos.fetch_sub(self.nanos, Ordering::Relaxed);
+        self.load.counters.prefills.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -233,14 +241,14 @@ impl DecodeReservation {
     /// It generated this many more tokens.
     pub fn grew(&mut self, tokens: u64) {
         self.tokens += tokens;
-        self.load.context_tokens.fetch_add(tokens, Ordering::Relaxed);
+        self.load.counters.context_tokens.fetch_add(tokens, Ordering::Relaxed);
     }
 }
 
 impl Drop for DecodeReservation {
     fn drop(&mut self) {
-        self.load.sequences.fetch_sub(1, Ordering::Relaxed);
-        self.load.context_tokens.fetch_sub(self.tokens, Ordering::Relaxed);
+        self.load.counters.sequences.fetch_sub(1, Ordering::Relaxed);
+        self.load.counters.context_tokens.fetch_sub(self.tokens, Ordering::Relaxed);
     }
 }
 
@@ -256,9 +264,9 @@ pub struct TransferReservation {
 
 impl Drop for TransferReservation {
     fn drop(&mut self) {
-        self.source.sending_bytes.fetch_sub(self.bytes, Ordering::Relaxed);
+        self.source.counters.sending_bytes.fetch_sub(self.bytes, Ordering::Relaxed);
         let mut from = self.destination.receiving_from.lock().expect(POISON);
-        self.destination.receiving_bytes.fetch_sub(self.bytes, Ordering::Relaxed);
+        self.destination.counters.receiving_bytes.fetch_sub(self.bytes, Ordering::Relaxed);
         if let Some(at) = from.iter().position(|entry| entry.0 == self.slot) {
             from[at].1 -= self.bytes;
             if from[at].1 == 0 {

@@ -411,6 +411,9 @@ impl Recent {
         kept.policy = policy.name();
         kept.fleet = Arc::clone(fleet);
         kept.loads.copy_from(decider.loads());
+        // Room for what later requests may need, so that nothing grows then.
+        kept.request.overlaps.clear();
+        kept.request.overlaps.reserve(fleet.engines().len());
         kept.request.take(request);
         kept.decision = decision.copied();
         self.kept.push_back(kept);
@@ -449,9 +452,13 @@ impl RecordedRequest {
         self.prompt_tokens = of.prompt_tokens;
         self.max_tokens = of.max_tokens;
         self.overlaps.clear();
+        let expected = of.overlaps.iter_expected().len() > 0;
         self.overlaps.extend(of.overlaps.iter().map(|(slot, overlap)| RecordedOverlap {
             slot: slot.0,
-            blocks: overlap.blocks.max(of.overlaps.expected(slot)),
+            blocks: match expected {
+                true => overlap.blocks.max(of.overlaps.expected(slot)),
+                false => overlap.blocks,
+            },
             gpu_blocks: overlap.gpu_blocks,
         }));
         let only_expected = of.overlaps.iter_expected().filter(|(slot, _)| of.overlaps.of(*slot).blocks == 0);

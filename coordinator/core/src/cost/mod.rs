@@ -34,7 +34,7 @@ mod pricing;
 
 use serde::{Deserialize, Serialize};
 
-pub(crate) use self::pricing::{DecodeCost, Key, PrefillCost, Pricing};
+pub(crate) use self::pricing::{DecodeSums, Key, PrefillSums, Pricing};
 
 /// Output assumed of a request that does not say how long it may become, and the most that is charged for.
 pub const EXPECTED_OUTPUT_TOKENS: u64 = 128;

@@ -17,8 +17,14 @@ const FOREIGN_CONTEXT_TOKENS: f64 = 1024.0;
 pub(crate) struct PrefillCost {
     pub(crate) queue: f64,
     pub(crate) mixed: f64,
-    pub(crate) prefill: f64,
     pub(crate) stall: f64,
+    pub(crate) sums: PrefillSums,
+}
+
+/// As much of it as plans are compared by.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct PrefillSums {
+    pub(crate) prefill: f64,
     /// The request's own: `queue + mixed + prefill`.
     pub(crate) own: f64,
     /// All: `own + stall`.
@@ -36,13 +42,19 @@ pub(crate) struct DecodeCost {
     pub(crate) first_step: f64,
     pub(crate) decode: f64,
     pub(crate) batch: f64,
+    pub(crate) itl: f64,
+    pub(crate) sums: DecodeSums,
+}
+
+/// As much of it as plans are compared by.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct DecodeSums {
     /// Of any plan: `decode + batch`.
     pub(crate) seconds: f64,
     /// Of a handoff: to the first token, without the transfer.
     pub(crate) handoff_own: f64,
     /// Of a handoff: all, without the transfer.
     pub(crate) handoff_seconds: f64,
-    pub(crate) itl: f64,
     /// By how much the request and the sequences beside it miss their ITL, summed over them.
     pub(crate) late: f64,
 }
@@ -72,9 +84,48 @@ pub(crate) struct Pricing<'a> {
     pub(crate) prompt_tokens: u64,
     pub(crate) output_tokens: u64,
     pub(crate) slo: Slo,
+    /// Of the block size of the fleet's first engine, which most fleets have everywhere.
+    blocks: Blocks,
+}
+
+/// A prompt in blocks of a size.
+#[derive(Clone, Copy, Debug)]
+struct Blocks {
+    size: u32,
+    /// Whole blocks before its last token.
+    usable: u64,
+    /// All, a partial one included.
+    all: u64,
+}
+
+impl Blocks {
+    #[inline]
+    fn of(prompt_tokens: u64, size: u32) -> Self {
+        let tokens = u64::from(size);
+        Self { size, usable: prompt_tokens.saturating_sub(1) / tokens, all: prompt_tokens.div_ceil(tokens) }
+    }
 }
 
 impl<'a> Pricing<'a> {
+    /// Of a request with this many tokens.
+    pub(crate) fn new(
+        fleet: &'a Fleet,
+        loads: &'a Loads,
+        held: &'a [u32],
+        prompt_tokens: u64,
+        output_tokens: u64,
+        slo: Slo,
+    ) -> Self {
+        let blocks = Blocks::of(prompt_tokens, fleet.hot().first().map_or(1, |hot| hot.block_size));
+        Self { fleet, loads, held, prompt_tokens, output_tokens, slo, blocks }
+    }
+
+    /// Divisions are slow, and there would be some for each engine.
+    #[inline]
+    fn blocks(&self, size: u32) -> Blocks {
+        if size == self.blocks.size { self.blocks } else { Blocks::of(self.prompt_tokens, size) }
+    }
+
     /// Output that is charged for, of a request that may generate so much.
     pub(crate) fn output_tokens(max_tokens: Option<u64>) -> u64 {
         max_tokens.unwrap_or(EXPECTED_OUTPUT_TOKENS).clamp(1, EXPECTED_OUTPUT_TOKENS)
@@ -89,8 +140,7 @@ impl<'a> Pricing<'a> {
     /// wholly it uses one block less.
     #[inline]
     pub(crate) fn usable_blocks(&self, at: u32) -> u64 {
-        let whole = self.prompt_tokens.saturating_sub(1) / u64::from(self.hot(at).block_size);
-        u64::from(self.held[at as usize]).min(whole)
+        u64::from(self.held[at as usize]).min(self.blocks(self.hot(at).block_size).usable)
     }
 
     /// Prompt tokens that the engine need not compute.
@@ -126,7 +176,7 @@ impl<'a> Pricing<'a> {
         }
         let stall = sequences * chunks;
         let own = queue.max(there_after) + mixed + prefill;
-        PrefillCost { queue, mixed, prefill, stall, own, seconds: own + stall, late }
+        PrefillCost { queue, mixed, stall, sums: PrefillSums { prefill, own, seconds: own + stall, late } }
     }
 
     /// Prices the decode on an engine.
@@ -155,11 +205,8 @@ impl<'a> Pricing<'a> {
             first_step,
             decode,
             batch,
-            seconds,
-            handoff_own,
-            handoff_seconds: handoff_own + seconds,
             itl,
-            late,
+            sums: DecodeSums { seconds, handoff_own, handoff_seconds: handoff_own + seconds, late },
         }
     }
 
@@ -172,16 +219,36 @@ impl<'a> Pricing<'a> {
 
     #[inline]
     fn handoff_blocks(&self, decode: u32) -> u64 {
-        let blocks = self.prompt_tokens.div_ceil(u64::from(self.hot(decode).block_size));
-        blocks.saturating_sub(u64::from(self.held[decode as usize]))
+        let blocks = self.blocks(self.hot(decode).block_size);
+        blocks.all.saturating_sub(u64::from(self.held[decode as usize]))
     }
 
-    /// No handoff to this engine is predicted to transfer in less. `layers` is the most that any engine streams.
+    /// No handoff to this engine is predicted to transfer in less, waiting included.
     #[inline]
-    pub(crate) fn handoff_at_least(&self, decode: u32, layers: u32) -> f64 {
+    pub(crate) fn handoff_at_least(&self, decode: u32) -> f64 {
         let hot = self.hot(decode);
         let bytes = self.handoff_blocks(decode).saturating_mul(hot.block_bytes);
-        self.fleet.links().at_least(hot.slot, bytes) / f64::from(layers.max(1))
+        match self.fleet.streamed_layers() {
+            0 | 1 => {
+                let before = self.loads.engines[decode as usize].receiving_bytes;
+                self.fleet.links().at_least_into(hot.slot, bytes.saturating_add(before))
+            }
+            layers => self.fleet.links().at_least_into(hot.slot, bytes) / f64::from(layers),
+        }
+    }
+
+    /// No handoff between these engines is predicted to transfer in less, as far as the first one's end tells.
+    #[inline]
+    pub(crate) fn handoff_from_at_least(&self, prefill: u32, decode: u32) -> f64 {
+        let hot = self.hot(prefill);
+        let bytes = self.handoff_bytes(prefill, decode);
+        match hot.streamed_layers {
+            0 | 1 => {
+                let before = self.loads.engines[prefill as usize].sending_bytes;
+                self.fleet.links().at_least_out_of(hot.slot, bytes.saturating_add(before))
+            }
+            layers => self.fleet.links().at_least_out_of(hot.slot, bytes) / f64::from(layers),
+        }
     }
 
     /// What a transfer takes behind what is queued.
@@ -198,7 +265,7 @@ impl<'a> Pricing<'a> {
 
     /// What a handoff's transfer takes after the prefill.
     #[inline]
-    pub(crate) fn handoff(&self, prefill: u32, decode: u32, cost: &PrefillCost) -> TransferSeconds {
+    pub(crate) fn handoff(&self, prefill: u32, decode: u32, cost: &PrefillSums) -> TransferSeconds {
         let bytes = self.handoff_bytes(prefill, decode);
         let TransferSeconds { wait, transfer } = self.transfer(prefill, decode, bytes);
         let layers = f64::from(self.hot(prefill).streamed_layers);
@@ -212,13 +279,13 @@ impl<'a> Pricing<'a> {
 
     /// A plan on one engine.
     #[inline]
-    pub(crate) fn whole_key(&self, prefill: &PrefillCost, decode: &DecodeCost) -> Key {
+    pub(crate) fn whole_key(&self, prefill: &PrefillSums, decode: &DecodeSums) -> Key {
         self.key(prefill.own, prefill.late + decode.late, prefill.seconds + decode.seconds)
     }
 
     /// A handoff.
     #[inline]
-    pub(crate) fn pair_key(&self, prefill: &PrefillCost, decode: &DecodeCost, way: TransferSeconds) -> Key {
+    pub(crate) fn pair_key(&self, prefill: &PrefillSums, decode: &DecodeSums, way: TransferSeconds) -> Key {
         let moving = way.wait + way.transfer;
         self.key(
             prefill.own + moving + decode.handoff_own,
@@ -254,7 +321,7 @@ impl<'a> Pricing<'a> {
         let (prefill, key) = match plan {
             Plan::Colocated { engine } | Plan::Append { engine } => {
                 let prefill = self.prefill(engine);
-                (prefill, self.whole_key(&prefill, &decode))
+                (prefill, self.whole_key(&prefill.sums, &decode.sums))
             }
             Plan::Pull { source, engine } => {
                 let mut there_after = 0.0;
@@ -265,22 +332,22 @@ impl<'a> Pricing<'a> {
                 }
                 let prefill = self.prefill_after(engine, hit_tokens, there_after);
                 terms.set(Term::Pull, (there_after - prefill.queue).max(0.0));
-                (prefill, self.whole_key(&prefill, &decode))
+                (prefill, self.whole_key(&prefill.sums, &decode.sums))
             }
             Plan::Disaggregated { prefill: from, decode: to } => {
                 let prefill = self.prefill(from);
-                let way = self.handoff(from, to, &prefill);
+                let way = self.handoff(from, to, &prefill.sums);
                 transfer_bytes = self.handoff_bytes(from, to);
                 terms.set(Term::TransferWait, way.wait);
                 terms.set(Term::Transfer, way.transfer);
                 terms.set(Term::DecodeQueueWait, decode.queue);
                 terms.set(Term::FirstStep, decode.first_step);
-                (prefill, self.pair_key(&prefill, &decode, way))
+                (prefill, self.pair_key(&prefill.sums, &decode.sums, way))
             }
         };
         terms.set(Term::QueueWait, prefill.queue);
         terms.set(Term::MixedSteps, prefill.mixed);
-        terms.set(Term::Prefill, prefill.prefill);
+        terms.set(Term::Prefill, prefill.sums.prefill);
         terms.set(Term::DecodeStall, prefill.stall);
         terms.set(Term::Decode, decode.decode);
         terms.set(Term::DecodeBatch, decode.batch);
@@ -294,7 +361,7 @@ impl<'a> Pricing<'a> {
             hit_tokens,
             uncached_tokens: self.prompt_tokens - hit_tokens,
             transfer_bytes,
-            prefill_seconds: prefill.prefill,
+            prefill_seconds: prefill.sums.prefill,
         }
     }
 }
@@ -327,7 +394,7 @@ mod tests {
     use crate::placement::testing::{engine, fleet, with};
 
     fn pricing<'a>(fleet: &'a Fleet, loads: &'a Loads, held: &'a [u32], prompt_tokens: u64) -> Pricing<'a> {
-        Pricing { fleet, loads, held, prompt_tokens, output_tokens: 11, slo: Slo::default() }
+        Pricing::new(fleet, loads, held, prompt_tokens, 11, Slo::default())
     }
 
     fn idle(engines: usize) -> Loads {

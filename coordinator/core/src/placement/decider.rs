@@ -1,8 +1,8 @@
 //! One decision after another, in memory that is used again.
 
-use super::search::{self, Ended, Frontier, Lazy};
-use super::{Aim, MAX_PAIRS, Modes, PULL_SOURCES, Policy, Request, View};
-use crate::cost::{DecodeCost, Key, Plan, PrefillCost, Priced, Pricing};
+use super::search::{self, Ended, Lazy};
+use super::{Aim, MAX_LOOKS, MAX_PAIRS, Modes, PULL_SOURCES, Policy, Request, View};
+use crate::cost::{DecodeSums, Key, Plan, PrefillSums, Priced, Pricing};
 use crate::fleet::{Fleet, Role};
 use crate::load::Loads;
 
@@ -18,7 +18,7 @@ pub struct Decision {
     /// Whether a prefill on the chosen engine meets no other one, as far as is known: its time then says how fast the
     /// engine is.
     pub alone: bool,
-    /// Whether the search among pairs ended at [`MAX_PAIRS`]: another one may be better.
+    /// Whether the search among pairs ended at [`MAX_PAIRS`] or [`MAX_LOOKS`]: another one may be better.
     pub cut: bool,
     /// Plans that were priced.
     pub priced: u32,
@@ -36,11 +36,12 @@ impl Decision {
     }
 }
 
-/// The parts of all plans that an engine is in.
+/// The parts of all plans that an engine is in: one cache line.
 #[derive(Clone, Copy, Debug, Default)]
+#[repr(align(64))]
 pub(super) struct Costs {
-    pub(super) prefill: PrefillCost,
-    pub(super) decode: DecodeCost,
+    pub(super) prefill: PrefillSums,
+    pub(super) decode: DecodeSums,
 }
 
 /// What a decision works with, and its explanation reads.
@@ -63,8 +64,8 @@ pub struct Decider {
     pub(super) scratch: Scratch,
     firsts: Lazy,
     seconds: Lazy,
-    frontier: Frontier,
-    layouts: Vec<u32>,
+    /// The least that a handoff to each engine takes, by place.
+    moving: Vec<f64>,
     sources: Vec<u32>,
 }
 
@@ -84,7 +85,7 @@ impl Decider {
     /// Reads the engines' loads and decides. `None` where no engine can serve the request;
     /// [`super::skipped`] says why each was left out.
     pub fn decide(&mut self, policy: &dyn Policy, fleet: &Fleet, request: &Request<'_>) -> Option<Decision> {
-        self.loads.read(fleet.engines().iter().map(|engine| (engine.info.slot, &*engine.load)));
+        self.loads.read(fleet.loads());
         self.decide_as_seen(policy, fleet, request)
     }
 
@@ -111,14 +112,8 @@ impl Decider {
     }
 
     pub(super) fn pricing<'a>(&'a self, fleet: &'a Fleet, request: &Request<'_>) -> Pricing<'a> {
-        Pricing {
-            fleet,
-            loads: &self.loads,
-            held: &self.held,
-            prompt_tokens: request.prompt_tokens,
-            output_tokens: Pricing::output_tokens(request.max_tokens),
-            slo: request.slo,
-        }
+        let output_tokens = Pricing::output_tokens(request.max_tokens);
+        Pricing::new(fleet, &self.loads, &self.held, request.prompt_tokens, output_tokens, request.slo)
     }
 
     fn decide_as_seen(
@@ -149,7 +144,7 @@ impl Decider {
             scratch.costs.resize(fleet.engines().len(), Costs::default());
             for at in &scratch.able {
                 scratch.costs[*at as usize] =
-                    Costs { prefill: pricing.prefill(*at), decode: pricing.decode(*at) };
+                    Costs { prefill: pricing.prefill(*at).sums, decode: pricing.decode(*at).sums };
             }
             let view = View { request, pricing: &pricing, scratch: &scratch };
             let aim = policy.aim(&view);
@@ -175,6 +170,7 @@ impl Decider {
             request,
             best: None,
             budget: MAX_PAIRS,
+            looks: MAX_LOOKS,
             priced: scratch.whole.len() as u32,
             cut: false,
         };
@@ -217,18 +213,13 @@ impl Decider {
             self.pulls(search);
         }
         if modes.pairs && search.request.splittable.is_ok() {
-            self.layouts.clear();
-            let exchange = |at: &u32| search.fleet.hot()[*at as usize].exchange;
-            self.layouts.extend(search.scratch.able.iter().filter_map(exchange));
-            self.layouts.sort_unstable();
-            self.layouts.dedup();
             for in_time in [true, false] {
                 // Only where no plan is in time, those that are not count.
                 if !in_time && search.best.is_some_and(|best| best.key.late == 0.0) {
                     break;
                 }
-                for at in 0..self.layouts.len() {
-                    self.pairs(search, self.layouts[at], in_time);
+                for layout in search.fleet.exchanges() {
+                    self.pairs(search, *layout, in_time);
                 }
             }
         }
@@ -262,7 +253,7 @@ impl Decider {
                     continue;
                 }
                 let Some((cached, bytes)) = pricing.pulled(source, engine) else { continue };
-                let least = pricing.prefill_after(engine, cached, 0.0);
+                let least = pricing.prefill_after(engine, cached, 0.0).sums;
                 let no_better = |best: &Best| {
                     best.key.late == 0.0 && least.seconds + costs.decode.seconds >= best.key.seconds
                 };
@@ -270,7 +261,7 @@ impl Decider {
                     continue;
                 }
                 let way = pricing.transfer(source, engine, bytes);
-                let prefill = pricing.prefill_after(engine, cached, way.wait + way.transfer);
+                let prefill = pricing.prefill_after(engine, cached, way.wait + way.transfer).sums;
                 let key = pricing.whole_key(&prefill, &costs.decode);
                 search.take(key, Plan::Pull { source, engine });
             }
@@ -282,12 +273,12 @@ impl Decider {
         let (fleet, request) = (search.fleet, search.request);
         let hot = fleet.hot();
         let (mut firsts, mut seconds) = (std::mem::take(&mut self.firsts), std::mem::take(&mut self.seconds));
-        let mut frontier = std::mem::take(&mut self.frontier);
-        firsts.clear();
-        seconds.clear();
+        let mut moving = std::mem::take(&mut self.moving);
+        firsts.clear(fleet.engines().len());
+        seconds.clear(fleet.engines().len());
+        moving.resize(fleet.engines().len(), 0.0);
         let pricing = self.pricing(fleet, request);
         let ttft_slo = request.slo.ttft_seconds;
-        let layers = hot.iter().map(|hot| hot.streamed_layers).max().unwrap_or(0);
         for at in search.scratch.able.iter().copied() {
             let engine = &hot[at as usize];
             if engine.exchange != Some(layout) {
@@ -305,16 +296,17 @@ impl Decider {
                 }
             }
             if engine.role.decodes() {
-                let moving = pricing.handoff_at_least(at, layers);
+                let least = pricing.handoff_at_least(at);
+                moving[at as usize] = least;
                 match in_time {
                     true => {
-                        let own = decode.handoff_own + moving;
+                        let own = decode.handoff_own + least;
                         if decode.late == 0.0 && ttft_slo.is_none_or(|slo| own <= slo) {
-                            seconds.push(decode.handoff_seconds + moving, at);
+                            seconds.push(decode.handoff_seconds + least, at);
                         }
                     }
                     false => {
-                        let own = ttft_slo.map_or(0.0, |_| decode.handoff_own + moving);
+                        let own = ttft_slo.map_or(0.0, |_| decode.handoff_own + least);
                         seconds.push(decode.late + own, at);
                     }
                 }
@@ -326,26 +318,33 @@ impl Decider {
             Some(best) if !in_time => best.key.late + ttft_slo.unwrap_or(0.0),
             _ => f64::INFINITY,
         };
-        if !firsts.is_empty() && !seconds.is_empty() {
-            let (first, second, limit) = (firsts.least(), seconds.least(), limit(&search.best));
-            firsts.keep_below(limit - second);
-            seconds.keep_below(limit - first);
-        }
-        let mut budget = search.budget;
-        let ended = search::pairs(&mut firsts, &mut seconds, &mut frontier, &mut budget, |from, to| {
-            if from != to {
-                let (prefill, decode) =
-                    (&search.scratch.costs[from as usize].prefill, &search.scratch.costs[to as usize].decode);
-                let key = pricing.pair_key(prefill, decode, pricing.handoff(from, to, prefill));
-                if !in_time || key.late == 0.0 {
-                    search.take(key, Plan::Disaggregated { prefill: from, decode: to });
-                }
+        let least = (firsts.least(), seconds.least(), limit(&search.best));
+        firsts.keep_below(least.2 - least.1);
+        seconds.keep_below(least.2 - least.0);
+        let moving_counts = in_time || ttft_slo.is_some();
+        let mut looks = search.looks;
+        let ended = search::pairs(&mut firsts, &mut seconds, &mut looks, least.2, |sum, from, to| {
+            let below = limit(&search.best);
+            if from == to {
+                return Some(below);
             }
-            limit(&search.best)
+            // What the first one's end of the link adds, before the link itself is looked up.
+            let more = pricing.handoff_from_at_least(from, to) - moving[to as usize];
+            if moving_counts && sum + more >= below {
+                return Some(below);
+            }
+            search.budget = search.budget.checked_sub(1)?;
+            let (prefill, decode) =
+                (&search.scratch.costs[from as usize].prefill, &search.scratch.costs[to as usize].decode);
+            let key = pricing.pair_key(prefill, decode, pricing.handoff(from, to, prefill));
+            if !in_time || key.late == 0.0 {
+                search.take(key, Plan::Disaggregated { prefill: from, decode: to });
+            }
+            Some(limit(&search.best))
         });
-        search.budget = budget;
+        search.looks = looks;
         search.cut |= ended == Ended::Cut;
-        (self.firsts, self.seconds, self.frontier) = (firsts, seconds, frontier);
+        (self.firsts, self.seconds, self.moving) = (firsts, seconds, moving);
     }
 }
 
@@ -357,6 +356,8 @@ struct Search<'a> {
     best: Option<Best>,
     /// Pairs that may still be priced.
     budget: usize,
+    /// Pairs that may still be looked at.
+    looks: usize,
     priced: u32,
     cut: bool,
 }

@@ -11,8 +11,9 @@
 //! the same inputs always give the same decision.
 //!
 //! # Bounds
-//! Pairs are priced best first, by a lower bound, until none can be better: the choice is that of pricing all of them, up to the
-//! rounding of sums. At most [`MAX_PAIRS`] are priced; where that ends the search, the decision says so ([`Decision::cut`]). A
+//! Pairs are priced as long as a lower bound says that they can be better: the choice is that of pricing all of them, up to the
+//! rounding of sums. At most [`MAX_PAIRS`] are priced, and [`MAX_LOOKS`] looked at; where that ends the search, the decision says so
+//! ([`Decision::cut`]). A
 //! prefix is pulled from one of the [`PULL_SOURCES`] engines that hold the most of it.
 
 mod adaptive;
@@ -55,6 +56,9 @@ use crate::load::Reserved;
 
 /// Most pairs of engines that are priced for a decision.
 pub const MAX_PAIRS: usize = 1024;
+/// Most pairs of engines that are looked at for a decision: most of them cannot be better than the best one priced, by what
+/// their ends of the link carry.
+pub const MAX_LOOKS: usize = 16 * MAX_PAIRS;
 /// Engines that a prefix may be pulled from: those that hold the most of it.
 pub const PULL_SOURCES: usize = 4;
 /// Tokens whose block names a prefix for [`Request::prefix_key`].

@@ -1,12 +1,9 @@
 //! Pairs of engines, best first.
 //!
 //! A pair costs the prefill part of one engine, the decode part of the other and the transfer between them. With
-//! the least that any transfer to the decode engine can take added to its part, the sum of two parts is a lower bound. Pairs come
-//! out of a heap in order of that bound, which lists the neighbours of what it gave out; once the bound is no better
-//! than the best pair priced, no other pair is.
-
-use std::cmp::Reverse;
-use std::collections::BinaryHeap;
+//! the least that any transfer to the decode engine can take added to its part, the sum of two parts is a lower bound. Both
+//! parts are gone through in order of cost, the second for each of the first, until the bound is no better than the best pair
+//! priced: no other pair is then.
 
 /// Entries sorted at a time.
 const CHUNK: usize = 16;
@@ -19,17 +16,15 @@ pub(super) struct Lazy {
 }
 
 impl Lazy {
-    pub(super) fn clear(&mut self) {
+    /// Empties it and makes room for so many entries.
+    pub(super) fn clear(&mut self, entries: usize) {
         self.entries.clear();
+        self.entries.reserve(entries);
         self.sorted = 0;
     }
 
     pub(super) fn push(&mut self, cost: f64, at: u32) {
         self.entries.push((cost, at));
-    }
-
-    pub(super) fn is_empty(&self) -> bool {
-        self.entries.is_empty()
     }
 
     pub(super) fn least(&self) -> f64 {
@@ -57,51 +52,44 @@ impl Lazy {
     }
 }
 
-/// What is left to look at: bound, and places in the two orders. Bounds are not negative, so that their bits are in
-/// their order.
-pub(super) type Frontier = BinaryHeap<Reverse<(u64, u32, u32)>>;
-
 /// How a search ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Ended {
     /// No further pair can be better.
     Done,
-    /// There was no pair to look at any more, or no more were to be priced.
+    /// No more pairs were to be looked at, or priced.
     Cut,
 }
 
-/// Gives pairs of places to `price`, in order of the sum of their costs. It returns the cost at and above which no
-/// further pair is of interest.
+/// Gives pairs of places to `look`, with the sum of their costs, as long as that is below what `look` returned last, at first
+/// `limit`. For every first one, in order, the second ones in order. `look` returns the cost at and above which no further
+/// pair is of interest, or `None` to end the search.
 pub(super) fn pairs(
     firsts: &mut Lazy,
     seconds: &mut Lazy,
-    frontier: &mut Frontier,
-    budget: &mut usize,
-    mut price: impl FnMut(u32, u32) -> f64,
+    looks: &mut usize,
+    mut limit: f64,
+    mut look: impl FnMut(f64, u32, u32) -> Option<f64>,
 ) -> Ended {
-    frontier.clear();
-    let (Some(first), Some(second)) = (firsts.get(0), seconds.get(0)) else { return Ended::Done };
-    let mut limit = f64::INFINITY;
-    frontier.push(Reverse(((first.0 + second.0).to_bits(), 0, 0)));
-    while let Some(Reverse((bound, i, j))) = frontier.pop() {
-        if f64::from_bits(bound) >= limit {
-            return Ended::Done;
-        }
-        if *budget == 0 {
-            return Ended::Cut;
-        }
-        *budget -= 1;
-        let (Some(first), Some(second)) = (firsts.get(i as usize), seconds.get(j as usize)) else {
-            continue;
-        };
-        limit = price(first.1, second.1);
-        if let Some(next) = seconds.get(j as usize + 1) {
-            frontier.push(Reverse(((first.0 + next.0).to_bits(), i, j + 1)));
-        }
-        if j == 0
-            && let Some(next) = firsts.get(i as usize + 1)
-        {
-            frontier.push(Reverse(((next.0 + second.0).to_bits(), i + 1, 0)));
+    for i in 0.. {
+        let Some(first) = firsts.get(i) else { break };
+        for j in 0.. {
+            let Some(second) = seconds.get(j) else { break };
+            let sum = first.0 + second.0;
+            if sum >= limit {
+                if j == 0 {
+                    return Ended::Done;
+                }
+                break;
+            }
+            if *looks == 0 {
+                return Ended::Cut;
+            }
+            *looks -= 1;
+            match look(sum, first.1, second.1) {
+                Some(next) => limit = next,
+                None => return Ended::Cut,
+            }
         }
     }
     Ended::Done
@@ -115,23 +103,26 @@ mod tests {
 
     proptest! {
         #[test]
-        fn pairs_come_in_order_each_once(
+        fn every_pair_below_the_limit_comes_once_the_cheapest_first_part_first(
             a in prop::collection::vec(0.0f64..10.0, 0..40), b in prop::collection::vec(0.0f64..10.0, 0..40),
+            limit in 0.0f64..20.0,
         ) {
             let (mut firsts, mut seconds) = (Lazy::default(), Lazy::default());
             a.iter().enumerate().for_each(|(at, cost)| firsts.push(*cost, at as u32));
             b.iter().enumerate().for_each(|(at, cost)| seconds.push(*cost, at as u32));
             let mut seen = Vec::new();
-            let mut budget = usize::MAX;
-            pairs(&mut firsts, &mut seconds, &mut Frontier::new(), &mut budget, |i, j| {
+            let mut looks = usize::MAX;
+            let ended = pairs(&mut firsts, &mut seconds, &mut looks, limit, |sum, i, j| {
+                assert_eq!(sum, a[i as usize] + b[j as usize]);
                 seen.push((i, j));
-                f64::INFINITY
+                Some(limit)
             });
-            let costs: Vec<f64> = seen.iter().map(|(i, j)| a[*i as usize] + b[*j as usize]).collect();
-            prop_assert!(costs.is_sorted());
+            prop_assert_eq!(ended, Ended::Done);
+            prop_assert!(seen.iter().map(|pair| (a[pair.0 as usize], b[pair.1 as usize])).is_sorted());
             seen.sort_unstable();
-            seen.dedup();
-            prop_assert_eq!(seen.len(), a.len() * b.len());
+            let below = |pair: &(u32, u32)| a[pair.0 as usize] + b[pair.1 as usize] < limit;
+            let all = (0..a.len() as u32).flat_map(|i| (0..b.len() as u32).map(move |j| (i, j)));
+            prop_assert_eq!(seen, all.filter(below).collect::<Vec<_>>());
         }
     }
 }

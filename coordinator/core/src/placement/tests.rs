@@ -274,14 +274,9 @@ fn keys_name_a_prefix_and_what_follows_the_known_part() {
 fn all_plans(case: &Case, held: &[u32], modes: Modes) -> Vec<(Key, Plan)> {
     let request = case.request();
     let hot = case.fleet.hot();
-    let pricing = Pricing {
-        fleet: &case.fleet,
-        loads: &case.loads,
-        held,
-        prompt_tokens: request.prompt_tokens,
-        output_tokens: Pricing::output_tokens(request.max_tokens),
-        slo: request.slo,
-    };
+    let output_tokens = Pricing::output_tokens(request.max_tokens);
+    let pricing =
+        Pricing::new(&case.fleet, &case.loads, held, request.prompt_tokens, output_tokens, request.slo);
     let engines = case.fleet.engines();
     let able: Vec<u32> = (0..engines.len() as u32)
         .filter(|at| engines[*at as usize].serves("m") && engines[*at as usize].healthy)
