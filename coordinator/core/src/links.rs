@@ -171,21 +171,24 @@ impl Links {
     /// included.
     #[inline]
     pub(crate) fn at_least_into(&self, destination: Slot, bytes: u64) -> f64 {
-        self.at_least(self.fastest_in(destination), bytes)
+        let (fixed, width) = self.at_best(self.fastest_in(destination));
+        fixed + bytes as f64 / width
     }
 
-    /// No transfer from this engine with which so many bytes are on the way from it is predicted to take less, waiting
-    /// included.
+    /// No transfer from this engine is predicted to take less than the first number of seconds, and the second one for
+    /// each byte that is on the way from it by then, waiting included.
     #[inline]
-    pub(crate) fn at_least_out_of(&self, source: Slot, bytes: u64) -> f64 {
-        self.at_least(self.fastest_out(source), bytes)
+    pub(crate) fn at_least_out_of(&self, source: Slot) -> (f64, f64) {
+        let (fixed, width) = self.at_best(self.fastest_out(source));
+        (fixed, 1.0 / width)
     }
 
+    /// Round trips, and the bandwidth of an end.
     #[inline]
-    fn at_least(&self, end: Option<f64>, bytes: u64) -> f64 {
+    fn at_best(&self, end: Option<f64>) -> (f64, f64) {
         let rtt = self.shortest_rtt.map_or(PRIOR_RTT_SECONDS, |rtt| rtt.min(PRIOR_RTT_SECONDS));
         let fastest = || self.fastest.map_or(PRIOR_BYTES_PER_SECOND, |f| f.max(PRIOR_BYTES_PER_SECOND));
-        ROUND_TRIPS * rtt + bytes as f64 / end.unwrap_or_else(fastest)
+        (ROUND_TRIPS * rtt, end.unwrap_or_else(fastest))
     }
 
     /// Drops what is known of an engine's links: its slot may go to another one.
@@ -370,7 +373,8 @@ mod tests {
                     let all = (wait + transfer) * (1.0 + 1e-12);
                     prop_assert!(links.at_least_into(destination, bytes) <= transfer * (1.0 + 1e-12));
                     prop_assert!(links.at_least_into(destination, bytes + queued.destination) <= all);
-                    prop_assert!(links.at_least_out_of(source, bytes + queued.source) <= all);
+                    let (fixed, byte) = links.at_least_out_of(source);
+                    prop_assert!(fixed + byte * (bytes + queued.source) as f64 <= all);
                     prop_assert_eq!(
                         copy.transfer(source, destination, bytes, queued), TransferSeconds { wait, transfer });
                     prop_assert_eq!(

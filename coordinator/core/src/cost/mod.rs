@@ -1,6 +1,6 @@
 //! Predicted seconds of one way to serve a request, term by term.
 //!
-//! A term is a duration that somebody waits: the request itself, or sequences that it holds up. Their sum is what a
+//! A term is a duration that somebody waits: the request itself, sequences that it holds up, or requests to come. Their sum is what a
 //! placement adds to the fleet's waiting, in seconds. No term is a weight.
 //!
 //! # Formulas
@@ -19,10 +19,17 @@
 //! | `first_step` | `a + (d + e·(B+1) + f·(Σctx+ctx))`: the second request and its step | it |
 //! | `decode` | `(T-1) · (d + e·(B+1) + f·(Σctx+ctx)) / (1-share)`, `share` of the engine's time going to prefills | it |
 //! | `decode_batch` | `B · (T-1) · (e + f·ctx)`: what one more sequence adds to each step of the others | others |
+//! | `second_copy` | [`SHARERS`]` · (prefill - prefill after P)`, at most [`MOST_SECOND_COPY_SECONDS`]; `P` are the most prompt tokens that an engine holds which may take part, pulled ones not counted | those to come |
 //!
 //! That a step that mixes prefill and decode costs about the sum of its parts, and that chunked prefill stalls every decoding
 //! sequence, is how Sarathi-Serve (Agrawal et al., OSDI 2024) describes it, and DistServe (Zhong et al., OSDI 2024) why splitting helps. Time to
 //! first token as the sum of queue, transfer and prefill is Mooncake's (Qin et al., FAST 2025); what others lose is ours to add.
+//!
+//! # Leaving a prefix
+//! Whoever leaves the engine that holds its prefix for one where less goes on gains its own seconds at once. What that costs comes
+//! later: an engine computed what another one had, in time that was to be shared by those to come, and the second copy took the
+//! room of other blocks, which are computed anew in their turn. Without `second_copy` a fleet with engines to spare gives up a
+//! prefix for however little. It is bounded, so that no request waits long for a prefix where an engine is free.
 //!
 //! # Both SLOs
 //! The time to first token is the sum of the request's own terms up to it. The inter-token latency (ITL) is a mean over the output:
@@ -34,10 +41,16 @@ mod pricing;
 
 use serde::{Deserialize, Serialize};
 
-pub(crate) use self::pricing::{DecodeSums, Key, PrefillSums, Pricing};
+pub(crate) use self::pricing::{DecodeSums, Key, PrefillSums, Pricing, Sender};
 
 /// Output assumed of a request that does not say how long it may become, and the most that is charged for.
 pub const EXPECTED_OUTPUT_TOKENS: u64 = 128;
+
+/// Sequences that share an engine's time where a fleet is busy: each of them waits for a second that it loses.
+pub const SHARERS: f64 = 8.0;
+
+/// The most that a second copy of a prefix is charged, seconds.
+pub const MOST_SECOND_COPY_SECONDS: f64 = 2.0;
 
 /// A named part of the cost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -65,11 +78,13 @@ pub enum Term {
     Decode,
     /// What the request adds to the decode steps of the sequences beside it, summed over them.
     DecodeBatch,
+    /// What it takes from those to come that blocks which another engine holds are on this one too.
+    SecondCopy,
 }
 
 impl Term {
     /// All terms, in the order in which they happen.
-    pub const ALL: [Term; 11] = [
+    pub const ALL: [Term; 12] = [
         Term::QueueWait,
         Term::Pull,
         Term::MixedSteps,
@@ -81,6 +96,7 @@ impl Term {
         Term::FirstStep,
         Term::Decode,
         Term::DecodeBatch,
+        Term::SecondCopy,
     ];
 
     /// Its name in explanations.
@@ -97,6 +113,7 @@ impl Term {
             Term::FirstStep => "first_step",
             Term::Decode => "decode",
             Term::DecodeBatch => "decode_batch",
+            Term::SecondCopy => "second_copy",
         }
     }
 }

@@ -3,7 +3,7 @@
 //! What a plan costs is the sum of what depends on the prefill engine alone, on the decode engine alone, and on the link
 //! between them. Each part is computed once for an engine, whatever the number of plans it is in.
 
-use super::{EXPECTED_OUTPUT_TOKENS, Plan, Priced, Slo, Term, Terms};
+use super::{EXPECTED_OUTPUT_TOKENS, MOST_SECOND_COPY_SECONDS, Plan, Priced, SHARERS, Slo, Term, Terms};
 use crate::fleet::{Fleet, Hot};
 use crate::links::{Queued, TransferSeconds};
 use crate::load::{Loads, Reserved};
@@ -18,6 +18,7 @@ pub(crate) struct PrefillCost {
     pub(crate) queue: f64,
     pub(crate) mixed: f64,
     pub(crate) stall: f64,
+    pub(crate) second_copy: f64,
     pub(crate) sums: PrefillSums,
 }
 
@@ -27,7 +28,7 @@ pub(crate) struct PrefillSums {
     pub(crate) prefill: f64,
     /// The request's own: `queue + mixed + prefill`.
     pub(crate) own: f64,
-    /// All: `own + stall`.
+    /// All: `own + stall + second_copy`.
     pub(crate) seconds: f64,
     /// By how much the sequences that decode there miss their ITL, summed over them.
     pub(crate) late: f64,
@@ -59,6 +60,22 @@ pub(crate) struct DecodeSums {
     pub(crate) late: f64,
 }
 
+/// What its end of the links makes of handoffs from an engine, waiting included.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Sender {
+    fixed: f64,
+    /// Seconds.
+    byte: f64,
+}
+
+impl Sender {
+    /// No handoff of so many bytes is predicted to take less.
+    #[inline]
+    pub(crate) fn at_least(&self, bytes: f64) -> f64 {
+        self.fixed + self.byte * bytes
+    }
+}
+
 /// By what plans compare: the SLOs first, then all seconds.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Key {
@@ -84,6 +101,8 @@ pub(crate) struct Pricing<'a> {
     pub(crate) prompt_tokens: u64,
     pub(crate) output_tokens: u64,
     pub(crate) slo: Slo,
+    /// The most prompt tokens that an engine holds which may take part.
+    pub(crate) longest_hit: u64,
     /// Of the block size of the fleet's first engine, which most fleets have everywhere.
     blocks: Blocks,
 }
@@ -107,7 +126,7 @@ impl Blocks {
 }
 
 impl<'a> Pricing<'a> {
-    /// Of a request with this many tokens.
+    /// Of a request with this many tokens, of which no engine is known to hold any.
     pub(crate) fn new(
         fleet: &'a Fleet,
         loads: &'a Loads,
@@ -117,7 +136,7 @@ impl<'a> Pricing<'a> {
         slo: Slo,
     ) -> Self {
         let blocks = Blocks::of(prompt_tokens, fleet.hot().first().map_or(1, |hot| hot.block_size));
-        Self { fleet, loads, held, prompt_tokens, output_tokens, slo, blocks }
+        Self { fleet, loads, held, prompt_tokens, output_tokens, slo, longest_hit: 0, blocks }
     }
 
     /// Divisions are slow, and there would be some for each engine.
@@ -150,13 +169,13 @@ impl<'a> Pricing<'a> {
     }
 
     /// Prices the prefill on an engine of what it does not hold.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn prefill(&self, at: u32) -> PrefillCost {
         self.prefill_after(at, self.hit_tokens(at), 0.0)
     }
 
     /// Prices the prefill after so many cached tokens that are there after so many seconds.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn prefill_after(&self, at: u32, cached: u64, there_after: f64) -> PrefillCost {
         let (hot, reserved) = (self.hot(at), &self.loads.engines[at as usize]);
         let uncached = self.prompt_tokens - cached;
@@ -175,12 +194,31 @@ impl<'a> Pricing<'a> {
             }
         }
         let stall = sequences * chunks;
+        let second_copy = self.second_copy(at, prefill, cached);
         let own = queue.max(there_after) + mixed + prefill;
-        PrefillCost { queue, mixed, stall, sums: PrefillSums { prefill, own, seconds: own + stall, late } }
+        let seconds = own + stall + second_copy;
+        PrefillCost { queue, mixed, stall, second_copy, sums: PrefillSums { prefill, own, seconds, late } }
+    }
+
+    /// What it costs those to come that the engine computes, or pulls, what another one holds. `prefill` is what it
+    /// computes after `cached` tokens.
+    #[inline]
+    fn second_copy(&self, at: u32, prefill: f64, cached: u64) -> f64 {
+        let (held, longest) = (self.hit_tokens(at), self.longest_hit);
+        if held >= longest {
+            return 0.0;
+        }
+        let speed = &self.hot(at).speed;
+        let here = match cached == held {
+            true => prefill,
+            false => speed.prefill_seconds(self.prompt_tokens - held, held),
+        };
+        let there = speed.prefill_seconds(self.prompt_tokens - longest, longest);
+        (SHARERS * (here - there)).clamp(0.0, MOST_SECOND_COPY_SECONDS)
     }
 
     /// Prices the decode on an engine.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn decode(&self, at: u32) -> DecodeCost {
         let (hot, reserved) = (self.hot(at), &self.loads.engines[at as usize]);
         let (sequences, context) = decoding(hot, reserved);
@@ -237,17 +275,22 @@ impl<'a> Pricing<'a> {
         }
     }
 
-    /// No handoff between these engines is predicted to transfer in less, as far as the first one's end tells.
+    /// Bytes that any handoff to this engine moves at least.
     #[inline]
-    pub(crate) fn handoff_from_at_least(&self, prefill: u32, decode: u32) -> f64 {
+    pub(crate) fn handoff_bytes_at_least(&self, decode: u32) -> f64 {
+        self.handoff_blocks(decode).saturating_mul(self.hot(decode).block_bytes) as f64
+    }
+
+    /// The end of all links out of an engine.
+    pub(crate) fn sender(&self, prefill: u32) -> Sender {
         let hot = self.hot(prefill);
-        let bytes = self.handoff_bytes(prefill, decode);
+        let (fixed, byte) = self.fleet.links().at_least_out_of(hot.slot);
         match hot.streamed_layers {
             0 | 1 => {
-                let before = self.loads.engines[prefill as usize].sending_bytes;
-                self.fleet.links().at_least_out_of(hot.slot, bytes.saturating_add(before))
+                let before = self.loads.engines[prefill as usize].sending_bytes as f64;
+                Sender { fixed: fixed + byte * before, byte }
             }
-            layers => self.fleet.links().at_least_out_of(hot.slot, bytes) / f64::from(layers),
+            layers => Sender { fixed: fixed / f64::from(layers), byte: byte / f64::from(layers) },
         }
     }
 
@@ -349,6 +392,7 @@ impl<'a> Pricing<'a> {
         terms.set(Term::MixedSteps, prefill.mixed);
         terms.set(Term::Prefill, prefill.sums.prefill);
         terms.set(Term::DecodeStall, prefill.stall);
+        terms.set(Term::SecondCopy, prefill.second_copy);
         terms.set(Term::Decode, decode.decode);
         terms.set(Term::DecodeBatch, decode.batch);
         Priced {
@@ -457,6 +501,29 @@ mod tests {
         near(Term::DecodeBatch, 3.0 * 10.0 * (0.001 + 4005.5e-6));
         near(Term::Transfer, 0.0);
         sum_is_total(&priced);
+    }
+
+    #[test]
+    fn a_second_copy_is_charged_for_those_to_come() {
+        let (fleet, loads) = (fleet(2), idle(2));
+        let mut pricing = pricing(&fleet, &loads, &[0, 10], 3000);
+        let charged = |pricing: &Pricing<'_>, engine| {
+            let priced = pricing.price(Plan::Colocated { engine });
+            sum_is_total(&priced);
+            (priced.terms.get(Term::SecondCopy), priced.ttft_seconds)
+        };
+        let (nothing, ttft) = charged(&pricing, 0);
+        assert_eq!(nothing, 0.0);
+        pricing.longest_hit = 160;
+        assert_eq!(charged(&pricing, 1).0, 0.0);
+        let speed = &fleet.engines()[0].speed;
+        let lost = speed.prefill_seconds(3000, 0) - speed.prefill_seconds(2840, 160);
+        let (second, same) = charged(&pricing, 0);
+        assert!((second - SHARERS * lost).abs() < 1e-12);
+        assert_eq!(same, ttft, "the request itself does not wait for it");
+        let mut long = Pricing::new(&fleet, &loads, &[0, 6000], 100_000, 11, Slo::default());
+        long.longest_hit = 96_000;
+        assert_eq!(charged(&long, 0).0, MOST_SECOND_COPY_SECONDS);
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use super::search::{self, Ended, Lazy};
 use super::{Aim, MAX_LOOKS, MAX_PAIRS, Modes, PULL_SOURCES, Policy, Request, View};
-use crate::cost::{DecodeSums, Key, Plan, PrefillSums, Priced, Pricing};
+use crate::cost::{DecodeSums, Key, Plan, PrefillSums, Priced, Pricing, Sender};
 use crate::fleet::{Fleet, Role};
 use crate::load::Loads;
 
@@ -61,13 +61,19 @@ pub struct Decider {
     pub(super) loads: Loads,
     /// Leading blocks of the prompt, by place.
     pub(super) held: Vec<u32>,
+    /// The most prompt tokens that an engine holds which may take part.
+    longest_hit: u64,
     pub(super) scratch: Scratch,
     firsts: Lazy,
     seconds: Lazy,
-    /// The least that a handoff to each engine takes, by place.
-    moving: Vec<f64>,
+    /// Of a handoff to each engine, by place: bytes, and the least that it takes.
+    moving: Vec<(f64, f64)>,
     sources: Vec<u32>,
 }
+
+/// A sum of costs is better than another one only where it is below it by more than rounding: without this, engines that are all
+/// alike would have every pair of them priced.
+const BELOW: f64 = 1.0 - 1e-12;
 
 /// The best plan so far.
 #[derive(Clone, Copy, Debug)]
@@ -113,7 +119,10 @@ impl Decider {
 
     pub(super) fn pricing<'a>(&'a self, fleet: &'a Fleet, request: &Request<'_>) -> Pricing<'a> {
         let output_tokens = Pricing::output_tokens(request.max_tokens);
-        Pricing::new(fleet, &self.loads, &self.held, request.prompt_tokens, output_tokens, request.slo)
+        let mut pricing =
+            Pricing::new(fleet, &self.loads, &self.held, request.prompt_tokens, output_tokens, request.slo);
+        pricing.longest_hit = self.longest_hit;
+        pricing
     }
 
     fn decide_as_seen(
@@ -140,6 +149,9 @@ impl Decider {
         let mut scratch = std::mem::take(&mut self.scratch);
         let found = filter(fleet, &self.loads, request, &mut scratch);
         let decision = found.then(|| {
+            let pricing = self.pricing(fleet, request);
+            let hits = scratch.able.iter().filter(|at| self.held[**at as usize] > 0);
+            self.longest_hit = hits.map(|at| pricing.hit_tokens(*at)).max().unwrap_or(0);
             let pricing = self.pricing(fleet, request);
             scratch.costs.resize(fleet.engines().len(), Costs::default());
             for at in &scratch.able {
@@ -276,7 +288,7 @@ impl Decider {
         let mut moving = std::mem::take(&mut self.moving);
         firsts.clear(fleet.engines().len());
         seconds.clear(fleet.engines().len());
-        moving.resize(fleet.engines().len(), 0.0);
+        moving.resize(fleet.engines().len(), (0.0, 0.0));
         let pricing = self.pricing(fleet, request);
         let ttft_slo = request.slo.ttft_seconds;
         for at in search.scratch.able.iter().copied() {
@@ -297,7 +309,7 @@ impl Decider {
             }
             if engine.role.decodes() {
                 let least = pricing.handoff_at_least(at);
-                moving[at as usize] = least;
+                moving[at as usize] = (pricing.handoff_bytes_at_least(at), least);
                 match in_time {
                     true => {
                         let own = decode.handoff_own + least;
@@ -314,22 +326,27 @@ impl Decider {
         }
         // What the sum of two costs has to be below, given the best plan so far.
         let limit = |best: &Option<Best>| match best {
-            Some(best) if in_time && best.key.late == 0.0 => best.key.seconds,
-            Some(best) if !in_time => best.key.late + ttft_slo.unwrap_or(0.0),
+            Some(best) if in_time && best.key.late == 0.0 => BELOW * best.key.seconds,
+            Some(best) if !in_time => BELOW * (best.key.late + ttft_slo.unwrap_or(0.0)),
             _ => f64::INFINITY,
         };
-        let least = (firsts.least(), seconds.least(), limit(&search.best));
-        firsts.keep_below(least.2 - least.1);
-        seconds.keep_below(least.2 - least.0);
+        let (first, second, below) = (firsts.least(), seconds.least(), limit(&search.best));
+        firsts.keep_below(below - second);
+        seconds.keep_below(below - first);
         let moving_counts = in_time || ttft_slo.is_some();
         let mut looks = search.looks;
-        let ended = search::pairs(&mut firsts, &mut seconds, &mut looks, least.2, |sum, from, to| {
+        let mut sender = (u32::MAX, Sender::default());
+        let ended = search::pairs(&mut firsts, &mut seconds, &mut looks, below, |sum, from, to| {
             let below = limit(&search.best);
             if from == to {
                 return Some(below);
             }
             // What the first one's end of the link adds, before the link itself is looked up.
-            let more = pricing.handoff_from_at_least(from, to) - moving[to as usize];
+            if sender.0 != from {
+                sender = (from, pricing.sender(from));
+            }
+            let (bytes, least) = moving[to as usize];
+            let more = sender.1.at_least(bytes) - least;
             if moving_counts && sum + more >= below {
                 return Some(below);
             }

@@ -192,7 +192,7 @@ fn an_explanation_names_terms_and_reasons() {
     assert_eq!(explanation.options[0].decode.as_str(), "e0001");
     assert_eq!(explanation.options[0].why_not, None);
     assert!(explanation.options[0].terms_ms.iter().any(|(name, ms)| *name == "prefill" && *ms > 0.0));
-    assert!(explanation.options[1].why_not.as_deref().unwrap().ends_with("mostly prefill"));
+    assert!(explanation.options[1].why_not.as_deref().unwrap().ends_with("mostly second_copy"));
     assert_eq!(explanation.options[2].why_not.as_deref(), Some("the policy never splits a request"));
     assert_eq!(explanation.options_left_out, 1);
 }
@@ -275,12 +275,13 @@ fn all_plans(case: &Case, held: &[u32], modes: Modes) -> Vec<(Key, Plan)> {
     let request = case.request();
     let hot = case.fleet.hot();
     let output_tokens = Pricing::output_tokens(request.max_tokens);
-    let pricing =
+    let mut pricing =
         Pricing::new(&case.fleet, &case.loads, held, request.prompt_tokens, output_tokens, request.slo);
     let engines = case.fleet.engines();
     let able: Vec<u32> = (0..engines.len() as u32)
         .filter(|at| engines[*at as usize].serves("m") && engines[*at as usize].healthy)
         .collect();
+    pricing.longest_hit = able.iter().map(|at| pricing.hit_tokens(*at)).max().unwrap_or(0);
     let mut whole: Vec<u32> =
         able.iter().copied().filter(|at| engines[*at as usize].info.role.decodes()).collect();
     if whole.is_empty() {
