@@ -76,7 +76,7 @@ impl Sender {
     }
 }
 
-/// By what plans compare: the SLOs first, then all seconds.
+/// By what plans compare: those that meet the SLOs first; then all seconds, those that SLOs are missed by among them.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Key {
     pub(crate) late: f64,
@@ -87,7 +87,8 @@ pub(crate) struct Key {
 
 impl Key {
     pub(crate) fn order(&self, other: &Key) -> std::cmp::Ordering {
-        self.late.total_cmp(&other.late).then(self.seconds.total_cmp(&other.seconds))
+        let missed = (self.late > 0.0).cmp(&(other.late > 0.0));
+        missed.then((self.late + self.seconds).total_cmp(&(other.late + other.seconds)))
     }
 }
 

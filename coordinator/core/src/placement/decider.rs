@@ -304,7 +304,10 @@ impl Decider {
                             firsts.push(prefill.seconds, at);
                         }
                     }
-                    false => firsts.push(prefill.late + ttft_slo.map_or(0.0, |_| prefill.own), at),
+                    false => {
+                        let own = ttft_slo.map_or(0.0, |_| prefill.own);
+                        firsts.push(prefill.late + own + prefill.seconds, at);
+                    }
                 }
             }
             if engine.role.decodes() {
@@ -319,7 +322,7 @@ impl Decider {
                     }
                     false => {
                         let own = ttft_slo.map_or(0.0, |_| decode.handoff_own + least);
-                        seconds.push(decode.late + own, at);
+                        seconds.push(decode.late + own + decode.handoff_seconds + least, at);
                     }
                 }
             }
@@ -327,13 +330,14 @@ impl Decider {
         // What the sum of two costs has to be below, given the best plan so far.
         let limit = |best: &Option<Best>| match best {
             Some(best) if in_time && best.key.late == 0.0 => BELOW * best.key.seconds,
-            Some(best) if !in_time => BELOW * (best.key.late + ttft_slo.unwrap_or(0.0)),
+            Some(best) if !in_time => BELOW * (best.key.late + best.key.seconds + ttft_slo.unwrap_or(0.0)),
             _ => f64::INFINITY,
         };
         let (first, second, below) = (firsts.least(), seconds.least(), limit(&search.best));
         firsts.keep_below(below - second);
         seconds.keep_below(below - first);
-        let moving_counts = in_time || ttft_slo.is_some();
+        // The first token waits for the transfer, and so does the rest.
+        let moving_counts = if !in_time && ttft_slo.is_some() { 2.0 } else { 1.0 };
         let mut looks = search.looks;
         let mut sender = (u32::MAX, Sender::default());
         let ended = search::pairs(&mut firsts, &mut seconds, &mut looks, below, |sum, from, to| {
@@ -347,7 +351,7 @@ impl Decider {
             }
             let (bytes, least) = moving[to as usize];
             let more = sender.1.at_least(bytes) - least;
-            if moving_counts && sum + more >= below {
+            if sum + moving_counts * more >= below {
                 return Some(below);
             }
             search.budget = search.budget.checked_sub(1)?;

@@ -6,7 +6,7 @@ use baton_proto::EngineId;
 use serde::Serialize;
 
 use super::{Aim, Decider, Decision, Modes, Policy, Request, View};
-use crate::cost::{Plan, Priced, Term};
+use crate::cost::{Key, Plan, Priced, Term};
 use crate::fleet::Fleet;
 
 /// Engines of each part of a handoff whose pairs are listed: those that are cheapest for that part. The chosen pair is
@@ -237,7 +237,8 @@ impl Decider {
 }
 
 fn order(a: &Priced, b: &Priced) -> Ordering {
-    a.late_seconds.total_cmp(&b.late_seconds).then(a.seconds.total_cmp(&b.seconds))
+    let key = |of: &Priced| Key { late: of.late_seconds, seconds: of.seconds, ttft: of.ttft_seconds };
+    key(a).order(&key(b))
 }
 
 fn passed(best: &Priced, option: &Priced) -> Passed {
@@ -258,8 +259,7 @@ fn notes(decision: &Decision) -> Vec<String> {
     let mut notes = Vec::new();
     if !decision.meets_slo() {
         let late = milliseconds(decision.chosen.late_seconds);
-        notes
-            .push(format!("no plan of this policy meets the SLOs; this one misses them least, by {late} ms"));
+        notes.push(format!("no plan of this policy meets the SLOs; this one misses them by {late} ms"));
     }
     if decision.fell_back {
         notes.push("no plan of the kind that the policy aims at is possible".to_owned());

@@ -351,8 +351,8 @@ proptest! {
         prop_assert!(all.iter().any(|entry| entry.1 == chosen.plan), "{:?} is not possible", chosen.plan);
         // Up to the rounding of sums.
         let near = |a: f64, b: f64| (a - b).abs() <= 1e-9 * (1.0 + a.abs());
-        prop_assert!(near(chosen.late_seconds, best.late), "{chosen:?} {best:?}");
-        prop_assert!(near(chosen.seconds, best.seconds) || best.late > 0.0, "{chosen:?} {best:?}");
+        prop_assert_eq!(chosen.late_seconds > 0.0, best.late > 0.0, "{:?} {:?}", chosen, best);
+        prop_assert!(near(chosen.late_seconds + chosen.seconds, best.late + best.seconds), "{chosen:?} {best:?}");
         prop_assert!(chosen.terms.iter().all(|(_, seconds)| seconds.is_finite() && seconds >= 0.0));
         prop_assert!(near(chosen.terms.total(), chosen.seconds));
     }
