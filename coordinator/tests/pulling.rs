@@ -3,7 +3,9 @@
 
 mod support;
 
-use baton_coordinator_core::load::DecodeReservation;
+use std::sync::Arc;
+
+use baton_coordinator_core::load::{DecodeReservation, EngineLoad, Reserved};
 use baton_coordinator_core::record::{Record, replay};
 use baton_proto::ContentKeys;
 use baton_proto::block_hash::BlockHasher;
@@ -42,7 +44,7 @@ impl Pair {
         pair
     }
 
-    fn load(&self, id: &str) -> std::sync::Arc<baton_coordinator_core::load::EngineLoad> {
+    fn load(&self, id: &str) -> Arc<EngineLoad> {
         self.fleet.server.coordinator.registry.get(&id.parse().unwrap()).unwrap().load.clone()
     }
 
@@ -65,9 +67,9 @@ impl Pair {
     /// Nothing is reserved any more but what the test itself has reserved.
     async fn is_idle(mut self) {
         self.busy.clear();
-        let (l0, l1) = (self.load("e0"), self.load("e1"));
-        eventually("nothing stays reserved", async || [l0.reserved(), l1.reserved()] == Default::default())
-            .await;
+        let loads = ["e0", "e1"].map(|id| self.load(id));
+        let idle = || loads.iter().all(|load| load.reserved() == Reserved::default());
+        eventually("nothing stays reserved", async || idle()).await;
     }
 }
 

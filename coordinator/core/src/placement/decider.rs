@@ -263,15 +263,21 @@ impl Decider {
         for engine in search.scratch.whole.iter().copied().filter(able) {
             let costs = &search.scratch.costs[engine as usize];
             for (source, hold) in self.sources.iter().copied().zip(&holds) {
-                if source == engine || hot[source as usize].exchange != hot[engine as usize].exchange {
+                let no_better = |best: Option<Best>, prefill_seconds: f64| {
+                    let seconds = prefill_seconds + costs.decode.seconds;
+                    best.is_some_and(|best| best.key.late == 0.0 && seconds >= best.key.seconds)
+                };
+                // Were there nothing left to move and to compute.
+                let begins = costs.prefill.queue.max(hold.queue + hold.hold);
+                let apart =
+                    source == engine || hot[source as usize].exchange != hot[engine as usize].exchange;
+                if apart || no_better(search.best, begins) {
                     continue;
                 }
                 let Some((cached, bytes)) = pricing.pulled(source, engine) else { continue };
-                let least = pricing.prefill_behind(engine, cached, hold);
-                let no_better = |best: &Best| {
-                    best.key.late == 0.0 && least.seconds + costs.decode.seconds >= best.key.seconds
-                };
-                if search.best.as_ref().is_some_and(no_better) {
+                // Were there nothing left to move.
+                let moved = pricing.prefill_behind(engine, cached, hold);
+                if no_better(search.best, moved.seconds) {
                     continue;
                 }
                 let fetch = Fetch { way: pricing.transfer(source, engine, bytes), ..*hold };
