@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use baton_coordinator_core::cost::{Plan, Term};
+use baton_coordinator_core::cost::Plan;
 use baton_proto::TransferId;
 use baton_proto::plan::Held;
 use bytes::Bytes;
