@@ -1,6 +1,5 @@
 //! A prefix that a busy engine has cached is pulled by the idle one, which computes the rest alone.
 
-use baton_fleet::Part;
 use serde_json::json;
 use tokio::task::JoinSet;
 
@@ -9,29 +8,38 @@ use crate::ask::{Answer, Ask};
 use crate::bed::Bed;
 use crate::report::Line;
 
-/// Streams that decode where the prefix is: a prefill beside them would hold all of them up.
-const BUSY: usize = 8;
+/// Streams that decode where the prefix is, each of which a prefill there would hold up: so many more at a time until a
+/// pull is clearly better, and so many at most.
+const MORE_BUSY: usize = 8;
+const MOST_BUSY: usize = 96;
+/// Dry runs between that.
+const TRIES: u32 = 25;
 /// Their output: more than comes while the scenario lasts.
 const BUSY_TOKENS: u32 = 3000;
+/// What the next best option has to cost, as a multiple of the pull.
+const CLEARLY: f64 = 1.25;
 /// Words behind the prefix.
 const TAIL_WORDS: usize = 120;
 
 pub(super) async fn run(bed: &mut Bed) -> anyhow::Result<Vec<Line>> {
     let mut line = Line::new("pull");
-    let (mut prompts, mut pulled) = (Vec::new(), Vec::new());
+    let (mut prompts, mut pulled, mut busy) = (Vec::new(), Vec::new(), Vec::new());
     for chat in [false, true] {
-        let (prompt_tokens, hit_tokens) = pull(bed, chat, &mut line).await?;
+        let (prompt_tokens, hit_tokens, streams) = pull(bed, chat, &mut line).await?;
+        busy.push(streams.to_string());
         prompts.push(prompt_tokens.to_string());
         pulled.push(hit_tokens.to_string());
         let leaked = bed.settled().await;
         line.check(leaked.is_ok(), || format!("{:#}", leaked.unwrap_err()));
     }
-    line.figure("prompt_tokens", prompts.join(",")).figure("pulled_tokens", pulled.join(","));
+    line.figure("prompt_tokens", prompts.join(","))
+        .figure("pulled_tokens", pulled.join(","))
+        .figure("busy_streams", busy.join(","));
     Ok(vec![line])
 }
 
-/// One pull. Returns the prompt's tokens, and how many of them were pulled.
-async fn pull(bed: &mut Bed, chat: bool, line: &mut Line) -> anyhow::Result<(u64, u64)> {
+/// One pull. Returns the prompt's tokens, how many of them were pulled, and the streams that ran beside it.
+async fn pull(bed: &mut Bed, chat: bool, line: &mut Line) -> anyhow::Result<(u64, u64, usize)> {
     let what = if chat { "chat" } else { "completion" };
     let (plain, model, answer_tokens) = (bed.plain(), bed.model().to_owned(), bed.scale.answer_tokens);
     let (prefix, _) = bed.prompts.fit(&plain, &model, bed.scale.longest - 2 * TAIL_WORDS).await?;
@@ -48,29 +56,30 @@ async fn pull(bed: &mut Bed, chat: bool, line: &mut Line) -> anyhow::Result<(u64
     let expected = asked.send(&plain, &[]).await?;
 
     let mut busy: JoinSet<anyhow::Result<Answer>> = JoinSet::new();
-    for _ in 0..BUSY {
-        let stream = Ask::completion(&model, bed.prompts.text(4), BUSY_TOKENS).streamed();
-        let (client, session) = (bed.coordinator(), session.clone());
-        busy.spawn(async move {
-            let at_home = [("x-baton-policy", "session_sticky"), ("x-session-id", session.as_str())];
-            stream.send(&client, &at_home).await
-        });
-    }
-    let holder = Part::Engine(bed.index_of(&source)?);
-    bed.until("the engine that has the prefix is busy", async || {
-        let running = bed.fleet.metrics(holder).await?.sum("vllm:num_requests_running", &[]);
-        Ok(if running >= BUSY as f64 { Ok(()) } else { Err(format!("{running} of {BUSY}")) })
-    })
-    .await?;
-    // The engine's KV events take a moment to reach the coordinator.
+    let mut tries = 0;
     let body = asked.wire_body();
+    // The engine's KV events take a moment to reach the coordinator, too.
     bed.until("the coordinator would pull", async || {
+        if tries % TRIES == 0 && busy.len() < MOST_BUSY {
+            for _ in 0..MORE_BUSY {
+                let stream = Ask::completion(&model, "Count on.", BUSY_TOKENS).streamed();
+                let (client, session) = (bed.coordinator(), session.clone());
+                busy.spawn(async move {
+                    let at_home = [("x-baton-policy", "session_sticky"), ("x-session-id", session.as_str())];
+                    stream.send(&client, &at_home).await
+                });
+            }
+        }
+        tries += 1;
         let reply = bed.coordinator().post("/v1/route", &body, &[]).await?.ok()?.json()?;
-        let best = &reply["options"][0];
-        let would = best["mode"] == "pull" && best["source"] == source.as_str();
-        Ok(if would { Ok(()) } else { Err(best.to_string()) })
+        let (best, next) = (&reply["options"][0], &reply["options"][1]);
+        let times =
+            next["total_ms"].as_f64().unwrap_or(0.0) / best["total_ms"].as_f64().unwrap_or(f64::INFINITY);
+        let would = best["mode"] == "pull" && best["source"] == source.as_str() && times >= CLEARLY;
+        Ok(if would { Ok(()) } else { Err(format!("{} streams; {best}, {next}", busy.len())) })
     })
     .await?;
+    let streams = busy.len();
 
     let (before, counted) = (bed.counters().await?, bed.coordinator_metrics().await?);
     let answer = asked.send(&bed.coordinator(), &[]).await?;
@@ -129,5 +138,5 @@ async fn pull(bed: &mut Bed, chat: bool, line: &mut Line) -> anyhow::Result<(u64
         })
         .await;
     line.check(shown.is_ok(), || format!("{what}: {:#}", shown.unwrap_err()));
-    Ok((answer.prompt_tokens, hit_tokens))
+    Ok((answer.prompt_tokens, hit_tokens, streams))
 }
