@@ -4,6 +4,7 @@ mod faults;
 mod identity;
 mod index;
 mod openai;
+mod pull;
 mod second_turn;
 mod store;
 mod tokens;
@@ -21,6 +22,8 @@ pub enum Scenario {
     Ttft,
     /// The second turn of a conversation hits where it is sent.
     SecondTurn,
+    /// What a busy engine has cached is pulled by the other one.
+    Pull,
     /// What the index says is cached is what the engine finds cached.
     Index,
     /// Token ids equal the engine's.
@@ -45,10 +48,11 @@ pub enum Scenario {
 
 impl Scenario {
     /// All of them, in order: the ones that break something come last.
-    pub const ALL: [Scenario; 13] = [
+    pub const ALL: [Scenario; 14] = [
         Scenario::Identity,
         Scenario::Ttft,
         Scenario::SecondTurn,
+        Scenario::Pull,
         Scenario::Index,
         Scenario::Tokens,
         Scenario::OpenAi,
@@ -67,6 +71,7 @@ impl Scenario {
             Scenario::Identity => "identity",
             Scenario::Ttft => "ttft",
             Scenario::SecondTurn => "second_turn",
+            Scenario::Pull => "pull",
             Scenario::Index => "index",
             Scenario::Tokens => "tokens",
             Scenario::OpenAi => "http",
@@ -86,6 +91,7 @@ impl Scenario {
             Scenario::Identity => identity::run(bed).await,
             Scenario::Ttft => ttft::run(bed).await,
             Scenario::SecondTurn => second_turn::run(bed).await,
+            Scenario::Pull => pull::run(bed).await,
             Scenario::Index => index::run(bed).await,
             Scenario::Tokens => tokens::run(bed).await,
             Scenario::OpenAi => openai::run(bed).await,
