@@ -5,6 +5,7 @@ mod identity;
 mod index;
 mod openai;
 mod second_turn;
+mod sim;
 mod store;
 mod tokens;
 mod ttft;
@@ -19,6 +20,8 @@ pub enum Scenario {
     Identity,
     /// A cold long prompt's TTFT through the handoff, beside the plain engine's own.
     Ttft,
+    /// The simulator says of a script what the fleet does with it.
+    Sim,
     /// The second turn of a conversation hits where it is sent.
     SecondTurn,
     /// What the index says is cached is what the engine finds cached.
@@ -45,9 +48,10 @@ pub enum Scenario {
 
 impl Scenario {
     /// All of them, in order: the ones that break something come last.
-    pub const ALL: [Scenario; 13] = [
+    pub const ALL: [Scenario; 14] = [
         Scenario::Identity,
         Scenario::Ttft,
+        Scenario::Sim,
         Scenario::SecondTurn,
         Scenario::Index,
         Scenario::Tokens,
@@ -66,6 +70,7 @@ impl Scenario {
         match self {
             Scenario::Identity => "identity",
             Scenario::Ttft => "ttft",
+            Scenario::Sim => "sim",
             Scenario::SecondTurn => "second_turn",
             Scenario::Index => "index",
             Scenario::Tokens => "tokens",
@@ -85,6 +90,7 @@ impl Scenario {
         let result = match self {
             Scenario::Identity => identity::run(bed).await,
             Scenario::Ttft => ttft::run(bed).await,
+            Scenario::Sim => sim::run(bed).await,
             Scenario::SecondTurn => second_turn::run(bed).await,
             Scenario::Index => index::run(bed).await,
             Scenario::Tokens => tokens::run(bed).await,
