@@ -174,6 +174,10 @@ async fn send(
 async fn forget(bed: &Bed) -> anyhow::Result<()> {
     bed.settled().await?;
     bed.empty_caches().await?;
+    // vLLM tells of it with its next step, so it gets one to make, of less than a block.
+    for engine in [Bed::PREFILL, Bed::DECODE] {
+        Ask::completion(bed.model(), "Warm up.", 1).send(&bed.engine(engine), &[]).await?;
+    }
     bed.until("the coordinator knows that caches are empty", async || {
         let owned: u64 = bed.fleet.operator().fleet().await?.iter().map(|engine| engine.owned_blocks).sum();
         Ok(if owned == 0 { Ok(()) } else { Err(format!("{owned} blocks are owned")) })
