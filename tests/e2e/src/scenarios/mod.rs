@@ -6,6 +6,7 @@ mod index;
 mod openai;
 mod pull;
 mod second_turn;
+mod sim;
 mod store;
 mod tokens;
 mod ttft;
@@ -20,6 +21,8 @@ pub enum Scenario {
     Identity,
     /// A cold long prompt's TTFT through the handoff, beside the plain engine's own.
     Ttft,
+    /// The simulator says of a script what the fleet does with it.
+    Sim,
     /// The second turn of a conversation hits where it is sent.
     SecondTurn,
     /// What a busy engine has cached is pulled by the other one.
@@ -51,6 +54,7 @@ impl Scenario {
     pub const ALL: [Scenario; 14] = [
         Scenario::Identity,
         Scenario::Ttft,
+        Scenario::Sim,
         Scenario::SecondTurn,
         Scenario::Pull,
         Scenario::Index,
@@ -70,6 +74,7 @@ impl Scenario {
         match self {
             Scenario::Identity => "identity",
             Scenario::Ttft => "ttft",
+            Scenario::Sim => "sim",
             Scenario::SecondTurn => "second_turn",
             Scenario::Pull => "pull",
             Scenario::Index => "index",
@@ -90,6 +95,7 @@ impl Scenario {
         let result = match self {
             Scenario::Identity => identity::run(bed).await,
             Scenario::Ttft => ttft::run(bed).await,
+            Scenario::Sim => sim::run(bed).await,
             Scenario::SecondTurn => second_turn::run(bed).await,
             Scenario::Pull => pull::run(bed).await,
             Scenario::Index => index::run(bed).await,
