@@ -26,11 +26,14 @@ enum Fate {
     Torn,
 }
 
+/// A request's body and headers.
+type Seen = (Value, HashMap<String, String>);
+
 /// A server that computes for one request at a time and speaks just enough HTTP.
 struct Server {
     url: String,
-    /// Bodies of the requests for answers, in the order in which they came, with their headers.
-    seen: Arc<Mutex<Vec<(Value, HashMap<String, String>)>>>,
+    /// The requests for answers, in the order in which they came.
+    seen: Arc<Mutex<Vec<Seen>>>,
 }
 
 impl Server {
@@ -52,7 +55,7 @@ impl Server {
         Self { url, seen }
     }
 
-    fn seen(&self) -> Vec<(Value, HashMap<String, String>)> {
+    fn seen(&self) -> Vec<Seen> {
         self.seen.lock().unwrap().clone()
     }
 }
@@ -64,7 +67,7 @@ fn answer(
     stream: TcpStream,
     engine: &Mutex<()>,
     fate: &dyn Fn(usize) -> Fate,
-    seen: &Mutex<Vec<(Value, HashMap<String, String>)>>,
+    seen: &Mutex<Vec<Seen>>,
 ) -> std::io::Result<()> {
     let mut reader = BufReader::new(stream.try_clone()?);
     let mut stream = stream;
