@@ -42,7 +42,7 @@ e2e-fast: build ## acceptance suite on mock engines
 	target/debug/baton-e2e --engine mock $(json)
 
 e2e-random: build ## acceptance suite on real vLLM with a small random-weight model; no timed comparison, recorded KV events instead of live ones (CI)
-	tests/e2e/run.sh random --skip ttft --skip index $(json)
+	tests/e2e/run.sh random --skip ttft --skip sim --skip index $(json)
 
 record-events: build ## record real vLLM's KV events anew, for the tests that replay them (tests/e2e/fixtures)
 	tests/e2e/run.sh random --only index --record tests/e2e/fixtures

@@ -190,9 +190,9 @@ pub struct Limits {
     pub lease_ms: u32,
     /// What an engine owned is dropped when it was gone for so long.
     pub forget_after_ms: u64,
-    /// How long a prefill engine keeps the blocks of a handoff that nobody pulls.
+    /// How long an engine keeps held blocks that nobody pulls.
     pub hold_lease_ms: u32,
-    /// How long a decode engine pulls before it computes instead.
+    /// How long an engine pulls before it computes instead, and how long it waits for a cached prefix to be held.
     pub pull_deadline_ms: u32,
     /// Most requests in flight; further ones are answered 503.
     pub max_requests: usize,

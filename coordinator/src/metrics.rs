@@ -18,6 +18,8 @@ use prometheus_client::registry::Registry;
 pub enum Mode {
     /// On one engine.
     Colocated,
+    /// On one engine, behind a prefix that it pulled from another.
+    Pull,
     /// On two.
     Disaggregated,
     /// Not at all.
@@ -25,12 +27,13 @@ pub enum Mode {
 }
 
 impl Mode {
-    const ALL: [Mode; 3] = [Mode::Colocated, Mode::Disaggregated, Mode::None];
+    const ALL: [Mode; 4] = [Mode::Colocated, Mode::Pull, Mode::Disaggregated, Mode::None];
 
     /// Its label.
     pub fn as_str(self) -> &'static str {
         match self {
             Mode::Colocated => "colocated",
+            Mode::Pull => "pull",
             Mode::Disaggregated => "disaggregated",
             Mode::None => "none",
         }
@@ -134,8 +137,8 @@ impl Reasons {
 #[derive(Debug)]
 pub struct Metrics {
     registry: Mutex<Registry>,
-    requests: [[Counter; 7]; 3],
-    ttft: [Histogram; 2],
+    requests: [[Counter; 7]; 4],
+    ttft: [Histogram; 3],
     /// Engines whose agent was heard from within its lease.
     pub engines_healthy: Gauge,
     /// Engines whose agent was not.
@@ -144,7 +147,7 @@ pub struct Metrics {
     pub index_blocks: Gauge,
     /// Memberships that the index's cap kept out.
     pub index_dropped: Gauge,
-    /// Handoffs that went on without a plan.
+    /// Handoffs and pulls that went on without a plan.
     pub handoff_fallbacks: Reasons,
     /// By term: the running means of what was seen, of the error of predictions, and of its size.
     predictions: [[SecondsGauge; 3]; Term::ALL.len()],
@@ -160,7 +163,7 @@ pub struct Metrics {
     pub token_mismatches: Counter,
     /// Prompt tokens of placed requests.
     pub prompt_tokens: Counter,
-    /// Those that the chosen engine was predicted to hold.
+    /// Those that the chosen engine was predicted to hold, or to pull.
     pub hit_tokens: Counter,
     /// Event batches applied.
     pub batches_applied: Counter,
@@ -212,7 +215,7 @@ impl Metrics {
         let handoff_fallbacks = Reasons(Family::default());
         registry.register(
             "handoff_fallbacks",
-            "Handoffs that went on without a plan, the decode engine computing",
+            "Handoffs and pulls that went on without a plan, the engine that answers computing",
             handoff_fallbacks.0.clone(),
         );
         let predictions = Family::<TermLabel, SecondsGauge>::default();
@@ -244,7 +247,7 @@ impl Metrics {
         let hit_tokens = Counter::default();
         registry.register(
             "hit_tokens",
-            "Prompt tokens predicted to be cached where placed",
+            "Prompt tokens predicted to be cached or pulled where placed",
             hit_tokens.clone(),
         );
         let batches = Family::<ResultLabel, Counter>::default();
@@ -271,7 +274,7 @@ impl Metrics {
                     requests.get_or_create(&labels).clone()
                 })
             }),
-            ttft: [Mode::Colocated, Mode::Disaggregated]
+            ttft: [Mode::Colocated, Mode::Pull, Mode::Disaggregated]
                 .map(|mode| ttft.get_or_create(&ModeLabel { mode: mode.as_str() }).clone()),
             engines_healthy: state("healthy"),
             engines_unhealthy: state("unhealthy"),
@@ -348,12 +351,17 @@ mod tests {
     fn names_are_as_dashboards_know_them() {
         let metrics = Metrics::new();
         metrics.request(Mode::Disaggregated, Outcome::Ok);
+        metrics.request(Mode::Pull, Outcome::Cancelled);
+        metrics.first_token(Mode::Pull, 0.1);
         metrics.handoff_fallbacks.inc("no_hold");
         metrics.first_token(Mode::Colocated, 0.1);
         metrics.first_token(Mode::None, 0.1);
         let text = metrics.encode();
         for line in [
             "baton_requests_total{mode=\"disaggregated\",outcome=\"ok\"} 1",
+            "baton_requests_total{mode=\"pull\",outcome=\"cancelled\"} 1",
+            "baton_ttft_seconds_count{mode=\"pull\"} 1",
+            "baton_ttft_seconds_count{mode=\"disaggregated\"} 0",
             "baton_handoff_fallbacks_total{reason=\"no_hold\"} 1",
             "baton_ttft_seconds_count{mode=\"colocated\"} 1",
             "baton_retries_total 0",

@@ -171,7 +171,7 @@ pub struct Pull {
     pub source: Source,
     /// From now, on the agent's clock.
     pub deadline_ms: u32,
-    /// The tokens whose KV the blocks are to hold, from the prompt's start.
+    /// The tokens whose KV the blocks are to hold, from the prompt's start; the engine computes those behind them.
     pub content: Content,
     /// Leading blocks that this engine has already; the pull begins behind them.
     pub first_block: u32,

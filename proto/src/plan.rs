@@ -8,7 +8,10 @@
 //! ```
 //!
 //! The answer to a `hold` carries a [`Held`] under the same key, or nothing where the engine could not hold: then
-//! the decode engine is simply not given a plan, and computes.
+//! the other engine is simply not given a plan, and computes.
+//!
+//! In a handoff the prompt itself is held, and pulled whole. To pull what an engine merely has cached, the prompt's cached
+//! beginning and one token more are held there, and whole blocks are pulled.
 
 use serde::{Deserialize, Serialize};
 
@@ -24,7 +27,7 @@ pub struct KvTransferParams<T> {
     pub baton: T,
 }
 
-/// What one leg of a handoff does.
+/// What one leg of a handoff or a pull does.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TransferPlan {
     /// [`VERSION`].
@@ -36,7 +39,7 @@ pub struct TransferPlan {
     pub action: Action,
 }
 
-/// An engine's part in a handoff.
+/// An engine's part in a handoff or a pull.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "action", rename_all = "snake_case")]
 pub enum Action {
@@ -45,11 +48,11 @@ pub enum Action {
         /// Counted on the agent's own clock from the end of the request.
         lease_ms: u32,
     },
-    /// Fetch the prompt's blocks before the request runs.
+    /// Fetch the blocks of the prompt, or of its beginning, before the request runs.
     Pull {
         /// Who holds them.
         source: Source,
-        /// Leading prompt tokens whose KV is held.
+        /// Leading prompt tokens to fetch: all of them, or those of whole blocks; the engine computes the rest.
         num_tokens: u32,
         /// Counted from the moment the pull starts; past it the engine computes what is missing.
         deadline_ms: u32,

@@ -36,11 +36,12 @@ class HoldPlan(msgspec.Struct, frozen=True, tag_field="action", tag="hold"):
 
 
 class PullPlan(msgspec.Struct, frozen=True, tag_field="action", tag="pull"):
-    """Fetch the prompt's blocks before the request runs."""
+    """Fetch the blocks of the prompt, or of its beginning, before the request runs."""
 
     version: Literal[1]
     transfer_id: TransferId
     source: Source
+    # All of the prompt's tokens, or those of whole blocks.
     num_tokens: U32
     deadline_ms: U32
 

@@ -90,12 +90,15 @@ class Scheduler:
         if request.num_tokens != prompt:
             # Preempted after its first tokens: the source is gone by now.
             return 0
-        if not _is_plain(request) or prompt != plan.num_tokens:
+        # All of the prompt, or whole blocks of its beginning: the engine computes the rest behind them.
+        whole = plan.num_tokens == prompt
+        fits = whole or (plan.num_tokens < prompt and plan.num_tokens % self._block_size == 0)
+        if not _is_plain(request) or not fits:
             self._log("pull of %d tokens does not fit the prompt of %s (%d)", plan.num_tokens, request.request_id, prompt)
             return 0
         # The step that computes the last token, which is needed in any case, takes a few more along: up to
         # one block, that is sooner done than a transfer.
-        missing = prompt - computed
+        missing = plan.num_tokens - computed
         return missing if missing > self._block_size else 0
 
     def allocated(self, request: Request, block_ids: list[int], external: int) -> None:
@@ -117,7 +120,7 @@ class Scheduler:
                     transfer_id=plan.transfer_id,
                     source=plan.source,
                     deadline_ms=plan.deadline_ms,
-                    content=_content(request),
+                    content=_content(request, plan.num_tokens),
                     first_block=first,
                     block_ids=wanted,
                 )
@@ -171,7 +174,7 @@ class Scheduler:
             request_id=request.request_id,
             transfer_id=plan.transfer_id,
             lease_ms=plan.lease_ms,
-            content=_content(request),
+            content=_content(request, prompt),
             block_ids=blocks,
         )
         try:
@@ -222,14 +225,15 @@ def _is_plain(request: Request) -> bool:
     return request.prompt_token_ids is not None and getattr(request, "prompt_embeds", None) is None
 
 
-def _content(request: Request) -> Content:
+def _content(request: Request, num_tokens: int) -> Content:
+    """What the KV of the prompt's first tokens is computed from."""
     lora = request.lora_request
     items = [
         MultimodalItem(feature.identifier, feature.mm_position.offset, feature.mm_position.length)
         for feature in getattr(request, "mm_features", None) or ()
     ]
     return Content(
-        tokens=protocol.token_bytes(request.prompt_token_ids),
+        tokens=protocol.token_bytes(request.prompt_token_ids[:num_tokens]),
         keys=ContentKeys(
             lora=lora.lora_name if lora is not None else None,
             salt=request.cache_salt or None,

@@ -102,9 +102,29 @@ def test_up_to_one_block_is_sooner_computed_than_fetched(scheduler):
     assert scheduler.matched_tokens(request(97, pull_plan(97), "t"), 64) == (33, True)
 
 
+def test_the_beginning_of_a_prompt_is_pulled_and_the_rest_left_to_the_engine(scheduler):
+    r = request(150, pull_plan(128))
+    assert scheduler.matched_tokens(r, 32) == (96, True)
+    # As vLLM has it: blocks for what is there then, none yet for the tail.
+    scheduler.allocated(r, blocks(128), 96)
+    (pull,) = scheduler.take_step().pulls
+    assert pull.block_ids == [101, 102, 103]
+    (message,) = protocol.FrameReader(protocol.ToAgent).feed(pull.frame)
+    assert message.content == Content(protocol.token_bytes(range(128)), ContentKeys())
+    assert (message.first_block, message.block_ids) == (1, [101, 102, 103])
+    assert scheduler.matched_tokens(r, 32) == (0, False)
+
+
+def test_a_beginning_that_the_engine_has_but_for_a_block_is_not_pulled(scheduler):
+    assert scheduler.matched_tokens(request(150, pull_plan(128)), 96) == (0, False)
+    assert scheduler.matched_tokens(request(150, pull_plan(96), "s"), 128) == (0, False)
+    assert scheduler.matched_tokens(request(150, pull_plan(128), "t"), 64) == (64, True)
+
+
 def test_a_pull_of_another_prompt_is_none(scheduler):
     assert scheduler.matched_tokens(request(100, pull_plan(99)), 0) == (0, False)
     assert scheduler.matched_tokens(request(100, pull_plan(101), "s"), 0) == (0, False)
+    assert scheduler.matched_tokens(request(100, pull_plan(128), "v"), 0) == (0, False)
     embeds = request(100, pull_plan(100), "t", prompt_embeds=object())
     assert scheduler.matched_tokens(embeds, 0) == (0, False)
     preempted = request(100, pull_plan(100), "u", outputs=3)

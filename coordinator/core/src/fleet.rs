@@ -59,7 +59,7 @@ pub struct EngineInfo {
     pub layout: String,
     /// Layers that its handoffs send one by one while it still computes; 0 where sending begins after the prefill.
     pub streamed_layers: u32,
-    /// Whether it can pull a prefix that another engine merely caches, and lets others pull so.
+    /// Whether it can pull a prefix that another engine merely caches, and lets others pull so, where it can exchange blocks at all.
     pub can_pull_cached: bool,
 }
 

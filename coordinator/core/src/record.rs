@@ -452,7 +452,7 @@ impl RecordedRequest {
         self.prompt_tokens = of.prompt_tokens;
         self.max_tokens = of.max_tokens;
         self.overlaps.clear();
-        let expected = of.overlaps.iter_expected().len() > 0;
+        let expected = of.overlaps.iter_expected().next().is_some();
         self.overlaps.extend(of.overlaps.iter().map(|(slot, overlap)| RecordedOverlap {
             slot: slot.0,
             blocks: match expected {

@@ -317,7 +317,7 @@ impl Model {
             let blocks = self.engines.get(&slot).map_or(0, |engine| engine.held.len() as u64);
             assert_eq!(index.blocks_of(Slot(slot)), blocks);
         }
-        assert_eq!(found.iter().len(), slots);
+        assert_eq!(found.iter().count(), slots);
         assert!(found.iter().is_sorted_by_key(|(slot, _)| slot));
     }
 

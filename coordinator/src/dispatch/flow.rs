@@ -10,20 +10,21 @@ use baton_coordinator_core::load::{
     DecodeReservation, EngineLoad, PrefillReservation, Reserved, TransferReservation,
 };
 use baton_coordinator_core::speed::PrefillSample;
-use baton_proto::plan::{Held, Source};
-use baton_proto::{EngineId, TransferId};
+use baton_proto::EngineId;
+use baton_proto::plan::Source;
 use bytes::Bytes;
 use http::header::{CONNECTION, HeaderName, TRANSFER_ENCODING};
 use http::{HeaderValue, StatusCode};
 use http_body::Frame;
-use http_body_util::{BodyExt, Limited};
+use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
-use tracing::{debug, info, warn};
+use tracing::{info, warn};
 
 use super::account::Account;
 use super::admit::Turned;
+use super::hold::Holding;
 use super::legs;
 use super::place::{Placement, Unplaced, Wanted};
 use super::relay::{Ongoing, Relay};
@@ -35,8 +36,6 @@ use crate::state::Coordinator;
 
 /// Most engines that are asked for an answer.
 pub const MAX_ATTEMPTS: usize = 3;
-/// Largest answer of a prefill leg: one token, and the hold.
-const MAX_PREFILL_ANSWER: usize = 1 << 20;
 /// Seconds from a block's first token to its event, at most: so long it is expected after that.
 const EVENT_DELAY_SECONDS: u64 = 2;
 
@@ -76,14 +75,21 @@ pub(super) struct Flow<'a> {
 }
 
 /// A decision, with the engines and reservations it stands for.
-struct Placed {
-    priced: Priced,
+pub(super) struct Placed {
+    pub(super) priced: Priced,
     prefill: Arc<Entry>,
     answer: Arc<Entry>,
+    /// Who holds blocks for the engine that answers, and is asked before it.
+    pub(super) holder: Option<Arc<Entry>>,
     /// Whether the prefill meets an empty queue, so that its time says how fast the engine is.
-    alone: bool,
+    pub(super) alone: bool,
     /// What the prefill engine had reserved before.
     reserved: Reserved,
+    /// What the engine that answers would take to compute the prompt by itself.
+    unaided_seconds: f64,
+    /// Until the first leg is over.
+    pub(super) hold_reservation: Option<PrefillReservation>,
+    /// Until the answer's first byte, where the engine that answers computes the prompt or its rest.
     prefill_reservation: Option<PrefillReservation>,
     decode_reservation: DecodeReservation,
     /// Until the answer's first byte: the pull is over then.
@@ -93,7 +99,7 @@ struct Placed {
 
 impl Placed {
     /// What a prefill teaches that began then and has its first token now.
-    fn sample(&self, began: Instant) -> PrefillSample {
+    pub(super) fn sample(&self, began: Instant) -> PrefillSample {
         PrefillSample {
             new: self.priced.uncached_tokens,
             cached: self.priced.hit_tokens,
@@ -104,7 +110,7 @@ impl Placed {
     }
 
     /// The prompt was computed in that time: what was predicted of it is measured by that.
-    fn prefill_seen(&self, account: &Account, seconds: f64) {
+    pub(super) fn prefill_seen(&self, account: &Account, seconds: f64) {
         let terms = &self.priced.terms;
         let own = terms.get(Term::MixedSteps) + terms.get(Term::Prefill);
         match self.alone {
@@ -121,18 +127,20 @@ impl Placed {
         let before: f64 = before.iter().map(|term| terms.get(*term)).sum();
         account.seen(Term::FirstStep, terms.get(Term::FirstStep), (seconds - before).max(0.0));
     }
-}
 
-/// A hold on the prefill engine; released when this is dropped.
-struct Holding {
-    engine: Arc<Entry>,
-    transfer_id: TransferId,
-}
+    /// The source came to hold what is to be pulled in that time.
+    pub(super) fn hold_seen(&self, account: &Account, seconds: f64) {
+        let terms = &self.priced.terms;
+        account.seen(Term::Hold, terms.get(Term::Hold), (seconds - terms.get(Term::QueueWait)).max(0.0));
+    }
 
-impl Drop for Holding {
-    fn drop(&mut self) {
-        // After a successful pull the hold is gone already, and the agent ignores this.
-        self.engine.release_hold(self.transfer_id);
+    /// The blocks were pulled, and the rest computed, in that time.
+    fn pull_seen(&self, account: &Account, seconds: f64) {
+        let terms = &self.priced.terms;
+        if self.alone {
+            let before = terms.get(Term::TransferWait) + terms.get(Term::Transfer);
+            self.prefill_seen(account, (seconds - before).max(0.0));
+        }
     }
 }
 
@@ -207,6 +215,7 @@ impl Flow<'_> {
             self.coordinator.registry.get(id).ok_or_else(left)
         };
         let (prefill, answer) = (entry(priced.plan.prefill())?, entry(priced.plan.decode())?);
+        let holder = priced.plan.transfer().map(|(holder, _)| entry(holder)).transpose()?;
         if let Some(session) = self.wanted.session {
             self.coordinator.decisions.pin(session, answer.slot);
         }
@@ -225,21 +234,34 @@ impl Flow<'_> {
         let explanation = explanation.and_then(|explanation| {
             serde_json::to_string(&explanation).ok().and_then(|json| HeaderValue::try_from(json).ok())
         });
-        let transfer_reservation = (!Arc::ptr_eq(&prefill, &answer)).then(|| {
-            EngineLoad::reserve_transfer((prefill.slot, &prefill.load), &answer.load, priced.transfer_bytes)
+        let tokens = self.wanted.prompt.tokens();
+        let speed = |at: u32| fleet.engines()[at as usize].speed;
+        let prefill_reservation =
+            prefill.load.reserve_prefill(priced.uncached_tokens, priced.prefill_seconds);
+        let (hold_reservation, prefill_reservation) = match (priced.plan, &holder) {
+            (Plan::Disaggregated { .. }, _) => (Some(prefill_reservation), None),
+            (Plan::Pull { source, .. }, Some(holder)) => {
+                let seconds = speed(source).prefill_seconds(1, priced.hit_tokens);
+                (Some(holder.load.reserve_prefill(1, seconds)), Some(prefill_reservation))
+            }
+            _ => (None, Some(prefill_reservation)),
+        };
+        let transfer_reservation = holder.as_ref().map(|holder| {
+            EngineLoad::reserve_transfer((holder.slot, &holder.load), &answer.load, priced.transfer_bytes)
         });
         Ok(Placed {
             alone: decision.alone && self.wanted.prompt.is_known(),
             reserved,
-            prefill_reservation: Some(
-                prefill.load.reserve_prefill(priced.uncached_tokens, priced.prefill_seconds),
-            ),
-            decode_reservation: answer.load.reserve_decode(self.wanted.prompt.tokens()),
+            unaided_seconds: speed(priced.plan.decode()).prefill_seconds(tokens, 0),
+            hold_reservation,
+            prefill_reservation,
+            decode_reservation: answer.load.reserve_decode(tokens),
             transfer_reservation,
             explanation,
             priced,
             prefill,
             answer,
+            holder,
         })
     }
 
@@ -251,27 +273,30 @@ impl Flow<'_> {
         account.mode = Mode::Colocated;
         let mut body = self.wanted.body.bytes().clone();
         let mut holding = None;
-        if let Plan::Disaggregated { .. } = placed.priced.plan {
-            match self.prefill_leg(&mut placed, &account).await {
-                Ok((held, hold)) => {
-                    account.mode = Mode::Disaggregated;
-                    let source = Source {
-                        engine_id: placed.prefill.id.clone(),
-                        address: placed.prefill.registration().message.transfer_address.clone(),
-                        epoch: held.epoch,
-                    };
-                    let deadline_ms = self.coordinator.config.limits.pull_deadline_ms;
-                    body = legs::decode_body(&self.wanted.body, &held, source, deadline_ms);
-                    holding = Some(hold);
-                }
-                Err(reason) => {
-                    info!(engine = %placed.prefill.id, reason, "a handoff goes on without a plan");
-                    self.coordinator.metrics.handoff_fallbacks.inc(reason);
-                    let load = &placed.answer.load;
-                    let (tokens, seconds) = (self.wanted.prompt.tokens(), placed.priced.prefill_seconds);
-                    placed.transfer_reservation = None;
-                    placed.prefill_reservation = Some(load.reserve_prefill(tokens, seconds));
-                }
+        match self.first_leg(&mut placed, &account).await {
+            None => {}
+            Some(Ok((held, hold))) => {
+                account.mode = match placed.priced.plan {
+                    Plan::Pull { .. } => Mode::Pull,
+                    _ => Mode::Disaggregated,
+                };
+                let source = Source {
+                    engine_id: hold.engine.id.clone(),
+                    address: hold.engine.registration().message.transfer_address.clone(),
+                    epoch: held.epoch,
+                };
+                let deadline_ms = self.coordinator.config.limits.pull_deadline_ms;
+                body = legs::pull_body(&self.wanted.body, &held, source, deadline_ms);
+                holding = Some(hold);
+            }
+            Some(Err(reason)) => {
+                let mode = placed.priced.plan.mode();
+                info!(engine = %placed.answer.id, mode, reason, "an answer goes on without a plan");
+                self.coordinator.metrics.handoff_fallbacks.inc(reason);
+                placed.hold_reservation = None;
+                placed.transfer_reservation = None;
+                let (tokens, seconds) = (self.wanted.prompt.tokens(), placed.unaided_seconds);
+                placed.prefill_reservation = Some(placed.answer.load.reserve_prefill(tokens, seconds));
             }
         }
         let began = Instant::now();
@@ -280,66 +305,6 @@ impl Flow<'_> {
             Err(failure) => return Err((failure, account)),
         };
         Ok(self.respond(placed, account, holding, response, first, began))
-    }
-
-    /// Makes the prefill engine compute and hold. An error is a word for the metrics.
-    async fn prefill_leg(
-        &self,
-        placed: &mut Placed,
-        account: &Account,
-    ) -> Result<(Held, Holding), &'static str> {
-        let transfer_id = TransferId::from_bytes(rand::random());
-        let engine = &placed.prefill;
-        // From here on there may be a hold, whatever becomes of this request.
-        let holding = Holding { engine: engine.clone(), transfer_id };
-        let body =
-            legs::prefill_body(&self.wanted.body, transfer_id, self.coordinator.config.limits.hold_lease_ms);
-        let upstream = engine.upstream();
-        let ask = async {
-            let response = upstream
-                .post(self.wanted.endpoint.path(), &self.wanted.headers, body)
-                .await
-                .map_err(|error| {
-                    debug!(engine = %engine.id, %error, "prefill leg failed");
-                    match error {
-                        UpstreamError::Connect(_) => {
-                            engine.suspect(Instant::now());
-                            "prefill_unreachable"
-                        }
-                        UpstreamError::Broken(_) | UpstreamError::Url(_) => "prefill_broke_off",
-                    }
-                })?;
-            if !response.status().is_success() {
-                return Err("prefill_refused");
-            }
-            let answer = Limited::new(response.into_body(), MAX_PREFILL_ANSWER).collect().await;
-            Ok(answer.map_err(|_| "prefill_broke_off")?.to_bytes())
-        };
-        let began = Instant::now();
-        let gone = engine.gone();
-        let answer = tokio::select! {
-            answer = ask => answer?,
-            () = gone.cancelled() => return Err("prefill_engine_gone"),
-        };
-        placed.prefill_seen(account, began.elapsed().as_secs_f64());
-        if placed.alone {
-            let sample = placed.sample(began);
-            engine.learn(|speed| speed.observe_prefill(&sample));
-        }
-        if let Some(reservation) = placed.prefill_reservation.take() {
-            reservation.computed();
-        }
-        let held = legs::held(&answer, transfer_id).ok_or("no_hold")?;
-        if u64::from(held.num_tokens) != self.wanted.prompt.tokens() {
-            self.coordinator.metrics.token_mismatches.inc();
-            warn!(
-                model = self.wanted.model,
-                engine = held.num_tokens,
-                ours = self.wanted.prompt.tokens(),
-                "the engine counts other prompt tokens: is models.path the directory it serves?"
-            );
-        }
-        Ok((held, holding))
     }
 
     /// Asks for the answer and waits for its first byte.
@@ -390,11 +355,13 @@ impl Flow<'_> {
             let seconds = began.elapsed().as_secs_f64();
             match placed.priced.plan {
                 Plan::Disaggregated { .. } if holding.is_some() => placed.handoff_seen(&account, seconds),
-                // The prefill leg failed: this was not what was predicted.
-                Plan::Disaggregated { .. } => {}
-                _ => placed.prefill_seen(&account, seconds),
+                Plan::Pull { .. } if holding.is_some() => placed.pull_seen(&account, seconds),
+                // The first leg failed: this was not what was predicted.
+                Plan::Disaggregated { .. } | Plan::Pull { .. } => {}
+                Plan::Colocated { .. } | Plan::Append { .. } => placed.prefill_seen(&account, seconds),
             }
-            if placed.alone && holding.is_none() && Arc::ptr_eq(&placed.prefill, &placed.answer) {
+            // A time with a transfer in it says little about the engine.
+            if placed.alone && placed.holder.is_none() {
                 let sample = placed.sample(began);
                 placed.answer.learn(|speed| speed.observe_prefill(&sample));
             }
@@ -414,6 +381,9 @@ impl Flow<'_> {
         }
         if let Some(holding) = &holding {
             parts.headers.insert("x-baton-transfer-id", text(&holding.transfer_id.to_string()));
+            if account.mode == Mode::Pull {
+                parts.headers.insert("x-baton-source", text(holding.engine.id.as_str()));
+            }
         }
         if let Some(explanation) = placed.explanation {
             parts.headers.insert("x-baton-explain", explanation);

@@ -3,6 +3,8 @@
 use baton_proto::TransferId;
 use baton_proto::plan::{self, Action, Held, KvTransferParams, Source, TransferPlan};
 use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
 
 use crate::http::RequestBody;
 
@@ -39,7 +41,7 @@ const NOT_FOR_PREFILL: [&str; 25] = [
 /// The body that makes an engine compute the prompt, one token, and hold the blocks. Nothing may end it before
 /// that token: an engine holds what finished by its length.
 pub(super) fn prefill_body(body: &RequestBody, transfer_id: TransferId, lease_ms: u32) -> Bytes {
-    let params = params(transfer_id, Action::Hold { lease_ms });
+    let params = json(&params(transfer_id, Action::Hold { lease_ms }));
     let set = [
         ("max_tokens", "1"),
         ("stream", "false"),
@@ -49,32 +51,71 @@ pub(super) fn prefill_body(body: &RequestBody, transfer_id: TransferId, lease_ms
     body.rewrite(&NOT_FOR_PREFILL, &set)
 }
 
+/// A completion that makes an engine hold what it has cached of a prompt. Of the client's members it has those that decide
+/// which blocks are found and when its turn comes, as they came.
+#[derive(Serialize)]
+struct SourceBody<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    model: Option<Box<RawValue>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cache_salt: Option<Box<RawValue>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    priority: Option<Box<RawValue>>,
+    prompt: &'a [u32],
+    max_tokens: u32,
+    stream: bool,
+    ignore_eos: bool,
+    kv_transfer_params: KvTransferParams<TransferPlan>,
+}
+
+/// The body that makes an engine hold a prompt of these tokens, whatever the client's own request is.
+pub(super) fn source_body(
+    body: &RequestBody,
+    prompt: &[u32],
+    transfer_id: TransferId,
+    lease_ms: u32,
+) -> Bytes {
+    let source = SourceBody {
+        model: body.peek("model"),
+        cache_salt: body.peek("cache_salt"),
+        priority: body.peek("priority"),
+        prompt,
+        max_tokens: 1,
+        stream: false,
+        ignore_eos: true,
+        kv_transfer_params: params(transfer_id, Action::Hold { lease_ms }),
+    };
+    json(&source).into()
+}
+
 /// The client's body with the plan to pull.
-pub(super) fn decode_body(body: &RequestBody, held: &Held, source: Source, deadline_ms: u32) -> Bytes {
+pub(super) fn pull_body(body: &RequestBody, held: &Held, source: Source, deadline_ms: u32) -> Bytes {
     let action = Action::Pull { source, num_tokens: held.num_tokens, deadline_ms };
-    let params = params(held.transfer_id, action);
-    body.rewrite(&[], &[("kv_transfer_params", params.as_str())])
+    body.rewrite(&[], &[("kv_transfer_params", json(&params(held.transfer_id, action)).as_str())])
 }
 
-fn params(transfer_id: TransferId, action: Action) -> String {
-    let plan = TransferPlan { version: plan::VERSION, transfer_id, action };
-    serde_json::to_string(&KvTransferParams { baton: plan }).expect("a plan is JSON")
+fn params(transfer_id: TransferId, action: Action) -> KvTransferParams<TransferPlan> {
+    KvTransferParams { baton: TransferPlan { version: plan::VERSION, transfer_id, action } }
 }
 
-/// What a prefill engine's answer says about the hold.
-#[derive(serde::Deserialize)]
-struct PrefillAnswer {
+fn json(value: &impl Serialize) -> String {
+    serde_json::to_string(value).expect("plans and bodies are JSON")
+}
+
+/// What an engine's answer to a first leg says about the hold.
+#[derive(Deserialize)]
+struct FirstAnswer {
     kv_transfer_params: Option<HeldParams>,
 }
 
-#[derive(serde::Deserialize)]
+#[derive(Deserialize)]
 struct HeldParams {
     baton: Option<Held>,
 }
 
 /// Reads the hold from the answer, if there is one for this transfer.
 pub(super) fn held(answer: &[u8], transfer_id: TransferId) -> Option<Held> {
-    let answer: PrefillAnswer = serde_json::from_slice(answer).ok()?;
+    let answer: FirstAnswer = serde_json::from_slice(answer).ok()?;
     let held = answer.kv_transfer_params?.baton?;
     (held.transfer_id == transfer_id && held.num_tokens > 0).then_some(held)
 }
@@ -122,11 +163,36 @@ mod tests {
     }
 
     #[test]
-    fn a_decode_is_the_clients_own_body_with_a_plan() {
+    fn a_source_is_asked_for_the_tokens_under_the_clients_name_salt_and_priority() {
+        let chat = json!({
+            "model": "m", "messages": [{"role": "user", "content": "x"}], "cache_salt": "s", "priority": -3,
+            "stream": true, "max_tokens": 7, "temperature": 0.5, "tools": [1], "stop": ["a"], "logprobs": true,
+        });
+        let hold = json!({"baton": {
+            "version": 1, "transfer_id": ID.to_string(), "action": "hold", "lease_ms": 30_000,
+        }});
+        assert_eq!(
+            read(&source_body(&body(chat), &[5, 6, 7], ID, 30_000)),
+            json!({
+                "model": "m", "prompt": [5, 6, 7], "cache_salt": "s", "priority": -3, "max_tokens": 1,
+                "stream": false, "ignore_eos": true, "kv_transfer_params": hold,
+            })
+        );
+        assert_eq!(
+            read(&source_body(&body(json!({"model": "m", "cache_salt": null})), &[5], ID, 30_000)),
+            json!({
+                "model": "m", "prompt": [5], "max_tokens": 1, "stream": false, "ignore_eos": true,
+                "kv_transfer_params": hold,
+            })
+        );
+    }
+
+    #[test]
+    fn an_answer_leg_is_the_clients_own_body_with_a_plan() {
         let held = Held { transfer_id: ID, epoch: Epoch(7), num_tokens: 55 };
         let source =
             Source { engine_id: "p0".parse().unwrap(), address: "127.0.0.1:9".into(), epoch: held.epoch };
-        let out = read(&decode_body(&body(json!({"prompt": "x", "anything": [1.5]})), &held, source, 500));
+        let out = read(&pull_body(&body(json!({"prompt": "x", "anything": [1.5]})), &held, source, 500));
         assert_eq!(out["anything"], json!([1.5]));
         assert_eq!(out["kv_transfer_params"]["baton"]["action"], "pull");
         assert_eq!(out["kv_transfer_params"]["baton"]["num_tokens"], 55);

@@ -3,19 +3,22 @@
 //! ```text
 //! decide ──▶ no room? wait, then decide anew
 //!   │
-//!   ├─────▶ co-located ────────────────────────────▶ answer leg on E
-//!   │                                                  ▲
-//!   └─────▶ disaggregated ─▶ prefill leg on P ─▶ hold? ┴▶ answer leg on D, with or without a plan
+//!   ├─────▶ co-located ───────────────────────────────▶ answer leg on E
+//!   │
+//!   ├─────▶ pull ──────────▶ source leg on K ──▶ hold? ─▶ answer leg on J, with or without a plan
+//!   │
+//!   └─────▶ disaggregated ─▶ prefill leg on P ─▶ hold? ─▶ answer leg on D, with or without a plan
 //! ```
 //!
 //! The first byte of the answer leg commits it. Before that, an engine that cannot be reached or fails (5xx) is left out and the
-//! request placed anew, at most [`MAX_ATTEMPTS`] times in all. A prefill leg that fails costs time only: the
+//! request placed anew, at most [`MAX_ATTEMPTS`] times in all. A first leg that fails costs time only: the
 //! answer leg goes on without a plan, and its engine computes. Everything a request holds (reservations, the hold on the
-//! prefill engine, connections) hangs on guards, so a client that goes away frees it all.
+//! other engine, connections) hangs on guards, so a client that goes away frees it all.
 
 mod account;
 mod admit;
 mod flow;
+mod hold;
 mod legs;
 mod place;
 mod prompt;

@@ -146,10 +146,13 @@ impl Wanted {
             };
             let explain = |limit| decider.explain(self.policy, &fleet, &request, &decision, limit);
             let reserved = |at: u32| decider.loads().engines()[at as usize];
-            let (prefill, decode) = (decision.plan().prefill(), decision.plan().decode());
+            let plan = decision.plan();
+            let prefill = plan.prefill();
+            let holder = plan.transfer().map_or(prefill, |(holder, _)| holder);
+            let in_flight = [holder, prefill, plan.decode()].map(|at| reserved(at).in_flight());
             let placement = Placement {
                 reserved: reserved(prefill),
-                beside: reserved(prefill).in_flight().max(reserved(decode).in_flight()),
+                beside: in_flight.into_iter().max().unwrap_or(0),
                 explanation: explained.map(explain),
                 hashes: hashes_of(&found, &fleet, prefill),
                 slo,

@@ -65,7 +65,15 @@ impl Prompt {
         self.known.is_some()
     }
 
-    /// Whether it can be handed off; else why not.
+    /// Its first tokens; `None` where they are not known, or so many are not there.
+    pub fn first_tokens(&self, count: usize) -> Option<Vec<u32>> {
+        let tokens = self.known.as_ref().filter(|tokens| tokens.len() >= count)?;
+        let mut first = tokens.to_vec();
+        first.truncate(count);
+        Some(first)
+    }
+
+    /// Whether it can be handed off, or pull a prefix; else why not.
     pub fn splittable(&self) -> Result<(), &'static str> {
         self.splittable
     }

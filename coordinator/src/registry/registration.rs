@@ -156,7 +156,8 @@ impl Registration {
             block_bytes: self.message.block_bytes,
             layout: self.message.layout.clone(),
             streamed_layers: 0,
-            can_pull_cached: false,
+            // Who can hold and pull needs nothing further for it.
+            can_pull_cached: true,
         })
     }
 }

@@ -140,6 +140,10 @@ impl Engine {
         serde_json::from_slice(self.bodies().last().expect("a request came")).unwrap()
     }
 
+    pub fn last_path(&self) -> String {
+        self.inner.requests.lock().unwrap().last().unwrap().0.clone()
+    }
+
     pub fn last_headers(&self) -> HeaderMap {
         self.inner.requests.lock().unwrap().last().unwrap().1.clone()
     }
@@ -216,7 +220,8 @@ async fn answer(
         "usage": {"prompt_tokens": 7, "completion_tokens": 1},
     });
     if plan["action"] == "hold" && behaviour != Behaviour::NeverHold {
-        let held = json!({"transfer_id": plan["transfer_id"], "epoch": 1, "num_tokens": 201});
+        let tokens = request["prompt"].as_array().map_or(201, Vec::len);
+        let held = json!({"transfer_id": plan["transfer_id"], "epoch": 1, "num_tokens": tokens});
         reply["kv_transfer_params"] = json!({ "baton": held });
     }
     unfinished.1 = true;

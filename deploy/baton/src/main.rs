@@ -42,7 +42,7 @@ enum Command {
     Explain(explain::Arguments),
     /// Replay decisions that a coordinator wrote down
     Route(route::Arguments),
-    /// Simulate fleets on traces: co-located, disaggregated and adaptive side by side
+    /// Compare co-located, disaggregated and adaptive on traces: on simulated fleets, or live
     #[command(subcommand)]
     Bench(bench::Command),
 }

@@ -33,7 +33,7 @@ struct Options {
     /// Only these scenarios, by name; a prefix will do.
     #[arg(long, num_args = 1..)]
     only: Vec<String>,
-    /// Not these scenarios, by name; a prefix will do. `ttft` compares times, which needs an idle machine.
+    /// Not these scenarios, by name; a prefix will do. `ttft` and `sim` compare times, which needs an idle machine.
     #[arg(long, num_args = 1..)]
     skip: Vec<String>,
     /// Keep the KV events of the scenario `index` in this folder, as tests/e2e/fixtures has them.

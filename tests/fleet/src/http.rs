@@ -161,8 +161,18 @@ impl Client {
         body: &Value,
         headers: &[(&str, &str)],
     ) -> Result<EventStream, HttpError> {
+        self.open_stream_of(path, body.to_string(), headers).await
+    }
+
+    /// The same with JSON that is written already, so that writing it is no part of the times.
+    pub async fn open_stream_of(
+        &self,
+        path: &str,
+        body: impl Into<Bytes>,
+        headers: &[(&str, &str)],
+    ) -> Result<EventStream, HttpError> {
         let started = Instant::now();
-        let sent = self.send(Method::POST, path, body.to_string().into(), headers, started).await?;
+        let sent = self.send(Method::POST, path, body.into(), headers, started).await?;
         let (parts, body) = sent.response.into_parts();
         let what = Asked { method: Method::POST, url: sent.url, started, deadline: self.deadline };
         if parts.status != StatusCode::OK {
@@ -300,6 +310,41 @@ pub struct Event {
     pub data: Value,
 }
 
+impl Event {
+    /// Whether it stands for a generated token. The chunk that opens a chat answer names the role and carries no token;
+    /// one with `usage` has no choices.
+    pub fn is_token(&self) -> bool {
+        let choice = &self.data["choices"][0];
+        if choice["finish_reason"].is_string() || choice["text"].is_string() {
+            return true;
+        }
+        let Some(delta) = choice["delta"].as_object() else { return false };
+        let opening = delta.contains_key("role") && delta.get("content").is_none_or(|text| text == "");
+        !opening && delta.iter().any(|(key, value)| key != "role" && !value.is_null())
+    }
+
+    /// The text that it adds to choice 0.
+    pub fn text(&self) -> Option<&str> {
+        let choice = &self.data["choices"][0];
+        choice["text"].as_str().or_else(|| choice["delta"]["content"].as_str())
+    }
+
+    /// Why choice 0 ends with it.
+    pub fn finish_reason(&self) -> Option<&str> {
+        self.data["choices"][0]["finish_reason"].as_str()
+    }
+
+    /// Its `usage`; asked for with `stream_options.include_usage`.
+    pub fn usage(&self) -> Option<&Value> {
+        Some(&self.data["usage"]).filter(|usage| usage.is_object())
+    }
+
+    /// The error that the server reports with it.
+    pub fn error(&self) -> Option<&Value> {
+        Some(&self.data["error"]).filter(|error| !error.is_null())
+    }
+}
+
 impl EventStream {
     /// The next event; `None` at the end of the stream, which is `data: [DONE]` or the end of the body.
     ///
@@ -362,7 +407,7 @@ impl Streamed {
 
     /// The generated text of choice 0.
     pub fn text(&self) -> String {
-        self.events.iter().filter_map(|event| chunk_text(&event.data)).collect()
+        self.events.iter().filter_map(Event::text).collect()
     }
 
     /// From sending the request to the first chunk that stands for a generated token; `None` where none came.
@@ -377,39 +422,22 @@ impl Streamed {
 
     /// The last `finish_reason`.
     pub fn finish_reason(&self) -> Option<&str> {
-        self.events.iter().rev().find_map(|event| event.data["choices"][0]["finish_reason"].as_str())
+        self.events.iter().rev().find_map(Event::finish_reason)
     }
 
     /// The `usage` of the last event that has one; asked for with `stream_options.include_usage`.
     pub fn usage(&self) -> Option<&Value> {
-        self.events.iter().rev().map(|event| &event.data["usage"]).find(|usage| usage.is_object())
+        self.events.iter().rev().find_map(Event::usage)
     }
 
     /// The error that the server reported within the stream.
     pub fn error(&self) -> Option<&Value> {
-        self.events.iter().map(|event| &event.data["error"]).find(|error| !error.is_null())
+        self.events.iter().find_map(Event::error)
     }
 
     fn token_times(&self) -> impl Iterator<Item = Duration> + '_ {
-        self.events.iter().filter(|event| is_token(&event.data)).map(|event| event.at)
+        self.events.iter().filter(|event| event.is_token()).map(|event| event.at)
     }
-}
-
-fn chunk_text(data: &Value) -> Option<&str> {
-    let choice = &data["choices"][0];
-    choice["text"].as_str().or_else(|| choice["delta"]["content"].as_str())
-}
-
-/// Whether a chunk stands for a generated token. The chunk that opens a chat answer names the role and carries
-/// no token; one with `usage` has no choices.
-fn is_token(data: &Value) -> bool {
-    let choice = &data["choices"][0];
-    if choice["finish_reason"].is_string() || choice["text"].is_string() {
-        return true;
-    }
-    let Some(delta) = choice["delta"].as_object() else { return false };
-    let opening = delta.contains_key("role") && delta.get("content").is_none_or(|text| text == "");
-    !opening && delta.iter().any(|(key, value)| key != "role" && !value.is_null())
 }
 
 /// Cuts a byte stream into the data of server-sent events.

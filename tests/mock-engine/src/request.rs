@@ -177,19 +177,19 @@ impl Request {
         self.chain = (len, chain);
     }
 
-    /// Tokens to pull behind `local` ones that the engine has. Up to a block of them is sooner computed, with the last token,
-    /// than pulled.
+    /// Tokens to pull behind `local` ones that the engine has, of all of the prompt or of whole blocks of it. Up to a block
+    /// of them is sooner computed, with the last token, than pulled.
     pub(crate) fn pullable(&self, local: usize, block_size: usize) -> usize {
-        match self.plan.as_ref().map(|plan| &plan.action) {
-            Some(Action::Pull { num_tokens, .. })
-                if !self.pulled
-                    && self.outputs() == 0
-                    && *num_tokens as usize == self.prompt_len
-                    && self.prompt_len - local > block_size =>
-            {
-                self.prompt_len - local
-            }
-            _ => 0,
+        let Some(Action::Pull { num_tokens, .. }) = self.plan.as_ref().map(|plan| &plan.action) else {
+            return 0;
+        };
+        let wanted = *num_tokens as usize;
+        let fits =
+            wanted == self.prompt_len || (wanted < self.prompt_len && wanted.is_multiple_of(block_size));
+        let missing = wanted.saturating_sub(local);
+        match fits && !self.pulled && self.outputs() == 0 && missing > block_size {
+            true => missing,
+            false => 0,
         }
     }
 

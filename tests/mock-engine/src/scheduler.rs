@@ -251,7 +251,7 @@ impl Scheduler {
             request.computed = local + external;
         }
         if external > 0 {
-            self.begin_pull(request, all);
+            self.begin_pull(request);
             return Some(0);
         }
         Some((request.tokens.len() - request.computed).min(budget))
@@ -263,18 +263,20 @@ impl Scheduler {
         request.hashes[..most].iter().map_while(|hash| self.pool.lookup(*hash)).collect()
     }
 
-    /// Blocks that running requests still need for the tokens they have.
+    /// Blocks that requests under way still need for the tokens they have: who runs, and who pulls or has pulled a part.
     fn reserved(&self) -> usize {
         let missing =
             |request: &Request| self.blocks_for(request.tokens.len()).saturating_sub(request.blocks.len());
-        self.running.iter().map(missing).sum()
+        self.running.iter().chain(&self.pulling).chain(&self.pulled).map(missing).sum()
     }
 
-    fn begin_pull(&mut self, request: &mut Request, all: usize) {
+    /// Gets blocks for what is there when the pull is over, and none yet for what is computed then.
+    fn begin_pull(&mut self, request: &mut Request) {
         let Some(plan) = &request.plan else { return };
         let Action::Pull { source, deadline_ms, .. } = &plan.action else { return };
         let first = request.blocks.len();
-        self.pool.allocate(all - first, &mut request.blocks).expect("free blocks were counted");
+        let missing = self.blocks_for(request.computed) - first;
+        self.pool.allocate(missing, &mut request.blocks).expect("free blocks were counted");
         request.pulled = true;
         request.pull_first = first;
         self.messages.push(ToAgent::Pull(Pull {
@@ -282,7 +284,7 @@ impl Scheduler {
             transfer_id: plan.transfer_id,
             source: source.clone(),
             deadline_ms: *deadline_ms,
-            content: content(request),
+            content: content(request, request.computed),
             first_block: first as u32,
             block_ids: request.blocks[first..].to_vec(),
         }));
@@ -494,17 +496,17 @@ fn hold(
         request_id: request.id.clone(),
         transfer_id: plan.transfer_id,
         lease_ms,
-        content: content(request),
+        content: content(request, request.prompt_len),
         block_ids: blocks[..request.prompt_len.div_ceil(block_size as usize)].to_vec(),
     };
     Some((held, hold))
 }
 
-/// What the prompt's KV is computed from.
-fn content(request: &Request) -> Content {
-    let prompt = &request.tokens[..request.prompt_len];
+/// What the KV of the first `len` tokens is computed from.
+fn content(request: &Request, len: usize) -> Content {
+    let tokens = &request.tokens[..len];
     Content {
-        tokens: prompt.iter().flat_map(|token| token.to_le_bytes()).collect(),
+        tokens: tokens.iter().flat_map(|token| token.to_le_bytes()).collect(),
         keys: ContentKeys {
             lora: request.keys.lora.as_ref().map(|(_, name)| name.clone()),
             salt: request.keys.salt.clone(),

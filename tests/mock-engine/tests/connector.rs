@@ -130,6 +130,30 @@ async fn a_handoff_leaves_the_output_unchanged() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_pulled_beginning_leaves_the_output_unchanged_and_the_rest_to_compute() {
+    let mut pair = Pair::start().await;
+    let (hold, _) = pair.hold().await;
+    let tokens = hold.content.token_ids().unwrap().len();
+    let pulled = tokens / 16 * 16 - 32;
+    let (text, ()) = tokio::join!(pair.decode.complete(body(20, pull(&json!(pulled)))), async {
+        let pull = pair.decode_agent.pull().await;
+        assert_eq!((pull.first_block, pull.block_ids.len()), (0, pulled / 16));
+        assert_eq!(pull.content.token_ids().unwrap().len(), pulled);
+        pair.decode_agent.copy(&pair.prefill_agent.memory, &hold, &pull);
+        pair.decode_agent.done(&pull.request_id, vec![], "").await;
+    });
+    assert_eq!(text, alone().await);
+    assert_eq!(pair.decode.metric("external_prefix_cache_hits_total").await, pulled as f64);
+    let (_, metrics) = pair.decode.get("/metrics").await;
+    let computed = format!("source=\"local_compute\"}} {:.1}", (tokens - pulled) as f64);
+    assert!(metrics.contains(&computed), "{metrics}");
+    pair.prefill_agent.release(&hold.request_id).await;
+    pair.prefill.wait_for("kv_cache_usage_perc", 0.0).await;
+    pair.decode.wait_for("kv_cache_usage_perc", 0.0).await;
+    pair.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn one_wrong_byte_changes_the_output_unless_it_is_found() {
     let mut pair = Pair::start().await;
     let right = alone().await;

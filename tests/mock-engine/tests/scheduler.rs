@@ -226,7 +226,7 @@ enum Event {
 
 fn events() -> impl Strategy<Value = Vec<Event>> {
     let event = prop_oneof![
-        8 => (0u8..3, 1usize..40, 1usize..8, prop::bool::weighted(0.2), 0u8..4).prop_map(
+        8 => (0u8..3, 1usize..40, 1usize..8, prop::bool::weighted(0.2), 0u8..5).prop_map(
             |(conversation, len, outputs, salt, plan)| Event::Add { conversation, len, outputs, salt, plan }
         ),
         8 => (1usize..6).prop_map(Event::Steps),
@@ -269,6 +269,7 @@ proptest! {
                         0 => Some(Action::Hold { lease_ms: 1000 }),
                         1 => Some(pull(prompt.len())),
                         2 => Some(pull(prompt.len() + 1)),
+                        3 => Some(pull((prompt.len() - 1) / SIZE * SIZE)),
                         _ => None,
                     };
                     engine.add(key, &prompt, outputs, salt.then_some("s"), action);
@@ -428,6 +429,29 @@ fn a_pull_leaves_one_token_to_compute_and_is_cached() {
     engine.scheduler.complete(&rows, [1]);
     let stats = engine.scheduler.stats();
     assert_eq!((stats.hits, stats.external_queries, stats.external_hits), (8, 18, 10));
+}
+
+#[test]
+fn a_pull_of_whole_blocks_leaves_the_rest_to_compute() {
+    let mut engine = Engine::new(40, 100, 4);
+    engine.scheduler.connector_up(Epoch(1));
+    engine.add(0, &prompt(0, 4), 1, None, None);
+    engine.step();
+    engine.add(1, &prompt(0, 18), 3, None, Some(pull(12)));
+    assert!(!engine.step());
+    assert_eq!((engine.pulls[0].first_block, engine.pulls[0].block_ids.len()), (1, 2));
+    assert_eq!(engine.pulls[0].content.token_ids().unwrap(), prompt(0, 12));
+    engine.end_pull(0, None);
+    while engine.step() {}
+    assert_eq!(engine.outputs[&1], reference(&prompt(0, 18), 3));
+    let stats = engine.scheduler.stats();
+    assert_eq!((stats.hits, stats.external_hits), (4, 8));
+    // Whole blocks only: nothing else says where a part of one ends.
+    for (key, tokens) in [(2, 13), (3, 20)] {
+        engine.add(key, &prompt(key as u8, 18), 1, None, Some(pull(tokens)));
+        engine.step();
+    }
+    assert!(engine.pulls.is_empty());
 }
 
 #[test]

@@ -33,6 +33,8 @@ use self::workload::{PREFIXES, Workload, encode};
 
 const MODEL: &str = "bench";
 const BLOCK: usize = 16;
+/// What the load sent to an engine is expected there for less than this after its end.
+const EXPECTED: Duration = Duration::from_secs(6);
 const CONNECTIONS: usize = 16;
 /// Most requests of one run of wrk: each run's numbers are its own.
 const NUMBERS_PER_RUN: usize = 1_000_000;
@@ -246,16 +248,12 @@ async fn baton_counters(address: &str) -> Result<[f64; 3]> {
 }
 
 /// The hits of a run must be those of requests that all went to the engine with their prefix, but for the few that a busy
-/// engine makes go elsewhere.
+/// engine makes go elsewhere. There are more where the load repeats a tail: what was sent to an engine is expected there.
 fn check_hits(workload: &Workload, shared: &[usize], before: &[f64; 3], after: &[f64; 3]) -> Result<()> {
     let [prompts, _, hits] = [0, 1, 2].map(|i| after[i] - before[i]);
     let expected = shared.iter().sum::<usize>() as f64 / shared.len() as f64;
     let share = hits / prompts / expected;
-    ensure!(
-        (0.9..1.01).contains(&share),
-        "{} B: hits are {share:.2} of what the engines hold",
-        workload.bytes
-    );
+    ensure!(share >= 0.9, "{} B: hits are {share:.2} of what the engines hold", workload.bytes);
     Ok(())
 }
 
@@ -356,8 +354,9 @@ impl Baton {
         )
     }
 
-    /// Compares ids and hits with the tokenizer's, for one request of each prefix.
+    /// Compares ids and hits with the tokenizer's, for one request of each prefix, once nothing of the load is expected any more.
     async fn check_tokens(&self, tokenizer: &Tokenizer, workload: &Workload, shared: &[usize]) -> Result<()> {
+        tokio::time::sleep(EXPECTED).await;
         for (prefix, held) in shared.iter().enumerate() {
             let tail = workload.tail(1000 + prefix);
             let body = workload.body(prefix, &tail);

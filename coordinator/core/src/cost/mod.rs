@@ -9,12 +9,12 @@
 //!
 //! | term | seconds | who waits |
 //! |---|---|---|
-//! | `queue_wait` | predicted prefills that are reserved there, half of one less: the one that is being computed is half done on average | it |
-//! | `pull` | `pull` plans: the transfer, less the queue wait that hides it | it |
+//! | `queue_wait` | predicted prefills that are reserved there, half of one less: the one that is being computed is half done on average; a `pull` plan meets two queues at once, and waits for the longer | it |
+//! | `hold` | `pull` plans: the source's prefill of one token behind the cached ones, and its mixed step, as below; less what the longer queue hides of it | it |
 //! | `mixed_steps` | `⌈n / chunk⌉ · (d + e·B + f·Σctx)`: each chunk shares its step with the sequences that decode | it |
 //! | `prefill` | `a + b·n + c·(n·p + n²/2)` | it |
 //! | `decode_stall` | `B · (prefill - a)`: no sequence has a token while a chunk is computed; the fixed part is not the step's | others |
-//! | `transfer_wait`, `transfer` | [`crate::links`]; where layers stream, less what the prefill of later layers hides, but no less than one layer's part | it |
+//! | `transfer_wait`, `transfer` | [`crate::links`]; a handoff's where layers stream, less what the prefill of later layers hides, but no less than one layer's part | it |
 //! | `decode_queue_wait` | as `queue_wait`, at the decode engine | it |
 //! | `first_step` | `a + (d + e·(B+1) + f·(Σctx+ctx))`: the second request and its step | it |
 //! | `decode` | `(T-1) · (d + e·(B+1) + f·(Σctx+ctx)) / (1-share)`, `share` of the engine's time going to prefills | it |
@@ -31,6 +31,11 @@
 //! room of other blocks, which are computed anew in their turn. Without `second_copy` a fleet with engines to spare gives up a
 //! prefix for however little. It is bounded, so that no request waits long for a prefix where an engine is free.
 //!
+//! # Pulls
+//! Blocks that are merely cached cannot be kept from being evicted, so the source is asked for one token behind them, which
+//! makes it hold them. Meanwhile the request's turn comes at its own engine, which only then asks for the blocks; so the two queues
+//! run at once, and the transfer comes behind both. What one token at the source costs the sequences there is not counted.
+//!
 //! # Both SLOs
 //! The time to first token is the sum of the request's own terms up to it. The inter-token latency (ITL) is a mean over the output:
 //! the request's own is `decode / (T-1)`; that of sequences that decode where it is prefilled is their step plus the queued prefills
@@ -41,7 +46,7 @@ mod pricing;
 
 use serde::{Deserialize, Serialize};
 
-pub(crate) use self::pricing::{DecodeSums, Key, PrefillSums, Pricing, Sender};
+pub(crate) use self::pricing::{DecodeSums, Fetch, Key, PrefillSums, Pricing, Sender};
 
 /// Output assumed of a request that does not say how long it may become, and the most that is charged for.
 pub const EXPECTED_OUTPUT_TOKENS: u64 = 128;
@@ -56,19 +61,19 @@ pub const MOST_SECOND_COPY_SECONDS: f64 = 2.0;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(usize)]
 pub enum Term {
-    /// Prompts that the prefill engine computes first.
+    /// Prompts that the prefill engine computes first; for a pull, those of the source where they take longer.
     QueueWait,
-    /// Pull: cached blocks of another engine, as far as the queue does not hide it.
-    Pull,
+    /// Pull: what makes the source hold its cached blocks, as far as the queue does not hide it.
+    Hold,
     /// What decoding sequences add to the prefill's steps.
     MixedSteps,
     /// Prefill of the tokens that the prefill engine does not hold.
     Prefill,
     /// What that prefill adds to the sequences that already decode there, summed over them.
     DecodeStall,
-    /// Handoff: what is queued before it on the link or at its ends.
+    /// Handoff and pull: what is queued before it on the link or at its ends.
     TransferWait,
-    /// Handoff: blocks that the decode engine does not hold, over the link.
+    /// Handoff and pull: blocks that the destination does not hold, over the link.
     Transfer,
     /// Handoff: prompts that the decode engine computes first.
     DecodeQueueWait,
@@ -83,10 +88,10 @@ pub enum Term {
 }
 
 impl Term {
-    /// All terms, in the order in which they happen.
+    /// All terms, in the order in which they happen to a handoff; a pull's transfer comes before its prefill.
     pub const ALL: [Term; 12] = [
         Term::QueueWait,
-        Term::Pull,
+        Term::Hold,
         Term::MixedSteps,
         Term::Prefill,
         Term::DecodeStall,
@@ -103,7 +108,7 @@ impl Term {
     pub fn name(self) -> &'static str {
         match self {
             Term::QueueWait => "queue_wait",
-            Term::Pull => "pull",
+            Term::Hold => "hold",
             Term::MixedSteps => "mixed_steps",
             Term::Prefill => "prefill",
             Term::DecodeStall => "decode_stall",
@@ -134,7 +139,7 @@ impl Terms {
         self.0[term as usize] = seconds;
     }
 
-    /// The terms that occur, in the order in which they happen.
+    /// The terms that occur, in the order of [`Term::ALL`].
     pub fn iter(&self) -> impl Iterator<Item = (Term, f64)> + '_ {
         Term::ALL.into_iter().map(|term| (term, self.get(term))).filter(|(_, seconds)| *seconds > 0.0)
     }

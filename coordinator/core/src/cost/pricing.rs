@@ -34,6 +34,17 @@ pub(crate) struct PrefillSums {
     pub(crate) late: f64,
 }
 
+/// What a pull adds before the prefill, in seconds.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Fetch {
+    /// Until the source's turn to hold the blocks has come.
+    pub(crate) queue: f64,
+    /// What holding them takes it.
+    pub(crate) hold: f64,
+    /// The transfer.
+    pub(crate) way: TransferSeconds,
+}
+
 /// What depends on the engine that answers.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct DecodeCost {
@@ -172,22 +183,49 @@ impl<'a> Pricing<'a> {
     /// Prices the prefill on an engine of what it does not hold.
     #[inline(always)]
     pub(crate) fn prefill(&self, at: u32) -> PrefillCost {
-        self.prefill_after(at, self.hit_tokens(at), 0.0)
+        let cached = self.hit_tokens(at);
+        let cost = self.computing(at, self.prompt_tokens - cached, cached);
+        self.with_second_copy(at, cost)
     }
 
-    /// Prices the prefill after so many cached tokens that are there after so many seconds.
+    /// Prices the prefill behind so many tokens, those of them that it does not hold being fetched before.
+    #[inline]
+    pub(crate) fn prefill_behind(&self, at: u32, cached: u64, fetch: &Fetch) -> PrefillCost {
+        let cost = self.computing(at, self.prompt_tokens - cached, cached);
+        let mut cost = self.with_second_copy(at, cost);
+        let fetched = cost.queue.max(fetch.queue + fetch.hold) + fetch.way.wait + fetch.way.transfer;
+        let added = fetched - cost.queue;
+        cost.queue = cost.queue.max(fetch.queue);
+        cost.sums.own += added;
+        cost.sums.seconds += added;
+        cost
+    }
+
+    /// Until the engine has computed the prompts dispatched to it before.
+    #[inline]
+    pub(crate) fn queue(&self, at: u32) -> f64 {
+        queue_seconds(self.hot(at), &self.loads.engines[at as usize])
+    }
+
+    /// What it takes the source of a pull to hold its cached blocks: one token behind them. Without the transfer.
+    #[inline]
+    pub(crate) fn hold(&self, source: u32) -> Fetch {
+        let cost = self.computing(source, 1, self.hit_tokens(source));
+        Fetch { queue: cost.queue, hold: cost.mixed + cost.sums.prefill, way: TransferSeconds::default() }
+    }
+
+    /// Prices the prefill of so many new tokens behind cached ones.
     #[inline(always)]
-    pub(crate) fn prefill_after(&self, at: u32, cached: u64, there_after: f64) -> PrefillCost {
+    fn computing(&self, at: u32, new: u64, cached: u64) -> PrefillCost {
         let (hot, reserved) = (self.hot(at), &self.loads.engines[at as usize]);
-        let uncached = self.prompt_tokens - cached;
         let (sequences, context) = decoding(hot, reserved);
         let queue = queue_seconds(hot, reserved);
-        let prefill = hot.speed.prefill_seconds(uncached, cached);
+        let prefill = hot.speed.prefill_seconds(new, cached);
         let chunks = (prefill - hot.speed.request_seconds).max(0.0);
         let (mut mixed, mut late) = (0.0, 0.0);
         if sequences > 0.0 {
             let step = hot.speed.decode_step_seconds(sequences, context);
-            mixed = uncached.div_ceil(CHUNK_TOKENS) as f64 * step;
+            mixed = new.div_ceil(CHUNK_TOKENS) as f64 * step;
             if let Some(slo) = self.slo.itl_seconds {
                 let tokens = EXPECTED_OUTPUT_TOKENS as f64;
                 let itl = step / (1.0 - hot.prefill_share) + (queue + chunks) / tokens;
@@ -195,27 +233,23 @@ impl<'a> Pricing<'a> {
             }
         }
         let stall = sequences * chunks;
-        let second_copy = self.second_copy(at, prefill, cached);
-        let own = queue.max(there_after) + mixed + prefill;
-        let seconds = own + stall + second_copy;
-        PrefillCost { queue, mixed, stall, second_copy, sums: PrefillSums { prefill, own, seconds, late } }
+        let own = queue + mixed + prefill;
+        let sums = PrefillSums { prefill, own, seconds: own + stall, late };
+        PrefillCost { queue, mixed, stall, second_copy: 0.0, sums }
     }
 
-    /// What it costs those to come that the engine computes, or pulls, what another one holds. `prefill` is what it
-    /// computes after `cached` tokens.
-    #[inline]
-    fn second_copy(&self, at: u32, prefill: f64, cached: u64) -> f64 {
+    /// Adds what it costs those to come that the engine computes, or pulls, what another one holds.
+    #[inline(always)]
+    fn with_second_copy(&self, at: u32, mut cost: PrefillCost) -> PrefillCost {
         let (held, longest) = (self.hit_tokens(at), self.longest_hit);
-        if held >= longest {
-            return 0.0;
+        if held < longest {
+            let speed = &self.hot(at).speed;
+            let [here, there] =
+                [held, longest].map(|hit| speed.prefill_seconds(self.prompt_tokens - hit, hit));
+            cost.second_copy = (SHARERS * (here - there)).clamp(0.0, MOST_SECOND_COPY_SECONDS);
+            cost.sums.seconds += cost.second_copy;
         }
-        let speed = &self.hot(at).speed;
-        let here = match cached == held {
-            true => prefill,
-            false => speed.prefill_seconds(self.prompt_tokens - held, held),
-        };
-        let there = speed.prefill_seconds(self.prompt_tokens - longest, longest);
-        (SHARERS * (here - there)).clamp(0.0, MOST_SECOND_COPY_SECONDS)
+        cost
     }
 
     /// Prices the decode on an engine.
@@ -368,14 +402,15 @@ impl<'a> Pricing<'a> {
                 (prefill, self.whole_key(&prefill.sums, &decode.sums))
             }
             Plan::Pull { source, engine } => {
-                let mut there_after = 0.0;
+                let mut fetch = Fetch::default();
                 if let Some((cached, bytes)) = self.pulled(source, engine) {
-                    let TransferSeconds { wait, transfer } = self.transfer(source, engine, bytes);
+                    fetch = Fetch { way: self.transfer(source, engine, bytes), ..self.hold(source) };
                     (hit_tokens, transfer_bytes) = (cached, bytes);
-                    there_after = wait + transfer;
                 }
-                let prefill = self.prefill_after(engine, hit_tokens, there_after);
-                terms.set(Term::Pull, (there_after - prefill.queue).max(0.0));
+                let prefill = self.prefill_behind(engine, hit_tokens, &fetch);
+                terms.set(Term::Hold, (fetch.queue + fetch.hold - prefill.queue).max(0.0));
+                terms.set(Term::TransferWait, fetch.way.wait);
+                terms.set(Term::Transfer, fetch.way.transfer);
                 (prefill, self.whole_key(&prefill.sums, &decode.sums))
             }
             Plan::Disaggregated { prefill: from, decode: to } => {
@@ -528,21 +563,47 @@ mod tests {
     }
 
     #[test]
-    fn a_pull_hides_behind_the_queue() {
+    fn a_pull_waits_for_the_longer_queue_and_then_for_the_transfer() {
         let pulls = |n| with(engine(n), |info| info.can_pull_cached = true);
         let fleet = Fleet::new(vec![pulls(0), pulls(1)], Links::default());
         let plan = Plan::Pull { source: 0, engine: 1 };
-        let mut reserved = vec![Reserved::default(); 2];
-        let held = [1000, 10];
-        let idle = pricing(&fleet, &Loads::new(reserved.clone(), Vec::new()), &held, 20_000).price(plan);
-        assert_eq!(idle.hit_tokens, 16_000);
-        assert_eq!(idle.transfer_bytes, 990 * 100_000);
-        assert!((idle.terms.get(Term::Pull) - 0.101).abs() < 1e-9);
-        sum_is_total(&idle);
-        reserved[1] = Reserved { prefill_seconds: 4.0, prefills: 4, ..Reserved::default() };
-        let busy = pricing(&fleet, &Loads::new(reserved, Vec::new()), &held, 20_000).price(plan);
-        assert_eq!(busy.terms.get(Term::Pull), 0.0);
-        sum_is_total(&busy);
+        let price = |source: f64, destination: f64| {
+            let reserved = |prefill_seconds: f64| Reserved {
+                prefill_seconds,
+                prefills: u64::from(prefill_seconds > 0.0),
+                ..Reserved::default()
+            };
+            // Of the one prompt before it half is done.
+            let loads = Loads::new(vec![reserved(2.0 * source), reserved(2.0 * destination)], Vec::new());
+            let priced = pricing(&fleet, &loads, &[1000, 10], 20_000).price(plan);
+            sum_is_total(&priced);
+            assert_eq!((priced.hit_tokens, priced.uncached_tokens), (16_000, 4000));
+            assert_eq!(priced.transfer_bytes, 990 * 100_000);
+            assert!((priced.terms.get(Term::Transfer) - 0.101).abs() < 1e-9);
+            (priced.terms.get(Term::QueueWait), priced.terms.get(Term::Hold), priced.ttft_seconds)
+        };
+        let near = |a: f64, b: f64| assert!((a - b).abs() < 1e-9, "{a} is not {b}");
+        let step = fleet.engines()[0].speed.prefill_seconds(1, 16_000);
+        let (queue, hold, idle) = price(0.0, 0.0);
+        near(queue, 0.0);
+        near(hold, step);
+        for (source, destination, queue, hold) in [
+            (4.0, 0.0, 4.0, step),
+            (0.0, 4.0, 4.0, 0.0),
+            (4.0, 4.0 + step / 4.0, 4.0 + step / 4.0, step * 0.75),
+        ] {
+            let got = price(source, destination);
+            near(got.0, queue);
+            near(got.1, hold);
+            near(got.2, idle - step + queue + hold);
+        }
+        // Beside sequences that decode, the one token shares a step with them.
+        let busy = Reserved { sequences: 3, context_tokens: 3000, ..Reserved::default() };
+        let loads = Loads::new(vec![busy, Reserved::default()], Vec::new());
+        let priced = pricing(&fleet, &loads, &[1000, 10], 20_000).price(plan);
+        let mixed = fleet.engines()[0].speed.decode_step_seconds(3.0, 3000.0);
+        near(priced.terms.get(Term::Hold), step + mixed);
+        assert_eq!(priced.terms.get(Term::DecodeStall), 0.0);
     }
 
     #[test]

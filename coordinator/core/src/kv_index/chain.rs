@@ -66,6 +66,7 @@ impl Delta {
 /// Blocks of which each follows the one before it. A block that nobody holds or expects any more is *dead*: its hash
 /// stays where live blocks come behind it, its entry in the table does not. The last block is never dead.
 #[derive(Debug, Default)]
+#[repr(align(64))]
 pub(super) struct Chain {
     pub(super) hashes: Vec<BlockHash>,
     /// In order of lane and position; neighbours differ.
@@ -90,9 +91,14 @@ impl Chain {
         self.hashes.push(hash);
     }
 
-    /// Drops the last block.
-    pub(super) fn pop(&mut self) {
-        self.hashes.pop();
+    /// Drops the dead blocks at the end.
+    pub(super) fn trim(&mut self) {
+        if self.dead == 0 {
+            return;
+        }
+        let end = self.spans.iter().map(|span| u32::from(span.last) + 1).max().unwrap_or(0);
+        self.dead -= self.len() - end;
+        self.hashes.truncate(end as usize);
         let capacity = self.hashes.capacity();
         if self.hashes.len() < capacity - capacity / 4 {
             self.hashes.shrink_to_fit();
@@ -101,7 +107,24 @@ impl Chain {
 
     /// Whether anybody holds or expects the block.
     pub(super) fn covered(&self, pos: u32) -> bool {
-        self.spans.iter().any(|span| u32::from(span.first) <= pos && pos <= u32::from(span.last))
+        self.any_covered(pos, pos)
+    }
+
+    /// Whether anybody holds or expects any of the blocks `first..=last`.
+    pub(super) fn any_covered(&self, first: u32, last: u32) -> bool {
+        self.spans.iter().any(|span| u32::from(span.first) <= last && first <= u32::from(span.last))
+    }
+
+    /// How many of the hashes, which go on from the block at `pos` backwards, are those of live blocks. The first is at
+    /// `pos`, and live.
+    pub(super) fn common_back(&self, pos: u32, hashes: &[BlockHash]) -> u32 {
+        let there = self.hashes[..=pos as usize].iter().rev().zip(hashes);
+        let blocks = there.take_while(|(a, b)| a == b).count() as u32;
+        match self.dead {
+            0 => blocks,
+            // A dead block is not in the table, or lives elsewhere by now.
+            _ => (0..blocks).find(|back| !self.covered(pos - back)).unwrap_or(blocks),
+        }
     }
 
     /// The first dead block from `pos` on, which is not dead itself; `end` where there is none before it.

@@ -22,6 +22,9 @@ pub(super) struct Lane {
     pub(super) grouped: bool,
 }
 
+/// No engine has this slot: they are counted from 0.
+const NOBODY: Slot = Slot(u32::MAX);
+
 /// One slot.
 #[derive(Clone, Debug, Default)]
 struct Engine {
@@ -44,14 +47,19 @@ pub(super) struct Grouped {
 pub(super) struct Lanes {
     engines: Vec<Engine>,
     lanes: Vec<Lane>,
+    /// By lane: its slot, where it is live and not [`Lane::grouped`], else [`NOBODY`]. Lookups read this and nothing else of most lanes.
+    alone: Vec<Slot>,
     free: Vec<u16>,
     /// In slot order.
     pub(super) grouped: Vec<Grouped>,
 }
 
 impl Lanes {
-    pub(super) fn len(&self) -> usize {
-        self.lanes.len()
+    /// The slot of a lane that is live and its engine's only one.
+    #[inline]
+    pub(super) fn alone(&self, lane: u16) -> Option<Slot> {
+        let slot = self.alone[usize::from(lane)];
+        (slot != NOBODY).then_some(slot)
     }
 
     pub(super) fn get(&self, lane: u16) -> &Lane {
@@ -154,9 +162,11 @@ impl Lanes {
             let lane = Lane { slot, group: group as u16, held: 0, expected: 0, live: true, grouped };
             if let Some(id) = self.free.pop() {
                 self.lanes[usize::from(id)] = lane;
+                self.alone[usize::from(id)] = if grouped { NOBODY } else { slot };
                 id
             } else {
                 self.lanes.push(lane);
+                self.alone.push(if grouped { NOBODY } else { slot });
                 (self.lanes.len() - 1) as u16
             }
         });
@@ -166,6 +176,7 @@ impl Lanes {
     fn retire(&mut self, slot: Slot, old: &[u16]) {
         for lane in old {
             self.get_mut(*lane).live = false;
+            self.alone[usize::from(*lane)] = NOBODY;
         }
         let at = self.grouped.partition_point(|engine| engine.slot < slot);
         if self.grouped.get(at).is_some_and(|engine| engine.slot == slot) {

@@ -9,42 +9,40 @@ use baton_proto::BlockHash;
 
 use super::chain::{Chain, HELD};
 use super::hybrid::{ANY, ANY_TIER, GPU_ONLY, Piece};
-use super::overlaps::{Overlap, Overlaps, Reach, Scratch};
+use super::overlaps::{Overlaps, Reach};
 use super::state::Data;
-use super::types::{Slot, Tier, Tiers};
+use super::types::{Tier, Tiers};
+
+/// Blocks that are compared one after another.
+const NEAR: usize = 32;
+/// Blocks that are compared in a round, where more are left.
+const FAN: usize = 16;
 
 impl Data {
     /// Looks a prompt up.
     pub(super) fn overlaps(&self, hashes: &[BlockHash], found: &mut Overlaps) {
         found.clear();
-        let Overlaps { held, expected, scratch } = found;
-        if scratch.reach.len() < self.lanes.len() {
-            scratch.reach.resize(self.lanes.len(), Reach::default());
-        }
-        self.walk(hashes, scratch);
-        for lane in scratch.touched.drain(..) {
-            let reach = std::mem::take(&mut scratch.reach[usize::from(lane)]);
-            let lane = self.lanes.get(lane);
-            if lane.live {
-                report(held, expected, lane.slot, reach);
-            }
-        }
-        if !scratch.pieces.is_empty() {
-            scratch.pieces.sort_unstable_by_key(|piece| (piece.lane, piece.first));
+        self.walk(hashes, found);
+        if !found.scratch.pieces.is_empty() {
+            let mut pieces = std::mem::take(&mut found.scratch.pieces);
+            pieces.sort_unstable_by_key(|piece| (piece.lane, piece.first));
             for engine in &self.lanes.grouped {
-                let Scratch { pieces, intervals, .. } = scratch;
                 let mut overlap = |counts| {
-                    engine.groups.overlap(&engine.lanes, hashes.len() as u32, pieces, counts, intervals)
+                    let intervals = &mut found.scratch.intervals;
+                    engine.groups.overlap(&engine.lanes, hashes.len() as u32, &pieces, counts, intervals)
                 };
-                let reach = Reach { expected: overlap(ANY), held: overlap(ANY_TIER), gpu: overlap(GPU_ONLY) };
-                report(held, expected, engine.slot, reach);
+                let (either, held, gpu) = (overlap(ANY), overlap(ANY_TIER), overlap(GPU_ONLY));
+                let either = either.max(held);
+                if either > 0 {
+                    found.push(Reach { slot: engine.slot, held, gpu, either, lane: engine.lanes[0] });
+                }
             }
-            scratch.pieces.clear();
+            found.scratch.pieces = pieces;
         }
         found.order();
     }
 
-    fn walk(&self, hashes: &[BlockHash], scratch: &mut Scratch) {
+    fn walk(&self, hashes: &[BlockHash], found: &mut Overlaps) {
         let grouped = !self.lanes.grouped.is_empty();
         let ends_at_a_gap = self.lanes.grouped.iter().all(|engine| engine.groups.ends_at_a_gap());
         let mut at = 0;
@@ -57,12 +55,19 @@ impl Data {
                 continue;
             };
             let chain = &self.chains[place.chain];
+            // If the prompt goes on behind the chain, that is looked for next: begin with its cache miss.
+            if let Some(next) = hashes.get(at + chain.hashes.len() - place.pos as usize) {
+                std::hint::black_box(self.table.touch(self.table.key(next)));
+            }
             let mut blocks = common(&chain.hashes[place.pos as usize..], &hashes[at..]) as u32;
             if chain.dead > 0 {
                 // A dead block may live elsewhere by now.
                 blocks = chain.covered_from(place.pos, place.pos + blocks) - place.pos;
             }
-            let more = self.gather(chain, place.pos, at as u32, blocks, grouped, scratch);
+            let more = self.gather(chain, place.pos, at as u32, blocks, found);
+            if grouped {
+                self.pieces(chain, place.pos, at as u32, blocks, &mut found.scratch.pieces);
+            }
             if !more && !grouped {
                 return;
             }
@@ -72,16 +77,18 @@ impl Data {
 
     /// Adds what is held of `blocks` blocks of a chain from `pos` on, which are the prompt's from `at` on. Returns
     /// whether any lane goes on at their end.
-    fn gather(
-        &self,
-        chain: &Chain,
-        pos: u32,
-        at: u32,
-        blocks: u32,
-        grouped: bool,
-        scratch: &mut Scratch,
-    ) -> bool {
+    fn gather(&self, chain: &Chain, pos: u32, at: u32, blocks: u32, found: &mut Overlaps) -> bool {
         let mut more = false;
+        if at == 0 {
+            let (inside, through) = self.enter(chain, pos, blocks, found);
+            if !inside {
+                return through;
+            }
+            more = through;
+        }
+        // Both are in order of lane.
+        let reaches = &mut found.reaches[..found.count];
+        let mut passed = 0;
         for span in &chain.spans {
             let first = u32::from(span.first).max(pos);
             let end = (u32::from(span.last) + 1).min(pos + blocks);
@@ -89,18 +96,12 @@ impl Data {
                 continue;
             }
             let (first, end) = (first - pos + at, end - pos + at);
-            if grouped && self.lanes.get(span.lane).grouped {
-                scratch.pieces.push(Piece { lane: span.lane, first, end, tiers: span.tiers });
+            passed += ahead(&reaches[passed..], span.lane);
+            let Some(reach) = reaches.get_mut(passed) else { break };
+            if reach.lane != span.lane || reach.either != first {
                 continue;
             }
-            let reach = &mut scratch.reach[usize::from(span.lane)];
-            if reach.expected != first {
-                continue;
-            }
-            if first == 0 {
-                scratch.touched.push(span.lane);
-            }
-            reach.expected = end;
+            reach.either = end;
             if span.tiers & HELD != 0 && reach.held == first {
                 reach.held = end;
             }
@@ -111,37 +112,72 @@ impl Data {
         }
         more
     }
+
+    /// Enters the lanes that hold or expect the block at `pos`, the prompt's first, as far as their span over it reaches into `blocks`
+    /// blocks. Returns whether any span begins behind it, and whether any lane reaches the end.
+    fn enter(&self, chain: &Chain, pos: u32, blocks: u32, found: &mut Overlaps) -> (bool, bool) {
+        let (mut inside, mut longest) = (false, 0);
+        let reaches = found.room(chain.spans.len());
+        let room = reaches.len();
+        let mut free = reaches.iter_mut();
+        for span in &chain.spans {
+            let (first, end) = (u32::from(span.first), u32::from(span.last) + 1);
+            if first > pos || end <= pos {
+                inside |= first > pos && first < pos + blocks;
+                continue;
+            }
+            let Some(slot) = self.lanes.alone(span.lane) else { continue };
+            let either = (end - pos).min(blocks);
+            let held = if span.tiers & HELD != 0 { either } else { 0 };
+            let gpu = if Tiers::from_bits(span.tiers).contains(Tier::Gpu) { either } else { 0 };
+            let Some(reach) = free.next() else { break };
+            *reach = Reach { slot, held, gpu, either, lane: span.lane };
+            longest = longest.max(either);
+        }
+        found.count = room - free.len();
+        (inside, longest == blocks)
+    }
+
+    /// Notes the stretches of lanes that are one of several of their engine's.
+    fn pieces(&self, chain: &Chain, pos: u32, at: u32, blocks: u32, pieces: &mut Vec<Piece>) {
+        for span in chain.spans.iter().filter(|span| self.lanes.get(span.lane).grouped) {
+            let first = u32::from(span.first).max(pos);
+            let end = (u32::from(span.last) + 1).min(pos + blocks);
+            if first < end {
+                let (first, end) = (first - pos + at, end - pos + at);
+                pieces.push(Piece { lane: span.lane, first, end, tiers: span.tiers });
+            }
+        }
+    }
+}
+
+/// How many of the reaches are of lanes before this one.
+fn ahead(reaches: &[Reach], lane: u16) -> usize {
+    let mut bound = 1;
+    while reaches.get(bound - 1).is_some_and(|reach| reach.lane < lane) {
+        bound *= 2;
+    }
+    let half = bound / 2;
+    half + reaches[half..reaches.len().min(bound)].partition_point(|reach| reach.lane < lane)
 }
 
 /// How many leading hashes are equal; at least the first is. If two are equal, so are all before them.
 fn common(chain: &[BlockHash], prompt: &[BlockHash]) -> usize {
-    let both = chain.len().min(prompt.len());
-    if chain[both - 1] == prompt[both - 1] {
-        return both;
+    let equal = |end: usize| chain[end - 1] == prompt[end - 1];
+    let mut to = chain.len().min(prompt.len());
+    let mut from = 1;
+    // Most prompts part early, or go through to the end.
+    if to > NEAR && !equal(NEAR) {
+        to = NEAR;
+    } else if equal(to) {
+        return to;
     }
-    // Prompts that share a beginning usually part early: double the step first, then halve it.
-    let (mut equal, mut step) = (1, 1);
-    while equal + step < both && chain[equal + step - 1] == prompt[equal + step - 1] {
-        equal += step;
-        step *= 2;
+    // What is compared in one round does not depend on each other, so its cache misses overlap; halving's would follow one another.
+    while to - from > NEAR {
+        let step = (to - from).div_ceil(FAN);
+        from = (from + step..to).step_by(step).take_while(|end| equal(*end)).last().unwrap_or(from);
+        to = to.min(from + step);
     }
-    let mut differs = (equal + step).min(both);
-    while differs - equal > 1 {
-        let middle = (equal + differs) / 2;
-        if chain[middle - 1] == prompt[middle - 1] {
-            equal = middle;
-        } else {
-            differs = middle;
-        }
-    }
-    equal
-}
-
-fn report(held: &mut Vec<(Slot, Overlap)>, expected: &mut Vec<(Slot, u32)>, slot: Slot, reach: Reach) {
-    if reach.held > 0 {
-        held.push((slot, Overlap { blocks: reach.held, gpu_blocks: reach.gpu }));
-    }
-    if reach.expected > reach.held {
-        expected.push((slot, reach.expected));
-    }
+    let rest = chain[from..to].iter().zip(&prompt[from..to]);
+    from + rest.take_while(|(a, b)| a == b).count()
 }

@@ -33,10 +33,10 @@
 //! [`KvIndex::open`] and [`KvIndex::forget`] take effect at once and give memory back step by step before they return.
 //!
 //! # Memory
-//! About 30 bytes for each distinct block (16 hash, 10 to 15 table) and 8 for each stretch that an engine holds, besides
-//! 72 for each chain. The worst case, in which every block is a chain of its own with one holder, is about 110 bytes a
+//! About 35 bytes for each distinct block (16 hash, 13 to 26 table) and 8 for each stretch that an engine holds, besides
+//! 64 for each chain. The worst case, in which every block is a chain of its own with one holder, is about 125 bytes a
 //! membership; a cut-up chain may hold three dead blocks, 16 bytes each, for a live one. So [`Limits::memberships`] of 16 million
-//! bounds the index at 1.8 GB in the worst case and at 0.6 GB in practice. At the cap, a store of a block that its cache does not hold
+//! bounds the index at 2 GB in the worst case and at 0.6 GB in practice. At the cap, a store of a block that its cache does not hold
 //! yet is dropped and counted: the index then knows less than the engines hold, and a request is computed where it could
 //! have been a hit. Removals make room again. There can be 16.7 million chains; a block that would need one more is dropped
 //! and counted in the same way. Expectations have a cap of their own ([`Limits::expected`]).
@@ -58,7 +58,7 @@ use baton_proto::{BlockHash, Epoch};
 use self::hybrid::Groups;
 use self::lock::Shared;
 pub use self::overlaps::{Overlap, Overlaps};
-use self::state::{Data, Mark, STEP};
+use self::state::{Behind, Data, Mark, STEP};
 pub use self::types::{Attention, Group, Holder, IndexError, Limits, Run, Slot, Tier, Tiers};
 
 /// Ticks that an expectation lasts at most.
@@ -313,15 +313,17 @@ impl KvIndex {
             return Ok(0);
         }
         let mut dropped = 0;
-        let mut parent = run.parent.as_ref();
+        let mut behind = Behind { chained: run.chained, parent: run.parent.as_ref(), likely: None };
         let mut left = run.hashes.len();
         for step in run.hashes.chunks(STEP) {
             left -= step.len();
-            dropped += self.data.write(|data| {
+            let (kept_out, last) = self.data.write(|data| {
                 let lane = data.lanes.lane(holder)?;
-                Ok(data.mark(lane, mark, run.chained, parent, step, left))
+                Ok(data.mark(lane, mark, behind, step, left))
             })?;
-            parent = step.last().filter(|_| run.chained);
+            dropped += kept_out;
+            behind.parent = step.last().filter(|_| run.chained);
+            behind.likely = last;
         }
         Ok(dropped)
     }

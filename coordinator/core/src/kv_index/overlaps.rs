@@ -12,21 +12,31 @@ pub struct Overlap {
     pub gpu_blocks: u32,
 }
 
-/// How far a lane's blocks reach without a gap, by what counts.
-#[derive(Clone, Copy, Debug, Default)]
+/// One engine's reach into the prompt, in blocks without a gap from the first on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Reach {
+    pub(super) slot: Slot,
+    /// In any tier.
     pub(super) held: u32,
     pub(super) gpu: u32,
-    pub(super) expected: u32,
+    /// Held or expected.
+    pub(super) either: u32,
+    /// The lane, in lookups; the first of several.
+    pub(super) lane: u16,
 }
 
-/// What a lookup works with. All of it is empty or zero between lookups.
+impl Reach {
+    /// Room for one.
+    pub(super) const NONE: Self = Self { slot: Slot(0), held: 0, gpu: 0, either: 0, lane: 0 };
+
+    fn overlap(&self) -> Overlap {
+        Overlap { blocks: self.held, gpu_blocks: self.gpu }
+    }
+}
+
+/// What a lookup works with.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Scratch {
-    /// By lane.
-    pub(super) reach: Vec<Reach>,
-    /// Lanes that hold or expect the first block.
-    pub(super) touched: Vec<u16>,
     /// What lanes of engines with several groups hold.
     pub(super) pieces: Vec<Piece>,
     /// One group's blocks, as intervals.
@@ -37,67 +47,83 @@ pub(super) struct Scratch {
 /// allocates nothing after the first few.
 #[derive(Clone, Debug, Default)]
 pub struct Overlaps {
-    pub(super) held: Vec<(Slot, Overlap)>,
-    /// Where more is expected than held.
-    pub(super) expected: Vec<(Slot, u32)>,
+    /// The first [`Self::count`] count. The others are left from larger lookups: making room is the larger part of a small one.
+    pub(super) reaches: Vec<Reach>,
+    pub(super) count: usize,
     pub(super) scratch: Scratch,
 }
 
 impl Overlaps {
+    pub(super) fn reaches(&self) -> &[Reach] {
+        &self.reaches[..self.count]
+    }
+
+    fn reach(&self, slot: Slot) -> Option<&Reach> {
+        let at = self.reaches().binary_search_by_key(&slot, |reach| reach.slot).ok()?;
+        Some(&self.reaches[at])
+    }
+
     /// What the engine holds.
     pub fn of(&self, slot: Slot) -> Overlap {
-        match self.held.binary_search_by_key(&slot, |entry| entry.0) {
-            Ok(at) => self.held[at].1,
-            Err(_) => Overlap::default(),
-        }
+        self.reach(slot).map_or(Overlap::default(), Reach::overlap)
     }
 
     /// Leading blocks that the engine holds in any tier or is expected to hold soon.
     pub fn expected(&self, slot: Slot) -> u32 {
-        match self.expected.binary_search_by_key(&slot, |entry| entry.0) {
-            Ok(at) => self.expected[at].1,
-            Err(_) => self.of(slot).blocks,
-        }
+        self.reach(slot).map_or(0, |reach| reach.either)
     }
 
     /// All that is held.
-    pub fn iter(&self) -> impl ExactSizeIterator<Item = (Slot, Overlap)> + '_ {
-        self.held.iter().copied()
+    pub fn iter(&self) -> impl Iterator<Item = (Slot, Overlap)> + '_ {
+        self.reaches().iter().filter(|reach| reach.held > 0).map(|reach| (reach.slot, reach.overlap()))
     }
 
     /// Every engine of which more is expected than it holds, with what is held or expected.
-    pub fn iter_expected(&self) -> impl ExactSizeIterator<Item = (Slot, u32)> + '_ {
-        self.expected.iter().copied()
+    pub fn iter_expected(&self) -> impl Iterator<Item = (Slot, u32)> + '_ {
+        let more = self.reaches().iter().filter(|reach| reach.either > reach.held);
+        more.map(|reach| (reach.slot, reach.either))
     }
 
     /// Forgets what was found; keeps the memory.
     pub fn clear(&mut self) {
-        self.held.clear();
-        self.expected.clear();
+        self.count = 0;
+        self.scratch.pieces.clear();
     }
 
     /// Takes over the overlaps of those slots that `keep` names and that are not in it yet.
     pub fn merge(&mut self, other: &Overlaps, keep: impl Fn(Slot) -> bool) {
-        self.held.extend(other.held.iter().filter(|(slot, _)| keep(*slot)));
-        self.expected.extend(other.expected.iter().filter(|(slot, _)| keep(*slot)));
+        other.reaches().iter().filter(|reach| keep(reach.slot)).for_each(|reach| self.push(*reach));
         self.order();
     }
 
-    pub(super) fn order(&mut self) {
-        if !self.held.is_sorted_by(|a, b| a.0 < b.0) {
-            self.held.sort_by_key(|entry| entry.0);
-            self.held.dedup_by_key(|entry| entry.0);
+    /// Room for so many reaches.
+    pub(super) fn room(&mut self, count: usize) -> &mut [Reach] {
+        if self.reaches.len() < count {
+            self.reaches.resize(count, Reach::NONE);
         }
-        if !self.expected.is_sorted_by(|a, b| a.0 < b.0) {
-            self.expected.sort_by_key(|entry| entry.0);
-            self.expected.dedup_by_key(|entry| entry.0);
+        &mut self.reaches[..count]
+    }
+
+    pub(super) fn push(&mut self, reach: Reach) {
+        self.reaches.truncate(self.count);
+        self.reaches.push(reach);
+        self.count += 1;
+    }
+
+    pub(super) fn order(&mut self) {
+        if !self.reaches().is_sorted_by(|a, b| a.slot < b.slot) {
+            self.reaches.truncate(self.count);
+            self.reaches.sort_by_key(|reach| reach.slot);
+            self.reaches.dedup_by_key(|reach| reach.slot);
+            self.count = self.reaches.len();
         }
     }
 }
 
 impl PartialEq for Overlaps {
     fn eq(&self, other: &Self) -> bool {
-        self.held == other.held && self.expected == other.expected
+        let key = |reach: &Reach| (reach.slot, reach.held, reach.gpu, reach.either);
+        self.reaches().iter().map(key).eq(other.reaches().iter().map(key))
     }
 }
 
@@ -105,7 +131,10 @@ impl Eq for Overlaps {}
 
 impl FromIterator<(Slot, Overlap)> for Overlaps {
     fn from_iter<T: IntoIterator<Item = (Slot, Overlap)>>(iter: T) -> Self {
-        let mut overlaps = Self { held: iter.into_iter().collect(), ..Self::default() };
+        let mut overlaps = Self::default();
+        for (slot, Overlap { blocks, gpu_blocks }) in iter {
+            overlaps.push(Reach { slot, held: blocks, gpu: gpu_blocks, either: blocks, lane: 0 });
+        }
         overlaps.order();
         overlaps
     }

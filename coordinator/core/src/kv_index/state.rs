@@ -25,6 +25,17 @@ pub(super) enum Mark {
     Expected(u8),
 }
 
+/// What blocks to be marked stand behind.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Behind<'a> {
+    /// Each of them follows the one before it.
+    pub(super) chained: bool,
+    /// The block before the first, where they are chained and it is known.
+    pub(super) parent: Option<&'a BlockHash>,
+    /// Where that lay a moment ago.
+    pub(super) likely: Option<Place>,
+}
+
 /// The data.
 #[derive(Debug)]
 pub(super) struct Data {
@@ -73,28 +84,33 @@ impl Data {
 
     /// Mixes the hashes and reads where their searches start, all at once.
     fn touch(&self, hashes: &[BlockHash], keys: &mut [Key]) {
-        let mut read = 0u64;
         for (key, hash) in keys.iter_mut().zip(hashes) {
             *key = self.table.key(hash);
-            read = read.wrapping_add(self.table.touch(*key));
         }
+        // The less is done for each, the more cache misses are under way at once.
+        let read = keys[..hashes.len()].iter().fold(0, |read, key| read | self.table.touch(*key));
         std::hint::black_box(read);
     }
 
-    /// Marks up to [`STEP`] blocks for a lane. `parent` is the block before the first, where the blocks are chained and
-    /// it is known; `coming` says how many more follow. Returns how many a cap kept out.
+    /// Marks up to [`STEP`] blocks for a lane; `coming` says how many more follow. Returns how many a cap kept out, and where the last
+    /// one lies.
     pub(super) fn mark(
         &mut self,
         lane: u16,
         mark: Mark,
-        chained: bool,
-        parent: Option<&BlockHash>,
+        behind: Behind<'_>,
         hashes: &[BlockHash],
         coming: usize,
-    ) -> u64 {
+    ) -> (u64, Option<Place>) {
+        let Behind { chained, parent, likely } = behind;
         let mut keys = [Key::default(); STEP];
-        let mut touched = false;
-        let mut before = parent.and_then(|parent| self.find(parent));
+        let lies = |place: &Place| self.chains[place.chain].hashes.get(place.pos as usize) == parent;
+        let mut before = likely.filter(lies).or_else(|| parent.and_then(|parent| self.find(parent)));
+        // Behind a chain's end blocks are likely new, and their cache misses overlap.
+        let mut touched = before.is_some_and(|before| before.pos + 1 == self.chains[before.chain].len());
+        if touched {
+            self.touch(hashes, &mut keys);
+        }
         let mut dropped = 0;
         let mut i = 0;
         while i < hashes.len() {
@@ -111,7 +127,7 @@ impl Data {
                 Some(place)
             } else {
                 if !touched {
-                    // From here on blocks are likely new, and their cache misses overlap.
+                    // From here on too.
                     self.touch(&hashes[i..], &mut keys[i..]);
                     touched = true;
                 }
@@ -135,29 +151,54 @@ impl Data {
             Mark::Held(_) => self.dropped += dropped,
             Mark::Expected(_) => self.dropped_expected += dropped,
         }
-        dropped
+        (dropped, before)
     }
 
     /// The lane does not hold these blocks, up to [`STEP`], in these tiers any more.
     pub(super) fn unmark(&mut self, lane: u16, tiers: u8, hashes: &[BlockHash]) {
         let mut keys = [Key::default(); STEP];
         self.touch(hashes, &mut keys);
-        for (key, hash) in keys.iter().zip(hashes) {
-            let Some(place) = self.find_keyed(*key, hash) else { continue };
+        let mut i = 0;
+        while i < hashes.len() {
+            let Some(place) = self.find_keyed(keys[i], &hashes[i]) else {
+                i += 1;
+                continue;
+            };
+            // An engine evicts the end of a run first, so blocks come from the last to the first, or as they were stored.
             let chain = &mut self.chains[place.chain];
-            let delta = chain.edit(lane, place.pos, place.pos, |before| {
+            let back = chain.common_back(place.pos, &hashes[i..]);
+            let (first, blocks) = match back {
+                1 => (place.pos, self.common(place, &hashes[i..])),
+                _ => (place.pos + 1 - back, back),
+            };
+            let last = first + blocks - 1;
+            let delta = self.chains[place.chain].edit(lane, first, last, |before| {
                 let left = before.tiers & !tiers;
                 if left == 0 { State::NONE } else { State { tiers: left, ..before } }
             });
             if delta.held != 0 {
                 self.count(lane, delta);
-                if !self.chains[place.chain].covered(place.pos) {
-                    self.table.remove(*key, place);
-                    self.chains[place.chain].dead += 1;
-                    self.tidy(place.chain);
+                let run = &mut keys[i..i + blocks as usize];
+                if back > 1 {
+                    run.reverse();
                 }
+                self.bury(place.chain, first, run);
+            }
+            i += blocks as usize;
+        }
+    }
+
+    /// Those of the blocks from `first` on that nobody holds or expects any more are dead. They were live before.
+    fn bury(&mut self, id: u32, first: u32, keys: &[Key]) {
+        let chain = &mut self.chains[id];
+        let any_left = chain.any_covered(first, first + keys.len() as u32 - 1);
+        for (pos, key) in (first..).zip(keys) {
+            if !any_left || !chain.covered(pos) {
+                self.table.remove(*key, Place { chain: id, pos });
+                chain.dead += 1;
             }
         }
+        self.tidy(id);
     }
 
     /// Takes a piece of the chain, up to [`STEP`] blocks, from draining lanes. False where they have none of it.
@@ -327,11 +368,11 @@ impl Data {
         for (hash, key) in hashes.iter().zip(keys) {
             let pos = place.pos + 1 + blocks;
             let full = pos as usize >= MAX_CHAIN || !self.has_room(mark, u64::from(blocks) + 2);
-            if full || self.find_keyed(*key, hash).is_some() {
+            let is = |place: Place| self.chains[place.chain].hashes[place.pos as usize] == *hash;
+            if full || self.table.find_or_insert(*key, Place { pos, ..place }, is).is_some() {
                 break;
             }
             self.chains[place.chain].push(*hash, 1);
-            self.table.insert(*key, Place { pos, ..place });
             blocks += 1;
         }
         blocks
@@ -383,30 +424,16 @@ impl Data {
         let first = first.max((last + 1).saturating_sub(STEP as u32));
         let delta = self.chains[chain].edit(lane, first, last, |_| State::NONE);
         self.count(lane, delta);
-        for pos in (first..=last).rev() {
-            if !self.chains[chain].covered(pos) {
-                let place = Place { chain, pos };
-                let key = self.table.key(&self.chains[chain].hashes[pos as usize]);
-                self.table.remove(key, place);
-                self.chains[chain].dead += 1;
-            }
-        }
-        self.tidy(chain);
-    }
-
-    /// Dead blocks at the chain's end go.
-    fn trim(&mut self, id: u32) {
-        let chain = &mut self.chains[id];
-        while chain.dead > 0 && !chain.covered(chain.len() - 1) {
-            chain.pop();
-            chain.dead -= 1;
-        }
+        let mut keys = [Key::default(); STEP];
+        let keys = &mut keys[..(last - first + 1) as usize];
+        self.touch(&self.chains[chain].hashes[first as usize..=last as usize], keys);
+        self.bury(chain, first, keys);
     }
 
     /// Trims a chain of which blocks died, releases it if none is left, and cuts it up if more than three quarters are
     /// dead.
     fn tidy(&mut self, id: u32) {
-        self.trim(id);
+        self.chains[id].trim();
         let chain = &self.chains[id];
         let len = chain.len();
         if len == 0 {

@@ -2,7 +2,7 @@
 
 use super::search::{self, Ended, Lazy};
 use super::{Aim, MAX_LOOKS, MAX_PAIRS, Modes, PULL_SOURCES, Policy, Request, View};
-use crate::cost::{DecodeSums, Key, Plan, PrefillSums, Priced, Pricing, Sender};
+use crate::cost::{DecodeSums, Fetch, Key, Plan, PrefillSums, Priced, Pricing, Sender};
 use crate::fleet::{Fleet, Role};
 use crate::load::Loads;
 
@@ -221,10 +221,13 @@ impl Decider {
         if search.request.prompt_tokens == 0 {
             return;
         }
+        if search.request.splittable.is_err() {
+            return;
+        }
         if modes.pulls {
             self.pulls(search);
         }
-        if modes.pairs && search.request.splittable.is_ok() {
+        if modes.pairs {
             for in_time in [true, false] {
                 // Only where no plan is in time, those that are not count.
                 if !in_time && search.best.is_some_and(|best| best.key.late == 0.0) {
@@ -258,22 +261,30 @@ impl Decider {
         }
         self.sources.sort_unstable_by_key(order);
         let pricing = self.pricing(fleet, search.request);
+        let hold = |i| self.sources.get(i).map_or(Fetch::default(), |source| pricing.hold(*source));
+        let holds: [Fetch; PULL_SOURCES] = std::array::from_fn(hold);
         for engine in search.scratch.whole.iter().copied().filter(able) {
             let costs = &search.scratch.costs[engine as usize];
-            for source in self.sources.iter().copied() {
-                if source == engine || hot[source as usize].exchange != hot[engine as usize].exchange {
+            for (source, hold) in self.sources.iter().copied().zip(&holds) {
+                let no_better = |best: Option<Best>, prefill_seconds: f64| {
+                    let seconds = prefill_seconds + costs.decode.seconds;
+                    best.is_some_and(|best| best.key.late == 0.0 && seconds >= best.key.seconds)
+                };
+                // Were there nothing left to move and to compute.
+                let begins = pricing.queue(engine).max(hold.queue + hold.hold);
+                let apart =
+                    source == engine || hot[source as usize].exchange != hot[engine as usize].exchange;
+                if apart || no_better(search.best, begins) {
                     continue;
                 }
                 let Some((cached, bytes)) = pricing.pulled(source, engine) else { continue };
-                let least = pricing.prefill_after(engine, cached, 0.0).sums;
-                let no_better = |best: &Best| {
-                    best.key.late == 0.0 && least.seconds + costs.decode.seconds >= best.key.seconds
-                };
-                if search.best.as_ref().is_some_and(no_better) {
+                // Were there nothing left to move.
+                let moved = pricing.prefill_behind(engine, cached, hold).sums;
+                if no_better(search.best, moved.seconds) {
                     continue;
                 }
-                let way = pricing.transfer(source, engine, bytes);
-                let prefill = pricing.prefill_after(engine, cached, way.wait + way.transfer).sums;
+                let fetch = Fetch { way: pricing.transfer(source, engine, bytes), ..*hold };
+                let prefill = pricing.prefill_behind(engine, cached, &fetch).sums;
                 let key = pricing.whole_key(&prefill, &costs.decode);
                 search.take(key, Plan::Pull { source, engine });
             }

@@ -56,7 +56,7 @@ pub struct Explanation {
     pub policy: &'static str,
     /// Prompt tokens, as counted or estimated.
     pub prompt_tokens: u64,
-    /// Why a handoff was out of the question.
+    /// Why a handoff or a pull was out of the question.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub not_splittable: Option<String>,
     /// What is to be known of the choice besides the options: SLOs that are missed, a kind of plan that was not

@@ -76,7 +76,7 @@ pub struct Request<'a> {
     pub max_tokens: Option<u64>,
     /// What each engine holds of it.
     pub overlaps: &'a Overlaps,
-    /// Whether it can be handed off at all; else why not.
+    /// Whether it can be handed off or pull a prefix at all; else why not.
     pub splittable: Result<(), &'a str>,
     /// Engines that failed it already.
     pub avoid: &'a [EngineId],

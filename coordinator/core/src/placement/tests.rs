@@ -137,18 +137,21 @@ fn a_pair_needs_transfer_roles_and_equal_layouts() {
 #[test]
 fn a_prefix_is_pulled_only_between_engines_that_can() {
     let overlaps = holding(&[(0, 1800)]);
-    let busy = Reserved { prefill_seconds: 9.0, prefills: 9, sequences: 9, ..Reserved::default() };
-    let loads = [busy, Reserved::default()];
-    let place = |can: bool| {
+    let busy = Reserved { sequences: 30, context_tokens: 30_000, ..Reserved::default() };
+    let place = |can: bool, splittable, source| {
         let pulls = |n| with(engine(n), |info| info.can_pull_cached = can);
         let fleet = Fleet::new(vec![pulls(0), pulls(1)], Links::default());
-        let request = Request { prompt_tokens: 30_000, ..request(&overlaps) };
-        decide_loaded(&Adaptive, &fleet, &loads, &request)
+        let request = Request { prompt_tokens: 30_000, splittable, ..request(&overlaps) };
+        decide_loaded(&Adaptive, &fleet, &[source, Reserved::default()], &request)
     };
-    assert_eq!(place(false).plan(), Plan::Colocated { engine: 1 });
-    let pulled = place(true);
+    assert_eq!(place(false, Ok(()), busy).plan(), Plan::Colocated { engine: 1 });
+    assert_eq!(place(true, Err("echo"), busy).plan(), Plan::Colocated { engine: 1 });
+    let pulled = place(true, Ok(()), busy);
     assert_eq!(pulled.plan(), Plan::Pull { source: 0, engine: 1 });
     assert_eq!((pulled.chosen.hit_tokens, pulled.chosen.transfer_bytes), (28_800, 180_000_000));
+    // The source holds it only when its own queue comes to that: till then the other one has computed it.
+    let queued = Reserved { prefill_seconds: 9.0, prefills: 9, ..busy };
+    assert_eq!(place(true, Ok(()), queued).plan(), Plan::Colocated { engine: 1 });
 }
 
 #[test]

@@ -8,6 +8,7 @@ use baton_sim::bench::compare::{self, Compared, Regret};
 use baton_sim::bench::{Bench, Mode, Workload, capacity as search, grid as grids, oracle, sweep as sweeps};
 use baton_sim::fleet::Fleet;
 use baton_sim::sim::Report;
+use baton_sim::trace::Rows;
 use serde_json::{Value, json};
 
 use super::load::{self, Place, Shown, Trace};
@@ -124,10 +125,10 @@ fn brief(report: &Report) -> anyhow::Result<Value> {
 }
 
 /// Rows that were left out, for the terminal.
-pub(super) fn say_bad_rows(report: &Report) {
-    if report.rows.bad > 0 {
-        eprintln!("{} malformed rows were left out:", report.rows.bad);
-        report.rows.first_bad.iter().for_each(|row| eprintln!("  {row}"));
+pub(super) fn say_bad_rows(rows: &Rows) {
+    if rows.bad > 0 {
+        eprintln!("{} malformed rows were left out:", rows.bad);
+        rows.first_bad.iter().for_each(|row| eprintln!("  {row}"));
     }
 }
 
@@ -146,7 +147,7 @@ pub(super) fn replay(arguments: &Replay, stop: &AtomicBool) -> anyhow::Result<()
     let bench = Bench { progress: &count, ..output.bench(place.speeds()) };
     let run = bench.replay(&fleet, policy, &workload, *rate)?;
     bar.finish_and_clear();
-    say_bad_rows(&run.report);
+    say_bad_rows(&run.report.rows);
     let bound = bound_of(&fleet, &workload, *rate)?;
     output.say(table(&compare::HEAD, vec![compare::row(&policy.to_string(), &run.report, &bound)]));
     output.put("fleet", &fleet.name)?;
@@ -201,7 +202,7 @@ pub(super) fn compare(arguments: &Compare, stop: &AtomicBool) -> anyhow::Result<
     let modes = load::modes(policy, &fleet)?;
     let mut output = Output::new(shown, trace.seed, stop);
     let (first, all) = runs(&output.bench(place.speeds()), &fleet, &modes, &workload, rates)?;
-    first.first().into_iter().for_each(|compared| say_bad_rows(&compared.run.report));
+    first.first().into_iter().for_each(|compared| say_bad_rows(&compared.run.report.rows));
     output.put("fleet", &fleet.name)?;
     output.put("trace", workload.to_string())?;
     let mut results = Vec::new();

@@ -1,6 +1,8 @@
-//! `baton bench`: co-located, disaggregated and adaptive, simulated on traces with the coordinator's own decision.
+//! `baton bench`: co-located, disaggregated and adaptive, simulated on traces with the coordinator's own decision; and the same workloads
+//! sent to running servers.
 
 mod commands;
+mod live;
 mod load;
 mod report;
 
@@ -15,6 +17,7 @@ use baton_sim::bench::page::Page;
 use baton_sim::decision::Speeds;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Map, Value, json};
+use tokio::runtime::Handle;
 
 use self::load::Shown;
 use crate::signals;
@@ -34,6 +37,8 @@ pub(crate) enum Command {
     Grid(commands::Grid),
     /// All of it in one HTML file
     Report(report::Arguments),
+    /// Send a workload to running servers and measure what their clients see, one server or two side by side
+    Live(live::Live),
 }
 
 /// Runs a bench beside the signals: at the first one it ends, and what was done is shown.
@@ -47,6 +52,7 @@ pub(crate) async fn run(command: Command) -> anyhow::Result<()> {
         Command::Sweep(arguments) => commands::sweep(&arguments, &ends),
         Command::Grid(arguments) => commands::grid(&arguments, &ends),
         Command::Report(arguments) => report::run(&arguments, &ends),
+        Command::Live(arguments) => Handle::current().block_on(live::run(&arguments, &ends)),
     });
     let ended = signals::until_interrupted(async { Ok((&mut work).await?) }).await;
     match ended {
@@ -109,17 +115,22 @@ impl<'a> Output<'a> {
         page
     }
 
-    fn finish(mut self, page: Page) -> anyhow::Result<()> {
-        if self.stop.load(Ordering::Relaxed) {
-            self.results.insert("interrupted".to_owned(), true.into());
-        }
+    fn finish(self, page: Page) -> anyhow::Result<()> {
         if let Some(file) = &self.shown.html {
             write(file, page)?;
+        }
+        self.end();
+        Ok(())
+    }
+
+    /// Ends in the JSON line, where one is wanted.
+    fn end(mut self) {
+        if self.stop.load(Ordering::Relaxed) {
+            self.results.insert("interrupted".to_owned(), true.into());
         }
         if self.shown.json {
             println!("{}", Value::Object(self.results));
         }
-        Ok(())
     }
 }
 

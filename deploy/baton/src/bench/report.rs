@@ -66,7 +66,7 @@ pub(super) fn run(arguments: &Arguments, stop: &AtomicBool) -> anyhow::Result<()
         let rates = RATES.map(|part| part * best);
         let (first, all) = runs(&bench, &fleet, &modes, &workload, &rates)?;
         let bound = bound_of(&fleet, &workload, rates[0])?;
-        first.first().into_iter().for_each(|compared| say_bad_rows(&compared.run.report));
+        first.first().into_iter().for_each(|compared| say_bad_rows(&compared.run.report.rows));
         let at = format!("a rate of {best:.3} {}, the best static mode's highest", workload.rate_unit());
         compare::show(&mut page, &at, &first, &bound);
         compare::show_rates(&mut page, workload.rate_unit(), &all);

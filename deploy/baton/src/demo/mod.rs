@@ -2,7 +2,7 @@
 
 mod client;
 mod report;
-mod workload;
+pub(crate) mod workload;
 
 use std::io::IsTerminal as _;
 use std::time::{Duration, Instant};

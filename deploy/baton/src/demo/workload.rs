@@ -89,13 +89,15 @@ fn turn(
     }
 }
 
+/// Common words of English.
+pub(crate) const WORDS: &str = "the a of to in it is that for on with as at by from this which their cache block engine \
+    request answer token prompt network host model queue second measure transfer decode prefill agent document \
+    question reader writer letter city river mountain winter summer morning evening paper number value table \
+    column report change result reason order small large early late quick slow open closed first last other \
+    every never always often between before after under over into through across against without";
+
 /// So many words. What they say does not matter to a mock engine; that they repeat in no pattern does.
 fn words(rng: &mut StdRng, count: std::ops::RangeInclusive<usize>) -> String {
-    const WORDS: &str = "the a of to in it is that for on with as at by from this which their cache block engine \
-        request answer token prompt network host model queue second measure transfer decode prefill agent document \
-        question reader writer letter city river mountain winter summer morning evening paper number value table \
-        column report change result reason order small large early late quick slow open closed first last other \
-        every never always often between before after under over into through across against without";
     let all: Vec<&str> = WORDS.split_whitespace().collect();
     let count = rng.random_range(count);
     let mut text = String::new();

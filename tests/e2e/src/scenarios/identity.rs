@@ -112,7 +112,7 @@ async fn asks(bed: &mut Bed) -> anyhow::Result<Vec<Ask>> {
 
 /// Tokens of the answer's prompt that engine `i` computed itself: those it counted less local and external hits,
 /// or those it says it computed, whichever are more.
-async fn computed(bed: &Bed, before: &Counters, i: usize, answer: &Answer) -> anyhow::Result<f64> {
+pub(super) async fn computed(bed: &Bed, before: &Counters, i: usize, answer: &Answer) -> anyhow::Result<f64> {
     let prompt = answer.prompt_tokens as f64;
     let mut computed = 0.0;
     // The engine counts a request shortly after its first token.

@@ -4,7 +4,9 @@ mod faults;
 mod identity;
 mod index;
 mod openai;
+mod pull;
 mod second_turn;
+mod sim;
 mod store;
 mod tokens;
 mod ttft;
@@ -19,8 +21,12 @@ pub enum Scenario {
     Identity,
     /// A cold long prompt's TTFT through the handoff, beside the plain engine's own.
     Ttft,
+    /// The simulator says of a script what the fleet does with it.
+    Sim,
     /// The second turn of a conversation hits where it is sent.
     SecondTurn,
+    /// What a busy engine has cached is pulled by the other one.
+    Pull,
     /// What the index says is cached is what the engine finds cached.
     Index,
     /// Token ids equal the engine's.
@@ -45,10 +51,12 @@ pub enum Scenario {
 
 impl Scenario {
     /// All of them, in order: the ones that break something come last.
-    pub const ALL: [Scenario; 13] = [
+    pub const ALL: [Scenario; 15] = [
         Scenario::Identity,
         Scenario::Ttft,
+        Scenario::Sim,
         Scenario::SecondTurn,
+        Scenario::Pull,
         Scenario::Index,
         Scenario::Tokens,
         Scenario::OpenAi,
@@ -66,7 +74,9 @@ impl Scenario {
         match self {
             Scenario::Identity => "identity",
             Scenario::Ttft => "ttft",
+            Scenario::Sim => "sim",
             Scenario::SecondTurn => "second_turn",
+            Scenario::Pull => "pull",
             Scenario::Index => "index",
             Scenario::Tokens => "tokens",
             Scenario::OpenAi => "http",
@@ -85,7 +95,9 @@ impl Scenario {
         let result = match self {
             Scenario::Identity => identity::run(bed).await,
             Scenario::Ttft => ttft::run(bed).await,
+            Scenario::Sim => sim::run(bed).await,
             Scenario::SecondTurn => second_turn::run(bed).await,
+            Scenario::Pull => pull::run(bed).await,
             Scenario::Index => index::run(bed).await,
             Scenario::Tokens => tokens::run(bed).await,
             Scenario::OpenAi => openai::run(bed).await,

@@ -8,8 +8,8 @@ use std::sync::Arc;
 
 use super::recording::Recording;
 use crate::trace::{
-    Approximate, Azure, First, Generator, Mooncake, MultiTurn, MultiTurnOptions, Scaled, Sessions,
-    SessionsOptions, Shape, Source,
+    Approximate, Azure, Conversations, First, Generator, Mooncake, MultiTurn, MultiTurnOptions, Scaled,
+    Sessions, SessionsOptions, Shape, Source,
 };
 
 /// What a trace's file is written in.
@@ -143,7 +143,7 @@ impl Workload {
         let most = self.requests.unwrap_or(u64::MAX);
         let recording = match &self.origin {
             Origin::Recorded(_) => return Ok(self),
-            Origin::File(path, format) => Recording::read(&mut *self.read(path, *format)?, most),
+            Origin::File(path, format) => Recording::read(&mut *self.read(path, *format, false)?, most),
             Origin::Generated(shapes) => {
                 let mut sessions = Generator::new(shapes.clone(), 1.0, self.block_tokens, self.seed);
                 Recording::read(&mut sessions, most)
@@ -195,17 +195,18 @@ impl Workload {
         }
     }
 
-    fn read(&self, path: &Path, format: Format) -> io::Result<Box<dyn Source>> {
+    fn read(&self, path: &Path, format: Format, keep_text: bool) -> io::Result<Box<dyn Source>> {
         let (block_tokens, seed) = (self.block_tokens, self.seed);
         Ok(match format {
             Format::Mooncake => Box::new(Mooncake::open(path, block_tokens)?),
             Format::Azure => Box::new(Azure::open(path, block_tokens)?),
             Format::Sessions => {
-                let options = SessionsOptions { block_tokens, ..SessionsOptions::default() };
+                let options = SessionsOptions { block_tokens, keep_text, ..SessionsOptions::default() };
                 Box::new(Sessions::open(path, options, Approximate)?)
             }
             Format::MultiTurn => {
-                let options = MultiTurnOptions { block_tokens, seed, ..MultiTurnOptions::default() };
+                let options =
+                    MultiTurnOptions { block_tokens, seed, keep_text, ..MultiTurnOptions::default() };
                 Box::new(MultiTurn::open(path, options, Approximate)?)
             }
         })
@@ -216,17 +217,30 @@ impl Workload {
     /// # Errors
     /// The file cannot be read.
     pub fn open(&self, rate: f64) -> io::Result<Box<dyn Source>> {
-        let source: Box<dyn Source> = match &self.origin {
+        let source = self.whole(rate, false)?;
+        Ok(match self.requests {
+            Some(requests) => Box::new(First::new(source, requests)),
+            None => source,
+        })
+    }
+
+    /// The same as sessions, each of them whole, and with their text where the trace has it and is not [recorded](Workload::recorded).
+    ///
+    /// # Errors
+    /// The file cannot be read.
+    pub fn conversations(&self, rate: f64) -> io::Result<Conversations<Box<dyn Source>>> {
+        Ok(Conversations::new(self.whole(rate, true)?, self.requests.unwrap_or(u64::MAX)))
+    }
+
+    /// All requests that there are.
+    fn whole(&self, rate: f64, keep_text: bool) -> io::Result<Box<dyn Source>> {
+        Ok(match &self.origin {
             Origin::Generated(shapes) => {
                 let sessions = if rate.is_finite() && rate > 0.0 { rate } else { 1.0 };
                 Box::new(Generator::new(shapes.clone(), sessions, self.block_tokens, self.seed))
             }
-            Origin::File(path, format) => Box::new(Scaled::new(self.read(path, *format)?, rate)),
+            Origin::File(path, format) => Box::new(Scaled::new(self.read(path, *format, keep_text)?, rate)),
             Origin::Recorded(recording) => Box::new(Scaled::new(recording.replay(self.copies), rate)),
-        };
-        Ok(match self.requests {
-            Some(requests) => Box::new(First::new(source, requests)),
-            None => source,
         })
     }
 }

@@ -8,25 +8,30 @@
 //! | [`MultiTurn`] | JSON lines of conversations with delays |
 //! | [`Generator`] | seeded chat, agent loops, long documents, mixes |
 //!
-//! [`Scaled`] changes a source's rate, [`First`] ends it early. Readers hold one row at a time, and the state of sessions that are
+//! [`Scaled`] changes a source's rate, [`First`] ends it early. [`Conversations`] reads sessions whole, and [`Prompts`] makes token ids of
+//! blocks, for clients that send a trace to real engines. Readers hold one row at a time, and the state of sessions that are
 //! open; [`Sessions`] besides 40 bytes a row, because its rows may stand in any order. A malformed row is left out, counted and
 //! reported with its line and field ([`Rows`]).
 
 mod azure;
 mod context;
+mod conversation;
 mod generate;
 mod json;
 mod mooncake;
 mod multiturn;
+mod prompt;
 mod rows;
 mod sessions;
 mod text;
 
 pub use self::azure::Azure;
 pub use self::context::{Chain, Context};
+pub use self::conversation::{Content, Conversation, Conversations, Message, Turn};
 pub use self::generate::{Generator, Length, Shape};
 pub use self::mooncake::{Mooncake, Row as MooncakeRow, Rows as MooncakeRows};
 pub use self::multiturn::{MultiTurn, MultiTurnOptions};
+pub use self::prompt::{LEAST_ALPHABET, Prompts, Said};
 pub use self::rows::{BadRow, Rows};
 pub use self::sessions::{Sessions, SessionsOptions};
 pub use self::text::{Approximate, Tokenise};
@@ -76,6 +81,12 @@ pub trait Source {
 
     /// What was read so far.
     fn rows(&self) -> &Rows;
+
+    /// What the request says that [`Source::open`] or [`Source::follow`] returned last, where the trace has its text and was told to keep it. Each
+    /// text is given once.
+    fn content(&mut self) -> Option<Content> {
+        None
+    }
 }
 
 impl<S: Source + ?Sized> Source for Box<S> {
@@ -93,6 +104,10 @@ impl<S: Source + ?Sized> Source for Box<S> {
 
     fn rows(&self) -> &Rows {
         (**self).rows()
+    }
+
+    fn content(&mut self) -> Option<Content> {
+        (**self).content()
     }
 }
 
@@ -131,6 +146,10 @@ impl<S: Source> Source for Scaled<S> {
 
     fn rows(&self) -> &Rows {
         self.source.rows()
+    }
+
+    fn content(&mut self) -> Option<Content> {
+        self.source.content()
     }
 }
 
@@ -176,5 +195,9 @@ impl<S: Source> Source for First<S> {
 
     fn rows(&self) -> &Rows {
         self.source.rows()
+    }
+
+    fn content(&mut self) -> Option<Content> {
+        self.source.content()
     }
 }

@@ -18,7 +18,7 @@ use serde_json::Value;
 
 use super::json::{self, MOST_TOKENS, Object};
 use super::rows::{Fault, Lines, Rows};
-use super::{Arrival, Context, Source, Tokenise, When};
+use super::{Arrival, Content, Context, Message, Source, Tokenise, When};
 use crate::rng::Rng;
 use crate::{MILLISECOND, Nanos, mix, nanos};
 
@@ -33,11 +33,13 @@ pub struct MultiTurnOptions {
     pub sessions_per_second: f64,
     /// Of the random times.
     pub seed: u64,
+    /// Whether requests come with their text, in sessions of which all turns have one.
+    pub keep_text: bool,
 }
 
 impl Default for MultiTurnOptions {
     fn default() -> Self {
-        Self { block_tokens: 16, output_tokens: 128, sessions_per_second: 1.0, seed: 0 }
+        Self { block_tokens: 16, output_tokens: 128, sessions_per_second: 1.0, seed: 0, keep_text: false }
     }
 }
 
@@ -70,6 +72,8 @@ struct Turn {
     delay: Nanos,
     input: Piece,
     output: Piece,
+    /// What the input says, where it is known and kept.
+    text: Option<Vec<Message>>,
 }
 
 #[derive(Debug)]
@@ -90,6 +94,8 @@ pub struct MultiTurn<R, T> {
     live: HashMap<u64, Live>,
     start: Option<Nanos>,
     latest: Nanos,
+    /// What the last request says.
+    text: Option<Vec<Message>>,
 }
 
 impl<T: Tokenise> MultiTurn<BufReader<File>, T> {
@@ -114,11 +120,13 @@ impl<R: BufRead, T: Tokenise> MultiTurn<R, T> {
             live: HashMap::new(),
             start: None,
             latest: 0,
+            text: None,
         }
     }
 
     fn advance(&mut self, session: u64, mut live: Live, when: Option<When>) -> Option<Arrival> {
-        let turn = live.left.pop_front()?;
+        let mut turn = live.left.pop_front()?;
+        self.text = turn.text.take();
         let name = mix(mix(session + 1) ^ u64::from(live.turn));
         turn.input.append(&mut live.context, name);
         let prompt_tokens = live.context.tokens() as u32;
@@ -146,8 +154,8 @@ fn turns(
     tokenise: &mut impl Tokenise,
 ) -> Result<VecDeque<Turn>, Fault> {
     let messages = object.get("turns").is_none() && object.get("messages").is_some();
-    let turns = match messages {
-        true => from_messages(object.list("messages")?, tokenise)?,
+    let mut turns: VecDeque<Turn> = match messages {
+        true => from_messages(object.list("messages")?, options, tokenise)?,
         false => {
             let turns = object.list("turns")?;
             turns
@@ -168,6 +176,10 @@ fn turns(
     }
     if turns[0].input.len() == 0 {
         return Err(Fault::new(field, "the first turn has an empty prompt"));
+    }
+    // A chat goes on as a chat.
+    if turns.iter().any(|turn| turn.text.is_none()) {
+        turns.iter_mut().for_each(|turn| turn.text = None);
     }
     Ok(turns)
 }
@@ -205,18 +217,25 @@ fn from_turn(
         let value = value.get(field).filter(|value| !value.is_null());
         value.map(|value| json::tokens(&format!("{name}.{field}"), value, least)).transpose()
     };
-    let input = match (value.get("text").and_then(Value::as_str), length("input_length", 0)?) {
+    let text = value.get("text").and_then(Value::as_str);
+    let input = match (text, length("input_length", 0)?) {
         (Some(text), _) => tokens_of(text, tokenise),
         (None, Some(tokens)) => Piece::Unknown(tokens),
         (None, None) => return Err(Fault::new(name, "has neither `text` nor `input_length`")),
     };
     let output = Piece::Unknown(length("output_length", 1)?.unwrap_or(options.output_tokens.max(1)));
-    Ok(Turn { delay: delay(value, &name)?, input, output })
+    let says = |text: &str| vec![Message { role: "user".to_owned(), text: text.to_owned() }];
+    let text = text.filter(|_| options.keep_text).map(says);
+    Ok(Turn { delay: delay(value, &name)?, input, output, text })
 }
 
-fn from_messages(list: &[Value], tokenise: &mut impl Tokenise) -> Result<VecDeque<Turn>, Fault> {
+fn from_messages(
+    list: &[Value],
+    options: &MultiTurnOptions,
+    tokenise: &mut impl Tokenise,
+) -> Result<VecDeque<Turn>, Fault> {
     let mut turns = VecDeque::new();
-    let mut input = Vec::new();
+    let (mut input, mut said) = (Vec::new(), Vec::new());
     let mut pause = 0;
     for (at, value) in list.iter().enumerate() {
         let (value, name) = entry("messages", at, value)?;
@@ -228,10 +247,15 @@ fn from_messages(list: &[Value], tokenise: &mut impl Tokenise) -> Result<VecDequ
         let (role, content) = (field("role")?, field("content")?);
         if role == "assistant" {
             let output = tokens_of(content, tokenise);
-            turns.push_back(Turn { delay: pause, input: Piece::Tokens(std::mem::take(&mut input)), output });
+            let input = Piece::Tokens(std::mem::take(&mut input));
+            let text = options.keep_text.then(|| std::mem::take(&mut said));
+            turns.push_back(Turn { delay: pause, input, output, text });
             pause = 0;
         } else {
             tokenise.tokenise(content, &mut input);
+            if options.keep_text {
+                said.push(Message { role: role.to_owned(), text: content.to_owned() });
+            }
         }
     }
     Ok(turns)
@@ -279,5 +303,9 @@ impl<R: BufRead, T: Tokenise> Source for MultiTurn<R, T> {
 
     fn rows(&self) -> &Rows {
         &self.rows
+    }
+
+    fn content(&mut self) -> Option<Content> {
+        self.text.take().map(Content::Messages)
     }
 }

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use super::json::Object;
 use super::rows::{Fault, Lines, Rows};
-use super::{Arrival, Context, Source, Tokenise, When};
+use super::{Arrival, Content, Context, Source, Tokenise, When};
 use crate::{Nanos, SECOND, nanos};
 
 /// How text is read.
@@ -23,11 +23,13 @@ pub struct SessionsOptions {
     pub recorded_token_seconds: f64,
     /// Pauses are cut here, so that a session that somebody left over night does not stretch a run. 60 s by default.
     pub longest_pause: Nanos,
+    /// Whether requests come with their text.
+    pub keep_text: bool,
 }
 
 impl Default for SessionsOptions {
     fn default() -> Self {
-        Self { block_tokens: 16, recorded_token_seconds: 0.02, longest_pause: 60 * SECOND }
+        Self { block_tokens: 16, recorded_token_seconds: 0.02, longest_pause: 60 * SECOND, keep_text: false }
     }
 }
 
@@ -66,6 +68,8 @@ pub struct Sessions<T> {
     options: SessionsOptions,
     tokenise: T,
     tokens: Vec<u32>,
+    /// The last prompt, where text is kept.
+    text: Option<String>,
 }
 
 impl<T: Tokenise> Sessions<T> {
@@ -115,7 +119,7 @@ impl<T: Tokenise> Sessions<T> {
         let start_micros = order.first().map_or(0, |at| places[*at].at_micros);
         let order = order.into_iter();
         let (live, tokens) = (HashMap::new(), Vec::new());
-        Ok(Self { files, places, order, start_micros, live, rows, options, tokenise, tokens })
+        Ok(Self { files, places, order, start_micros, live, rows, options, tokenise, tokens, text: None })
     }
 
     /// The row at this place, and its session's state after it.
@@ -172,6 +176,9 @@ impl<T: Tokenise> Sessions<T> {
         if prompt == 0 {
             return Err(Fault::new("input", "has no tokens"));
         }
+        if self.options.keep_text {
+            self.text = Some(object.text("input")?.to_owned());
+        }
         Ok((prompt, context))
     }
 }
@@ -216,5 +223,9 @@ impl<T: Tokenise> Source for Sessions<T> {
 
     fn rows(&self) -> &Rows {
         &self.rows
+    }
+
+    fn content(&mut self) -> Option<Content> {
+        self.text.take().map(Content::Prompt)
     }
 }
