@@ -65,7 +65,7 @@ impl Pair {
     }
 
     /// Nothing is reserved any more but what the test itself has reserved.
-    async fn is_idle(mut self) {
+    async fn ends_idle(mut self) {
         self.busy.clear();
         let loads = ["e0", "e1"].map(|id| self.load(id));
         let idle = || loads.iter().all(|load| load.reserved() == Reserved::default());
@@ -140,7 +140,7 @@ async fn a_pull_holds_the_prefix_at_its_source_and_computes_the_rest() {
     let record = Record::parse(dump.trim()).unwrap();
     assert_eq!(record.outcome.as_ref().unwrap().plan.mode(), "pull");
     replay(&record).unwrap();
-    pair.is_idle().await;
+    pair.ends_idle().await;
 }
 
 #[tokio::test]
@@ -201,7 +201,7 @@ async fn a_source_leg_that_fails_costs_the_plan_only() {
         let hold = pair.e0.last()["kv_transfer_params"]["baton"]["transfer_id"].clone();
         assert_eq!(pair.a0.released().await.to_string(), hold, "there might be one");
     }
-    pair.is_idle().await;
+    pair.ends_idle().await;
 }
 
 #[tokio::test]
@@ -214,7 +214,7 @@ async fn a_source_that_cannot_be_reached_costs_the_plan_only() {
     let response = pair.fleet.complete("adaptive", &body).await;
     assert_eq!((response.status().as_u16(), header(&response, "x-baton-decode")), (200, "e1".into()));
     assert_eq!(pair.fleet.metric("baton_handoff_fallbacks_total{reason=\"source_unreachable\"}").await, 1.0);
-    pair.is_idle().await;
+    pair.ends_idle().await;
 }
 
 #[tokio::test]
@@ -231,7 +231,7 @@ async fn a_client_that_leaves_ends_the_source_leg_and_its_hold() {
     let e0 = pair.e0.clone();
     eventually("the engine's request is dropped", async || e0.aborted() == 1).await;
     assert!(pair.e1.bodies().is_empty());
-    pair.is_idle().await;
+    pair.ends_idle().await;
 }
 
 #[tokio::test]
@@ -245,7 +245,7 @@ async fn an_answer_leg_that_fails_goes_elsewhere_and_releases_the_hold() {
     assert_eq!(pair.e0.last(), body);
     let plan = &serde_json::from_slice::<Value>(&pair.e1.bodies()[0]).unwrap()["kv_transfer_params"]["baton"];
     assert_eq!(pair.a0.released().await.to_string(), plan["transfer_id"]);
-    pair.is_idle().await;
+    pair.ends_idle().await;
 }
 
 #[tokio::test]
