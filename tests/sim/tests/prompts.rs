@@ -38,7 +38,7 @@ fn common<T: PartialEq>(a: &[T], b: &[T]) -> usize {
     a.iter().zip(b).take_while(|(a, b)| a == b).count()
 }
 
-fn whole<'a>(arrival: &'a Arrival, block_tokens: u32) -> &'a [u64] {
+fn whole(arrival: &Arrival, block_tokens: u32) -> &[u64] {
     &arrival.blocks[..(arrival.prompt_tokens / block_tokens) as usize]
 }
 

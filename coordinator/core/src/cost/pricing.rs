@@ -185,14 +185,14 @@ impl<'a> Pricing<'a> {
     pub(crate) fn prefill(&self, at: u32) -> PrefillCost {
         let cached = self.hit_tokens(at);
         let cost = self.computing(at, self.prompt_tokens - cached, cached);
-        self.with_second_copy(at, cost)
+        self.with_second_copy(at, cached, cost)
     }
 
     /// Prices the prefill behind so many tokens, those of them that it does not hold being fetched before.
     #[inline]
     pub(crate) fn prefill_behind(&self, at: u32, cached: u64, fetch: &Fetch) -> PrefillCost {
         let cost = self.computing(at, self.prompt_tokens - cached, cached);
-        let mut cost = self.with_second_copy(at, cost);
+        let mut cost = self.with_second_copy(at, cached, cost);
         let fetched = cost.queue.max(fetch.queue + fetch.hold) + fetch.way.wait + fetch.way.transfer;
         let added = fetched - cost.queue;
         cost.queue = cost.queue.max(fetch.queue);
@@ -238,14 +238,14 @@ impl<'a> Pricing<'a> {
         PrefillCost { queue, mixed, stall, second_copy: 0.0, sums }
     }
 
-    /// Adds what it costs those to come that the engine computes, or pulls, what another one holds.
+    /// Adds what it costs those to come that the engine computes, behind so many tokens, what another one holds.
     #[inline(always)]
-    fn with_second_copy(&self, at: u32, mut cost: PrefillCost) -> PrefillCost {
-        let (held, longest) = (self.hit_tokens(at), self.longest_hit);
-        if held < longest {
+    fn with_second_copy(&self, at: u32, cached: u64, mut cost: PrefillCost) -> PrefillCost {
+        let longest = self.longest_hit;
+        if cached < longest {
             let speed = &self.hot(at).speed;
             let [here, there] =
-                [held, longest].map(|hit| speed.prefill_seconds(self.prompt_tokens - hit, hit));
+                [cached, longest].map(|hit| speed.prefill_seconds(self.prompt_tokens - hit, hit));
             cost.second_copy = (SHARERS * (here - there)).clamp(0.0, MOST_SECOND_COPY_SECONDS);
             cost.sums.seconds += cost.second_copy;
         }
