@@ -5,7 +5,7 @@ use std::sync::Arc;
 use axum::body::Body;
 use axum::response::{IntoResponse, Response};
 use baton_coordinator_core::cost::{Plan, Priced, Term};
-use baton_coordinator_core::kv_index::MAX_TICKS;
+use baton_coordinator_core::kv_index::{Attention, Group, MAX_TICKS};
 use baton_coordinator_core::load::{
     DecodeReservation, EngineLoad, PrefillReservation, Reserved, TransferReservation,
 };
@@ -221,13 +221,12 @@ impl Flow<'_> {
         }
         let until = (priced.ttft_seconds.ceil() as u64).saturating_add(EVENT_DELAY_SECONDS).min(MAX_TICKS);
         let epoch = fleet.engines()[priced.plan.prefill() as usize].info.epoch;
-        // Where it came to a new epoch meanwhile, nothing is expected.
-        let _ = self.coordinator.index.expect(
-            prefill.slot,
-            epoch,
-            &hashes,
-            self.coordinator.decisions.tick() + until,
-        );
+        // Of several caches, or one of a window, nothing is expected: what stays there of a prompt is the engine's own affair.
+        if prefill.registration().groups == [Group::new(Attention::Full)] {
+            let until = self.coordinator.decisions.tick() + until;
+            // Where it came to a new epoch meanwhile, nothing is expected either.
+            let _ = self.coordinator.index.expect(prefill.slot, epoch, &hashes, until);
+        }
         let metrics = &self.coordinator.metrics;
         metrics.prompt_tokens.inc_by(self.wanted.prompt.tokens());
         metrics.hit_tokens.inc_by(priced.hit_tokens);
