@@ -11,7 +11,7 @@ use crate::table::Table;
 pub(crate) struct Explanation {
     pub(crate) policy: String,
     pub(crate) prompt_tokens: u64,
-    /// Why a handoff was out of the question.
+    /// Why a handoff or a pull was out of the question.
     pub(crate) not_splittable: Option<String>,
     /// What else is to be known of the choice.
     #[serde(default)]
@@ -26,6 +26,8 @@ pub(crate) struct Explanation {
 #[derive(Clone, Debug, Deserialize)]
 pub(crate) struct Choice {
     pub(crate) mode: String,
+    /// Of a pull: who holds the prefix.
+    pub(crate) source: Option<String>,
     pub(crate) prefill: String,
     pub(crate) decode: String,
     pub(crate) hit_tokens: u64,
@@ -52,7 +54,7 @@ impl Explanation {
         let mut table = Table::new(&head, &["prefill", "decode", "why not"]);
         for option in &self.options {
             let mut row = vec![
-                option.mode.clone(),
+                option.mode(),
                 option.prefill.clone(),
                 option.decode.clone(),
                 option.hit_tokens.to_string(),
@@ -71,11 +73,19 @@ impl Choice {
         self.terms_ms.get(name)?.as_f64()
     }
 
+    /// The kind of plan, and of a pull where from.
+    fn mode(&self) -> String {
+        match &self.source {
+            Some(source) => format!("{} from {source}", self.mode),
+            None => self.mode.clone(),
+        }
+    }
+
     /// Engines and terms in one line.
     pub(crate) fn line(&self) -> String {
         let mut line = match self.prefill == self.decode {
-            true => format!("{} on {}", self.mode, self.decode),
-            false => format!("{}: prefill on {}, decode on {}", self.mode, self.prefill, self.decode),
+            true => format!("{} on {}", self.mode(), self.decode),
+            false => format!("{}: prefill on {}, decode on {}", self.mode(), self.prefill, self.decode),
         };
         let _ = write!(line, ", {} tokens hit", self.hit_tokens);
         if self.transfer_bytes > 0 {
@@ -114,6 +124,9 @@ mod tests {
          "terms_ms": {"request": 11.4, "prefill": 24.25}, "total_ms": 35.65},
         {"mode": "disaggregated", "prefill": "e1", "decode": "e2", "hit_tokens": 512, "transfer_bytes": 1843200,
          "terms_ms": {"prefill": 24.25, "transfer": 103.0}, "total_ms": 127.25,
+         "why_not": "91.6 ms more, mostly transfer"},
+        {"mode": "pull", "source": "e1", "prefill": "e2", "decode": "e2", "hit_tokens": 512, "transfer_bytes": 1843200,
+         "terms_ms": {"prefill": 24.25, "transfer": 103.0}, "total_ms": 127.25,
          "why_not": "91.6 ms more, mostly transfer"}], "options_left_out": 0}"#;
 
     #[test]
@@ -133,6 +146,10 @@ mod tests {
         assert_eq!(
             explanation.options[1].line(),
             "disaggregated: prefill on e1, decode on e2, 512 tokens hit, 1.8 MB to move; 127 ms = prefill 24.2 + transfer 103"
+        );
+        assert_eq!(
+            explanation.options[2].line(),
+            "pull from e1 on e2, 512 tokens hit, 1.8 MB to move; 127 ms = prefill 24.2 + transfer 103"
         );
         assert_eq!(
             explanation.options[0].line(),

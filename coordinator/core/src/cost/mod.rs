@@ -1,7 +1,7 @@
 //! Predicted seconds of one way to serve a request, term by term.
 //!
 //! A term is a duration that somebody waits: the request itself, sequences that it holds up, or requests to come. Their sum is what a
-//! placement adds to the fleet's waiting, in seconds. No term is a weight.
+//! placement adds to the fleet's waiting, in seconds. No term is a weight, but `second_copy` rests on two numbers that are assumed.
 //!
 //! # Formulas
 //! With `n` tokens to compute after `p` cached ones, `B` sequences with `Σctx` tokens of context on an engine, `T` tokens of output that are

@@ -115,6 +115,11 @@ async fn serve(side: Arc<Side>, mut openings: mpsc::Receiver<Opening>) -> anyhow
             played.context("a session")?;
         }
     }
+    rest(playing).await
+}
+
+/// Waits for the sessions that are still played.
+async fn rest(mut playing: JoinSet<()>) -> anyhow::Result<()> {
     while let Some(played) = playing.join_next().await {
         played.context("a session")?;
     }
@@ -141,10 +146,7 @@ async fn closed(
         let there = sides.iter().map(|side| Session::new(side, &conversation)).collect();
         playing.spawn(in_turn(there, seed, number, stop.clone()));
     }
-    while let Some(played) = playing.join_next().await {
-        played.context("a session")?;
-    }
-    Ok(())
+    rest(playing).await
 }
 
 /// Plays a session at all servers, turn by turn: one server has answered before the next is asked.
