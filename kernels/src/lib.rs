@@ -10,6 +10,7 @@ mod bounds;
 pub mod cuda;
 mod heads;
 mod memory;
+mod peer;
 mod plan;
 pub mod reference;
 mod storage;
@@ -23,6 +24,7 @@ use bytes::Bytes;
 pub use bounds::{LayoutError, MAX_PIECES};
 pub use heads::{CacheShape, Halves, Order, Share, Uneven, shares};
 pub use memory::{EngineMemory, MemoryError};
+pub use peer::{MAX_SHARED_FILES, PeerMemory, Shared};
 pub use plan::Plan;
 
 /// Something that lives as long as bytes read from a memory do: its drop tells that no copy is in flight.
@@ -62,6 +64,33 @@ pub trait BlockMemory: Send + Sync + 'static {
     fn flush(&self, blocks: &[u32]) -> Result<(), MemoryError> {
         let _ = blocks;
         Ok(())
+    }
+
+    /// This memory as another process on the host may be given it, to read; `None` where it cannot be. The files are
+    /// opened anew for each call.
+    fn share(&self) -> Option<Shared> {
+        None
+    }
+
+    /// Opens the memory of another engine on this host, to copy from it. It has to be of this one's kind, with blocks of
+    /// as many bytes. Memory of a GPU takes some milliseconds: call it where blocking is fine.
+    fn open_peer(&self, shared: Shared) -> Result<PeerMemory, MemoryError> {
+        drop(shared);
+        Err(MemoryError::NotShared)
+    }
+
+    /// Copies block `from` of a peer to `block`. Where the CPU does it, it is over when this returns, about 0.1 ms for each
+    /// MiB, and `copied` was shown all of the block in order, as it lies here now. A GPU shows nothing, and the copy may be
+    /// on its way until [`Self::flush`], and reads the peer's block until then.
+    fn copy(
+        &self,
+        block: u32,
+        peer: &PeerMemory,
+        from: u32,
+        copied: &mut dyn FnMut(&[u8]),
+    ) -> Result<(), MemoryError> {
+        let _ = (block, peer, from, copied);
+        Err(MemoryError::NotShared)
     }
 
     /// The XXH3-64 of each of these blocks, where the memory can make them without bringing the bytes to the CPU;

@@ -20,14 +20,19 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use baton_proto::connector::Layout;
+use baton_proto::connector::{Layout, Piece};
+use baton_proto::wire::{SharedMemory, SharedStorages};
 use bytes::Bytes;
 
 use crate::bounds::{self, LayoutError, Run};
 use crate::cuda::DeviceError;
-use crate::storage::Storage;
+use crate::peer::{MAX_SHARED_FILES, Peer, PeerFiles, PeerMemory, Shared, for_reading};
+use crate::storage::{Access, Storage};
 use crate::usage::Usage;
 use crate::{BlockMemory, Guard};
+
+/// Bytes copied at a time from another engine's memory: what was written is still in the cache when it is looked at.
+const COPY: usize = 32 << 10;
 
 /// A memory that cannot be used, or an access it refuses.
 #[derive(Debug, thiserror::Error)]
@@ -80,6 +85,9 @@ pub enum MemoryError {
         /// Bytes that came before.
         filled: usize,
     },
+    /// Memories of two kinds, or one that cannot be shared.
+    #[error("the two memories cannot be copied between directly")]
+    NotShared,
     /// The GPU.
     #[error(transparent)]
     Device(#[from] DeviceError),
@@ -88,6 +96,7 @@ pub enum MemoryError {
 /// KV memory that an engine's worker shares by file descriptor. See the module for who may touch it when.
 pub struct EngineMemory {
     storages: Vec<Storage>,
+    pieces: Vec<Piece>,
     runs: Vec<Run>,
     block_bytes: usize,
     num_blocks: u64,
@@ -117,14 +126,16 @@ impl EngineMemory {
         let (runs, block_bytes) = bounds::check(layout, &lens, num_blocks)?;
         let mut mapped: Vec<Storage> = Vec::with_capacity(storages.len());
         for (index, (fd, len)) in storages.into_iter().enumerate() {
-            let storage = Storage::map(fd, len).map_err(|error| MemoryError::Map { index, error })?;
+            let storage = Storage::map(fd, len, Access::ReadWrite)
+                .map_err(|error| MemoryError::Map { index, error })?;
             if let Some(other) = mapped.iter().position(|other| other.file == storage.file) {
                 return Err(MemoryError::SameFile(other, index));
             }
             mapped.push(storage);
         }
         let usage = Usage::new(usize::try_from(num_blocks).map_err(|_| LayoutError::BlockBytes)?);
-        Ok(Arc::new(Self { storages: mapped, runs, block_bytes, num_blocks, usage }))
+        let pieces = layout.pieces.clone();
+        Ok(Arc::new(Self { storages: mapped, pieces, runs, block_bytes, num_blocks, usage }))
     }
 
     fn check_block(&self, block: u32) -> Result<usize, MemoryError> {
@@ -178,6 +189,63 @@ impl BlockMemory for EngineMemory {
                 unsafe { std::ptr::copy_nonoverlapping(now.as_ptr(), target.as_ptr(), now.len()) };
                 at += now.len();
                 rest = later;
+            }
+        };
+        if self.usage.write(index, copy) { Ok(()) } else { Err(MemoryError::InUse(block)) }
+    }
+
+    fn share(&self) -> Option<Shared> {
+        if self.storages.len() > MAX_SHARED_FILES {
+            return None;
+        }
+        let files = self.storages.iter().map(|storage| for_reading(&storage.fd)).collect::<Result<_, _>>();
+        let lens = self.storages.iter().map(|storage| storage.len() as u64).collect();
+        let memory = SharedMemory {
+            num_blocks: self.num_blocks,
+            pieces: self.pieces.clone(),
+            storages: SharedStorages::Files(lens),
+        };
+        Some(Shared { memory, files: files.ok()? })
+    }
+
+    fn open_peer(&self, shared: Shared) -> Result<PeerMemory, MemoryError> {
+        Ok(PeerMemory(Peer::Files(PeerFiles::open(shared, self.block_bytes)?)))
+    }
+
+    fn copy(
+        &self,
+        block: u32,
+        peer: &PeerMemory,
+        from: u32,
+        copied: &mut dyn FnMut(&[u8]),
+    ) -> Result<(), MemoryError> {
+        let index = self.check_block(block)?;
+        let Peer::Files(peer) = &peer.0 else { return Err(MemoryError::NotShared) };
+        let mut sources = peer.pieces(from)?;
+        let copy = || {
+            let mut source = (std::ptr::NonNull::dangling(), 0);
+            for run in &self.runs {
+                let start = run.offset + index * run.stride;
+                let mut done = 0;
+                while done < run.len {
+                    if source.1 == 0 {
+                        // Blocks are of one length on both sides, as was checked when the peer was opened.
+                        let Some(next) = sources.next() else { return };
+                        source = next;
+                    }
+                    let len = source.1.min(run.len - done).min(COPY);
+                    let target = self.storages[run.storage].at(start + done).as_ptr();
+                    // SAFETY: `len` bytes lie in the rest of a piece of the peer's block, which its mapping has, and in
+                    // the rest of the run, which `bounds::check` found within the storage. No reference into the
+                    // block exists in this process while `usage` gives it to us, and the peer's mapping is never
+                    // written through. Should both be one file, both are plain bytes, and the result some of them.
+                    unsafe {
+                        std::ptr::copy_nonoverlapping(source.0.as_ptr().cast_const(), target, len);
+                        copied(std::slice::from_raw_parts(target, len));
+                        source = (source.0.add(len), source.1 - len);
+                    }
+                    done += len;
+                }
             }
         };
         if self.usage.write(index, copy) { Ok(()) } else { Err(MemoryError::InUse(block)) }
@@ -319,24 +387,98 @@ mod tests {
         memory.write(1, 0, b"x").unwrap();
     }
 
+    /// A memory of five blocks whose pieces of these lengths and gaps lie one after another, piece i in storage i % 2.
+    fn memory_of(lens: &[(u32, u64)]) -> Arc<EngineMemory> {
+        let mut end = [0u64; 2];
+        let mut pieces = Vec::new();
+        for (i, (len, gap)) in lens.iter().enumerate() {
+            let storage = i % 2;
+            let stride = u64::from(*len) + gap;
+            pieces.push(Piece { storage: storage as u32, offset: end[storage], stride, len: *len });
+            end[storage] += 5 * stride;
+        }
+        let storages = end.iter().take(lens.len().min(2)).map(|len| (memfd(*len), *len)).collect();
+        EngineMemory::new(storages, &layout(pieces), 5).unwrap()
+    }
+
+    #[test]
+    fn a_memory_is_given_away_to_be_read_only() {
+        let (memory, _) = two_storages();
+        let shared = memory.share().unwrap();
+        assert_eq!(shared.memory.storages, SharedStorages::Files(vec![96, 64]));
+        for file in &shared.files {
+            assert_eq!(rustix::io::pwrite(file, b"x", 0), Err(rustix::io::Errno::BADF));
+        }
+        let stretched = Shared {
+            memory: SharedMemory { storages: SharedStorages::Files(vec![96, 65]), ..shared.memory.clone() },
+            files: memory.share().unwrap().files,
+        };
+        assert!(matches!(memory.open_peer(stretched), Err(MemoryError::Map { index: 1, .. })));
+        let other = memory_of(&[(28, 0)]);
+        assert!(matches!(other.open_peer(shared), Err(MemoryError::Layout(LayoutError::BlockBytes))));
+        let mut gpu = memory.share().unwrap();
+        gpu.memory.storages = SharedStorages::Gpu(Vec::new());
+        assert!(matches!(memory.open_peer(gpu), Err(MemoryError::NotShared)));
+    }
+
+    #[test]
+    fn copies_outside_and_of_blocks_in_use_are_refused() {
+        let (memory, _) = two_storages();
+        let peer = memory_of(&[(20, 3), (7, 0)]);
+        let peer = memory.open_peer(peer.share().unwrap()).unwrap();
+        let copy = |block, from| memory.copy(block, &peer, from, &mut |_| {});
+        assert!(matches!(copy(4, 0), Err(MemoryError::Block { block: 4, num_blocks: 4 })));
+        assert!(matches!(copy(0, 5), Err(MemoryError::Block { block: 5, num_blocks: 5 })));
+        let reading = memory.clone().read(1, Arc::new(())).unwrap();
+        assert!(matches!(copy(1, 0), Err(MemoryError::InUse(1))));
+        drop(reading);
+        copy(1, 0).unwrap();
+    }
+
     proptest! {
+        /// Whatever the pieces of the two, and shown as it lies behind the copy.
+        #[test]
+        fn a_copied_block_is_the_peers(
+            ours in proptest::collection::vec((1u32..60_000, 0u64..4), 1..5),
+            cuts in proptest::collection::vec((any::<prop::sample::Index>(), 0u64..4), 0..4),
+            seed in any::<u64>(),
+        ) {
+            let bytes: u32 = ours.iter().map(|(len, _)| len).sum();
+            let mut ends: Vec<(u32, u64)> =
+                cuts.iter().map(|(at, gap)| (at.index(bytes as usize) as u32, *gap)).collect();
+            ends.push((bytes, 1));
+            ends.sort_unstable();
+            ends.dedup_by_key(|(end, _)| *end);
+            let mut start = 0;
+            let theirs: Vec<(u32, u64)> = ends
+                .into_iter()
+                .map(|(end, gap)| (end - std::mem::replace(&mut start, end), gap))
+                .filter(|(len, _)| *len > 0)
+                .collect();
+            let (ours, theirs) = (memory_of(&ours), memory_of(&theirs));
+            let mut state = seed;
+            let content: Vec<u8> = (0..bytes).map(|_| {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                (state >> 56) as u8
+            }).collect();
+            theirs.write(3, 0, &content).unwrap();
+            let peer = ours.open_peer(theirs.share().unwrap()).unwrap();
+            let mut shown = Vec::new();
+            ours.copy(2, &peer, 3, &mut |bytes| shown.extend_from_slice(bytes)).unwrap();
+            prop_assert!(shown == content);
+            prop_assert!(super::tests::bytes(&ours, 2) == content);
+            for other in [0, 1, 3, 4] {
+                prop_assert!(super::tests::bytes(&ours, other).iter().all(|byte| *byte == 0));
+            }
+        }
+
         /// Against a plain vector for each block.
         #[test]
         fn writes_land_where_a_plain_vector_would_have_them(
             lens in proptest::collection::vec((1u32..9, 0u64..4), 1..6),
             writes in proptest::collection::vec((0u32..5, 0usize..40, 0usize..40, any::<u8>()), 0..40),
         ) {
-            // Piece i of all blocks, gaps included, in storage i % 2, one after another.
-            let mut end = [0u64; 2];
-            let mut pieces = Vec::new();
-            for (i, (len, gap)) in lens.iter().enumerate() {
-                let storage = i % 2;
-                let stride = u64::from(*len) + gap;
-                pieces.push(Piece { storage: storage as u32, offset: end[storage], stride, len: *len });
-                end[storage] += 5 * stride;
-            }
-            let storages = end.iter().take(lens.len().min(2)).map(|len| (memfd(*len), *len)).collect();
-            let memory = EngineMemory::new(storages, &layout(pieces), 5).unwrap();
+            let memory = memory_of(&lens);
             let mut model = vec![vec![0u8; memory.block_bytes()]; 5];
             for (block, offset, len, byte) in writes {
                 let data = vec![byte; len];

@@ -1,6 +1,6 @@
 //! What is copied for a block, and from where: the input of gather and scatter, on either backend.
 
-use baton_proto::connector::Layout;
+use baton_proto::connector::{Layout, Piece};
 
 use crate::bounds::{self, LayoutError};
 
@@ -111,6 +111,16 @@ impl Plan {
     /// Blocks; ids run from 0 to one less.
     pub fn num_blocks(&self) -> u64 {
         self.num_blocks
+    }
+
+    /// The runs of a block as the pieces of a layout; `None` where rows lie apart within a span.
+    pub(crate) fn pieces(&self) -> Option<Vec<Piece>> {
+        let piece = |span: &Span| {
+            let Span { storage, offset, block_stride, outer, inner, row, .. } = *span;
+            let one = (outer.0, inner.0) == (1, 1);
+            one.then_some(Piece { storage: storage as u32, offset, stride: block_stride, len: row })
+        };
+        self.spans.iter().map(piece).collect()
     }
 
     /// Length in bytes of each storage that it was made for.

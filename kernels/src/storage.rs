@@ -7,12 +7,22 @@ use std::ptr::NonNull;
 use rustix::fs::fstat;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
 
+/// What a mapping is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Access {
+    /// Of this agent's own engine: to be read and written, at once.
+    ReadWrite,
+    /// Of another's: to be read, here and there.
+    Read,
+}
+
 /// A mapping, shared with other processes. Unmapped on drop.
 pub(crate) struct Storage {
     start: NonNull<u8>,
     len: usize,
     /// Device and inode: two descriptors of one file are one memory.
     pub(crate) file: (u64, u64),
+    pub(crate) fd: OwnedFd,
 }
 
 // SAFETY: a mapping is not bound to the thread that made it, and `Storage` gives out nothing but an address; who
@@ -24,7 +34,7 @@ unsafe impl Sync for Storage {}
 impl Storage {
     /// Maps the first `len` bytes of a file. Its size is checked, so that access does not raise SIGBUS unless the
     /// owner truncates the file later.
-    pub(crate) fn map(fd: OwnedFd, len: u64) -> io::Result<Self> {
+    pub(crate) fn map(fd: OwnedFd, len: u64, access: Access) -> io::Result<Self> {
         let stat = fstat(&fd)?;
         let size = u64::try_from(stat.st_size).unwrap_or(0);
         if size < len {
@@ -35,12 +45,17 @@ impl Storage {
         }
         let len = usize::try_from(len).ok().filter(|len| *len > 0 && isize::try_from(*len).is_ok());
         let len = len.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "not a length to map"))?;
-        let protection = ProtFlags::READ | ProtFlags::WRITE;
+        let protection = match access {
+            Access::ReadWrite => ProtFlags::READ | ProtFlags::WRITE,
+            Access::Read => ProtFlags::READ,
+        };
         // SAFETY: a new mapping at an address of the kernel's choice touches no memory in use.
         let start = unsafe { mmap(std::ptr::null_mut(), len, protection, MapFlags::SHARED, &fd, 0)? };
         let start = NonNull::new(start.cast::<u8>()).ok_or_else(|| io::Error::other("mapped at 0"))?;
-        let storage = Self { start, len, file: (stat.st_dev, stat.st_ino) };
-        storage.populate();
+        let storage = Self { start, len, file: (stat.st_dev, stat.st_ino), fd };
+        if access == Access::ReadWrite {
+            storage.populate();
+        }
         Ok(storage)
     }
 
@@ -51,6 +66,11 @@ impl Storage {
         // SAFETY: the range is our own mapping; populating it changes none of its bytes. A kernel before 5.14
         // refuses, and pages then come one by one.
         let _ = unsafe { madvise(start, self.len, Advice::LinuxPopulateWrite) };
+    }
+
+    /// Its length in bytes.
+    pub(crate) fn len(&self) -> usize {
+        self.len
     }
 
     /// Address of the byte at `offset`, which has to be within the mapping.
@@ -64,7 +84,7 @@ impl Storage {
 impl Drop for Storage {
     fn drop(&mut self) {
         // SAFETY: the mapping is ours, made in `map` with this length, and all who use its addresses own the
-        // `EngineMemory` that owns this storage. An error can only mean a wrong address.
+        // memory that owns this storage. An error can only mean a wrong address.
         let result = unsafe { munmap(self.start.as_ptr().cast(), self.len) };
         debug_assert!(result.is_ok(), "munmap: {result:?}");
     }

@@ -156,6 +156,11 @@ impl Claim {
         &self.copy.shared.ended
     }
 
+    /// Cancelled when the epoch ends in which the hold was taken: the memory is another one from then on.
+    pub fn epoch_ended(&self) -> &CancellationToken {
+        &self.copy.shared.epoch_ended
+    }
+
     /// Why the hold ended, once it did.
     pub fn end(&self) -> Option<HoldEnd> {
         self.copy.shared.end.get().copied()
@@ -170,6 +175,7 @@ struct Shared {
     finished: Box<[AtomicBool]>,
     end: std::sync::OnceLock<HoldEnd>,
     ended: CancellationToken,
+    epoch_ended: CancellationToken,
     wake: Wake,
 }
 
@@ -202,6 +208,7 @@ struct Entry {
 /// All holds of one agent. See the module.
 pub struct HoldTable {
     epoch: Epoch,
+    epoch_ended: CancellationToken,
     max_holds: usize,
     wake: Wake,
     /// Live and ended ones, until released. Ordered, so that releases come in an order that tests can repeat.
@@ -215,6 +222,7 @@ impl HoldTable {
     pub fn new(epoch: Epoch, max_holds: usize, wake: Wake) -> Self {
         Self {
             epoch,
+            epoch_ended: CancellationToken::new(),
             max_holds,
             wake,
             entries: BTreeMap::new(),
@@ -262,6 +270,7 @@ impl HoldTable {
             finished: (0..ranks).map(|_| AtomicBool::new(false)).collect(),
             end: std::sync::OnceLock::new(),
             ended: CancellationToken::new(),
+            epoch_ended: self.epoch_ended.clone(),
             wake: self.wake.clone(),
         });
         let guard = shared.copy();
@@ -347,6 +356,7 @@ impl HoldTable {
     /// holds' blocks are released by later [`Self::poll`]s, when no copy of them is in flight.
     pub fn drop_epoch(&mut self, next: Epoch) {
         self.epoch = next;
+        std::mem::take(&mut self.epoch_ended).cancel();
         for entry in self.entries.values() {
             end(entry, HoldEnd::Dropped);
         }

@@ -3,8 +3,13 @@
 //! - [`protocol`]: what agents say to each other, as state machines without I/O.
 //! - [`HoldTable`]: what is held, for whom and until when, without I/O.
 //! - [`Endpoint`]: both over QUIC with mutual TLS.
+//! - [`direct`]: how blocks are copied between engines of one host, without QUIC.
+
+#[cfg(test)]
+extern crate self as baton_kv_transfer;
 
 pub mod checksum;
+pub mod direct;
 pub mod hold;
 pub mod protocol;
 pub mod quic;

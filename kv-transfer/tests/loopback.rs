@@ -30,6 +30,7 @@ struct Two {
 
 impl Two {
     fn new(limits: Limits) -> Self {
+        let limits = Limits { direct: false, ..limits };
         let authority = Authority::new();
         let source = TableSource::new(1);
         let holder = support::endpoint(authority.issue("holder"), source.clone(), limits.clone());

@@ -28,8 +28,16 @@
 //! | 7 | [`Frame::Finish`] | puller | [`WireError`], code 0 for success | end of stream |
 //! | 8 | [`Frame::Probe`] | puller | [`Probe`] | |
 //! | 9 | [`Frame::ProbeReply`] | holder | [`ProbeReply`] | that many zero bytes, end of stream |
+//! | 10 | [`Frame::Near`] | puller | [`Near`] | |
+//! | 11 | [`Frame::NearReply`] | holder | [`NearReply`] | end of stream |
+//! | 12 | [`Frame::Direct`] | puller | [`Direct`] | a [`Frame::Pull`] |
+//! | 13 | [`Frame::Memory`] | holder | bytes that follow, 32 bit | so many bytes of msgpack: a [`SharedMemory`] |
+//! | 14 | [`Frame::Place`] | holder | number of a block in the holder's memory, 32 bit | |
 //!
-//! KV bytes are never part of a frame: they follow the [`Frame::Block`] that announces them.
+//! KV bytes are never part of a frame: they follow the [`Frame::Block`] that announces them. Kinds 12 to 14 travel on
+//! Unix sockets between agents of one host only; there a [`Frame::Place`] stands where the bytes would.
+
+mod near;
 
 use std::fmt;
 
@@ -39,6 +47,8 @@ use rkyv::{Archive, Deserialize, Serialize, rancor};
 use crate::block_hash::BlockHash;
 use crate::connector::Layout;
 use crate::ids::{Epoch, TransferId};
+
+pub use near::{Direct, Near, NearReply, Purpose, SharedAllocation, SharedMemory, SharedStorages};
 
 /// Version of the frames that this build writes and accepts.
 pub const VERSION: u8 = 1;
@@ -140,11 +150,13 @@ pub enum ErrorCode {
     Internal = 14,
     /// The peer sent nothing for too long.
     Stalled = 15,
+    /// The two agents are not on one host, or one of them shares no memory with the other.
+    Elsewhere = 16,
 }
 
 impl ErrorCode {
     /// All codes.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::Protocol,
         Self::Version,
         Self::UnknownTransfer,
@@ -160,6 +172,7 @@ impl ErrorCode {
         Self::Released,
         Self::Internal,
         Self::Stalled,
+        Self::Elsewhere,
     ];
 
     /// The code with this number.
@@ -185,6 +198,7 @@ impl ErrorCode {
             Self::Released => "released",
             Self::Internal => "internal",
             Self::Stalled => "stalled",
+            Self::Elsewhere => "elsewhere",
         }
     }
 }
@@ -294,6 +308,16 @@ pub enum Frame {
     Probe(Probe),
     /// Holder: zeroes follow.
     ProbeReply(ProbeReply),
+    /// Puller: is the holder on this host?
+    Near(Near),
+    /// Holder: it is.
+    NearReply(NearReply),
+    /// Puller, on a Unix socket: who it is; a pull follows.
+    Direct(Direct),
+    /// Holder, on a Unix socket: a [`SharedMemory`] of so many bytes follows.
+    Memory(u32),
+    /// Holder, on a Unix socket: where the block lies whose header came last.
+    Place(u32),
 }
 
 /// Bytes that are no frame.
@@ -397,6 +421,35 @@ struct RawProbeReply {
     zero: u16,
 }
 
+#[derive(Archive, Serialize, Deserialize)]
+struct RawNear {
+    host: [u8; 16],
+    port: u16,
+    zero: u16,
+}
+
+#[derive(Archive, Serialize, Deserialize)]
+struct RawNearReply {
+    name: [u8; 16],
+    token: [u8; 16],
+}
+
+#[derive(Archive, Serialize, Deserialize)]
+struct RawDirect {
+    token: [u8; 16],
+    purpose: u32,
+}
+
+#[derive(Archive, Serialize, Deserialize)]
+struct RawMemory {
+    len: u32,
+}
+
+#[derive(Archive, Serialize, Deserialize)]
+struct RawPlace {
+    block: u32,
+}
+
 const PULL: u8 = 1;
 const ACCEPTED: u8 = 2;
 const REFUSED: u8 = 3;
@@ -406,6 +459,11 @@ const AGAIN: u8 = 6;
 const FINISH: u8 = 7;
 const PROBE: u8 = 8;
 const PROBE_REPLY: u8 = 9;
+const NEAR: u8 = 10;
+const NEAR_REPLY: u8 = 11;
+const DIRECT: u8 = 12;
+const MEMORY: u8 = 13;
+const PLACE: u8 = 14;
 
 /// Length of the body of a kind.
 const fn body_len(kind: u8) -> Option<usize> {
@@ -418,6 +476,11 @@ const fn body_len(kind: u8) -> Option<usize> {
         AGAIN => size_of::<ArchivedRawAgain>(),
         PROBE => size_of::<ArchivedRawProbe>(),
         PROBE_REPLY => size_of::<ArchivedRawProbeReply>(),
+        NEAR => size_of::<ArchivedRawNear>(),
+        NEAR_REPLY => size_of::<ArchivedRawNearReply>(),
+        DIRECT => size_of::<ArchivedRawDirect>(),
+        MEMORY => size_of::<ArchivedRawMemory>(),
+        PLACE => size_of::<ArchivedRawPlace>(),
         _ => return None,
     })
 }
@@ -502,6 +565,13 @@ impl Frame {
             Frame::ProbeReply(ProbeReply { bytes, mtu }) => {
                 archive!(PROBE_REPLY, RawProbeReply { bytes, mtu, zero: 0 })
             }
+            Frame::Near(Near { host, port }) => archive!(NEAR, RawNear { host, port, zero: 0 }),
+            Frame::NearReply(NearReply { name, token }) => archive!(NEAR_REPLY, RawNearReply { name, token }),
+            Frame::Direct(Direct { token, purpose }) => {
+                archive!(DIRECT, RawDirect { token, purpose: u32::from(purpose == Purpose::Map) })
+            }
+            Frame::Memory(len) => archive!(MEMORY, RawMemory { len }),
+            Frame::Place(block) => archive!(PLACE, RawPlace { block }),
         }
     }
 
@@ -573,6 +643,25 @@ impl Frame {
                 let raw = unarchive!(kind, RawProbeReply, ArchivedRawProbeReply, body);
                 Frame::ProbeReply(ProbeReply { bytes: raw.bytes, mtu: raw.mtu })
             }
+            NEAR => {
+                let raw = unarchive!(kind, RawNear, ArchivedRawNear, body);
+                Frame::Near(Near { host: raw.host, port: raw.port })
+            }
+            NEAR_REPLY => {
+                let raw = unarchive!(kind, RawNearReply, ArchivedRawNearReply, body);
+                Frame::NearReply(NearReply { name: raw.name, token: raw.token })
+            }
+            DIRECT => {
+                let raw = unarchive!(kind, RawDirect, ArchivedRawDirect, body);
+                let purpose = match raw.purpose {
+                    0 => Purpose::Copy,
+                    1 => Purpose::Map,
+                    _ => return Err(invalid),
+                };
+                Frame::Direct(Direct { token: raw.token, purpose })
+            }
+            MEMORY => Frame::Memory(unarchive!(kind, RawMemory, ArchivedRawMemory, body).len),
+            PLACE => Frame::Place(unarchive!(kind, RawPlace, ArchivedRawPlace, body).block),
             _ => return Err(FrameError::Kind(kind)),
         })
     }

@@ -15,12 +15,16 @@ pub struct DeviceBuffer {
     device: Arc<Device>,
     address: u64,
     len: usize,
-    imported: bool,
+    /// What it was opened by, where it is another process's.
+    imported: Option<IpcHandle>,
 }
 
 impl std::fmt::Debug for DeviceBuffer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("DeviceBuffer").field("len", &self.len).field("imported", &self.imported).finish()
+        f.debug_struct("DeviceBuffer")
+            .field("len", &self.len)
+            .field("imported", &self.imported.is_some())
+            .finish()
     }
 }
 
@@ -30,7 +34,7 @@ impl DeviceBuffer {
         device.bind()?;
         // SAFETY: the memory is ours until the drop below frees it.
         let address = unsafe { result::malloc_sync(len.max(1)) }.named("cuMemAlloc")?;
-        let mut buffer = Self { device: device.clone(), address, len, imported: false };
+        let mut buffer = Self { device: device.clone(), address, len, imported: None };
         buffer.fill(0)?;
         Ok(buffer)
     }
@@ -38,13 +42,14 @@ impl DeviceBuffer {
     /// Opens memory that another process shares, and of which `len` bytes are used.
     pub fn import(device: &Arc<Device>, handle: &IpcHandle, len: usize) -> Result<Self, DeviceError> {
         device.bind()?;
-        let handle = sys::CUipcMemHandle { reserved: handle.map(|byte| byte as std::ffi::c_char) };
+        let reserved = handle.map(|byte| byte as std::ffi::c_char);
         let flags = sys::CUipcMem_flags::CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS as u32;
         let mut address = 0;
         // SAFETY: the handle is plain bytes, which the driver checks; `address` is where it puts the result.
-        let opened = unsafe { sys::cuIpcOpenMemHandle_v2(&mut address, handle, flags) };
+        let opened =
+            unsafe { sys::cuIpcOpenMemHandle_v2(&mut address, sys::CUipcMemHandle { reserved }, flags) };
         opened.result().named("cuIpcOpenMemHandle")?;
-        let mut buffer = Self { device: device.clone(), address, len, imported: true };
+        let mut buffer = Self { device: device.clone(), address, len, imported: Some(*handle) };
         let (mut base, mut size) = (0, 0);
         // SAFETY: both are where the driver puts its results.
         let found = unsafe { sys::cuMemGetAddressRange_v2(&mut base, &mut size, address) };
@@ -65,6 +70,12 @@ impl DeviceBuffer {
         // SAFETY: the address is that of a live allocation; `handle` is where the driver puts the result.
         unsafe { sys::cuIpcGetMemHandle(&mut handle, self.address) }.result().named("cuIpcGetMemHandle")?;
         Ok(handle.reserved.map(|byte| byte as u8))
+    }
+
+    /// Names it to other processes on the host: what [`Self::export`] makes, or what it was opened by, which any other
+    /// process may open too.
+    pub(super) fn handle(&self) -> Result<IpcHandle, DeviceError> {
+        self.imported.map_or_else(|| self.export(), Ok)
     }
 
     /// Bytes.
@@ -153,7 +164,7 @@ impl Drop for DeviceBuffer {
         // SAFETY: the address came from the matching call, and whoever enqueued work on the buffer has waited for it,
         // see the module `cuda`. An error means that the context is broken, and its memory gone.
         let _ = unsafe {
-            if self.imported {
+            if self.imported.is_some() {
                 sys::cuIpcCloseMemHandle(self.address).result()
             } else {
                 result::free_sync(self.address)

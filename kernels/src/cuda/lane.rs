@@ -1,4 +1,4 @@
-//! Streams with staging on the GPU, between paged memory and pinned buffers.
+//! Streams with staging on the GPU, between paged memory and pinned buffers or a peer's paged memory.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -7,6 +7,7 @@ use cudarc::driver::{CudaEvent, CudaStream, result, sys};
 use super::buffer::DeviceBuffer;
 use super::device::{Device, DeviceError, Named};
 use super::launch::Paged;
+use super::peer::PeerGpu;
 use super::pinned::PinnedBuffer;
 use super::ready::ReadyEvent;
 
@@ -64,7 +65,7 @@ impl Lanes {
                     .named("cuMemcpyDtoHAsync")
             })
         };
-        lane.begun(enqueued, event, buffer)
+        lane.begun(enqueued, event, Used::Buffer(buffer))
     }
 
     /// Begins to scatter a block from `buffer`.
@@ -89,7 +90,31 @@ impl Lanes {
                 .named("cuMemcpyHtoDAsync")
                 .and_then(|()| paged.enqueue_scatter(&lane.stream, &[block], &staging, 0, bytes))
         };
-        lane.begun(enqueued, event, buffer)
+        lane.begun(enqueued, event, Used::Buffer(buffer))
+    }
+
+    /// Begins to copy a block of a peer: the gather reads the peer's memory, the scatter writes ours.
+    ///
+    /// # Safety
+    /// `paged` and `self` have to stay until the copy is over; nobody may use our block meanwhile, or write the peer's.
+    pub(super) unsafe fn copy(
+        &self,
+        peer: &Arc<PeerGpu>,
+        from: u32,
+        paged: &Paged,
+        block: u32,
+    ) -> Result<UnderWay, DeviceError> {
+        let bytes = paged.plan().block_bytes();
+        let lane = self.next();
+        let event = new_event(paged.device())?;
+        let staging = lane.staging.lock().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: as in `fetch`; the peer's memory is kept as the pinned buffer is there.
+        let enqueued = unsafe {
+            peer.paged()
+                .enqueue_gather(&lane.stream, &[from], &staging, 0, bytes)
+                .and_then(|()| paged.enqueue_scatter(&lane.stream, &[block], &staging, 0, bytes))
+        };
+        lane.begun(enqueued, event, Used::Peer(peer.clone()))
     }
 
     /// Waits for all that is enqueued.
@@ -103,13 +128,13 @@ impl Lane {
         &self,
         enqueued: Result<(), DeviceError>,
         event: CudaEvent,
-        buffer: PinnedBuffer,
+        used: Used,
     ) -> Result<UnderWay, DeviceError> {
         let begun = enqueued.and_then(|()| event.record(&self.stream).named("cuEventRecord"));
         match begun {
-            Ok(()) => Ok(UnderWay { event, buffer: Some(buffer) }),
+            Ok(()) => Ok(UnderWay { event, used: Some(used) }),
             Err(error) => {
-                // A part may be enqueued: the buffer goes back behind it.
+                // A part may be enqueued: what it uses goes behind it.
                 let _ = self.stream.synchronize();
                 Err(error)
             }
@@ -123,11 +148,17 @@ fn new_event(device: &Device) -> Result<CudaEvent, DeviceError> {
     device.context.new_event(Some(flags)).named("cuEventCreate")
 }
 
-/// A copy that may not be over, with the pinned buffer that it reads or writes. Its drop waits.
+/// What a copy reads or writes besides the engine's own memory.
+enum Used {
+    Buffer(PinnedBuffer),
+    Peer(#[expect(dead_code, reason = "kept, never looked at")] Arc<PeerGpu>),
+}
+
+/// A copy that may not be over, with what it uses. Its drop waits.
 pub(super) struct UnderWay {
     event: CudaEvent,
     /// Absent once it was taken out.
-    buffer: Option<PinnedBuffer>,
+    used: Option<Used>,
 }
 
 impl UnderWay {
@@ -137,16 +168,24 @@ impl UnderWay {
         self.event.try_is_complete().named("cuEventQuery")
     }
 
+    /// Waits for the copy.
+    pub(super) fn wait(self) -> Result<(), DeviceError> {
+        self.event.synchronize().named("cuEventSynchronize")
+    }
+
     /// Waits for the copy, and gives the buffer.
-    pub(super) fn wait(mut self) -> Result<PinnedBuffer, DeviceError> {
+    pub(super) fn into_buffer(mut self) -> Result<PinnedBuffer, DeviceError> {
         self.event.synchronize().named("cuEventSynchronize")?;
-        self.buffer.take().ok_or_else(|| DeviceError::Shape("waited for twice".into()))
+        match self.used.take() {
+            Some(Used::Buffer(buffer)) => Ok(buffer),
+            _ => Err(DeviceError::Shape("a copy without a buffer".into())),
+        }
     }
 }
 
 impl Drop for UnderWay {
     fn drop(&mut self) {
-        if self.buffer.is_some() {
+        if self.used.is_some() {
             // An error means that the context is broken: nothing runs in it any more.
             let _ = self.event.synchronize();
         }

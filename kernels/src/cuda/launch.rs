@@ -155,6 +155,10 @@ impl Paged {
         &self.plan
     }
 
+    pub(super) fn storages(&self) -> &[DeviceBuffer] {
+        &self.storages
+    }
+
     /// The storages, to be looked at or changed while nothing runs.
     pub fn storages_mut(&mut self) -> &mut [DeviceBuffer] {
         &mut self.storages

@@ -9,6 +9,10 @@
 //! Bytes collect in a pinned buffer until their block is whole; then it is copied to the GPU and scattered, beside the
 //! next one's arrival. [`BlockMemory::flush`] waits for it. A buffer that is not whole at that time is dropped.
 //!
+//! # Copying
+//! A block of another engine on the host is gathered from that engine's memory to staging and scattered from there,
+//! on this GPU alone: no pinned buffer, and no host memory.
+//!
 //! # Memory
 //! Half of the pinned bytes are for reading and half for writing, so that an engine that sends and receives cannot
 //! block itself. Reading without a free buffer is refused ([`MemoryError::NoBuffer`]), since they come back as fast as
@@ -16,6 +20,7 @@
 //! four blocks and those of a batch of checksums.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -26,9 +31,11 @@ use super::buffer::{DeviceBuffer, IpcHandle};
 use super::device::{Device, DeviceError};
 use super::lane::{Lanes, UnderWay};
 use super::launch::{BLOCKS, Checksummer, Paged};
+use super::peer::{self, PeerGpu};
 use super::pinned::{PinnedBuffer, PinnedPool};
 use super::ready::ReadyEvent;
 use crate::memory::MemoryError;
+use crate::peer::{Peer, PeerMemory, Shared};
 use crate::plan::Plan;
 use crate::reference::xxh3;
 use crate::usage::Usage;
@@ -192,8 +199,8 @@ impl CudaMemory {
     fn resume(&self, block: u32, index: usize, offset: usize) -> Result<Option<Partial>, MemoryError> {
         let mut writing = self.writing();
         let entry = match writing.entry(block) {
-            std::collections::btree_map::Entry::Occupied(entry) => entry.into_mut(),
-            std::collections::btree_map::Entry::Vacant(entry) => {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => {
                 if !self.usage.begin_write(index) {
                     return Err(MemoryError::InUse(block));
                 }
@@ -265,7 +272,7 @@ impl Writing {
     fn end(self) -> Result<(), DeviceError> {
         let mut result = self.failed.map_or(Ok(()), Err);
         for copy in self.under_way {
-            result = result.and(copy.wait().map(|_| ()));
+            result = result.and(copy.wait());
         }
         result
     }
@@ -339,6 +346,41 @@ impl BlockMemory for CudaMemory {
         Ok(result?)
     }
 
+    fn share(&self) -> Option<Shared> {
+        peer::share(&self.paged)
+    }
+
+    fn open_peer(&self, shared: Shared) -> Result<PeerMemory, MemoryError> {
+        Ok(PeerMemory(Peer::Gpu(PeerGpu::open(self.device(), shared, self.block_bytes())?)))
+    }
+
+    fn copy(
+        &self,
+        block: u32,
+        peer: &PeerMemory,
+        from: u32,
+        _copied: &mut dyn FnMut(&[u8]),
+    ) -> Result<(), MemoryError> {
+        let index = self.check_block(block)?;
+        let Peer::Gpu(peer) = &peer.0 else { return Err(MemoryError::NotShared) };
+        let mut writing = self.writing();
+        let Entry::Vacant(entry) = writing.entry(block) else { return Err(MemoryError::InUse(block)) };
+        if !self.usage.begin_write(index) {
+            return Err(MemoryError::InUse(block));
+        }
+        // SAFETY: as in `write`; the holder does not write to a held block.
+        match unsafe { self.stores.copy(peer, from, &self.paged, block) } {
+            Ok(under_way) => {
+                entry.insert(Writing { under_way: vec![under_way], ..Writing::default() });
+                Ok(())
+            }
+            Err(error) => {
+                self.usage.end_write(index);
+                Err(error.into())
+            }
+        }
+    }
+
     fn checksums(&self, blocks: &[u32]) -> Option<Result<Vec<u64>, MemoryError>> {
         let mut checks = self.checks.as_ref()?.lock().unwrap_or_else(PoisonError::into_inner);
         let mut made = Vec::with_capacity(blocks.len());
@@ -401,7 +443,7 @@ impl Fetching {
     /// Waits for it.
     pub(crate) fn take(mut self) -> Result<Bytes, MemoryError> {
         let under_way = self.under_way.take().ok_or(MemoryError::NoBuffer)?;
-        let buffer = under_way.wait()?;
+        let buffer = under_way.into_buffer()?;
         let (guard, memory) = (self.guard.clone(), self.memory.clone());
         Ok(Bytes::from_owner(Fetched { buffer, memory, _guard: guard }))
     }

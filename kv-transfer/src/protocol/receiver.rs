@@ -21,6 +21,9 @@ pub struct ReceiverConfig {
     pub deadline: Instant,
     /// How long the peer may send nothing.
     pub stall: Duration,
+    /// Whether places of blocks come instead of their bytes, to be copied from here. Then what fails here is no end of the
+    /// hold: the blocks may be asked for again by the other way.
+    pub direct: bool,
 }
 
 /// Does the puller's part of one pull.
@@ -30,6 +33,7 @@ pub struct Receiver {
     block_bytes: u64,
     deadline: Instant,
     stall: Duration,
+    direct: bool,
     /// When something arrived last.
     heard: Instant,
     state: State,
@@ -50,7 +54,15 @@ pub struct Receiver {
 enum State {
     Asking,
     BetweenBlocks,
-    InBlock { header: BlockHeader, offset: u64, hasher: Box<Xxh3> },
+    InBlock {
+        header: BlockHeader,
+        offset: u64,
+        hasher: Box<Xxh3>,
+    },
+    /// Waiting for the place of a block.
+    Placing(BlockHeader),
+    /// The shell copies it.
+    Copying(BlockHeader),
     Done,
 }
 
@@ -60,6 +72,8 @@ impl std::fmt::Debug for State {
             Self::Asking => f.write_str("Asking"),
             Self::BetweenBlocks => f.write_str("BetweenBlocks"),
             Self::InBlock { header, offset, .. } => write!(f, "InBlock({}, {offset})", header.index),
+            Self::Placing(header) => write!(f, "Placing({})", header.index),
+            Self::Copying(header) => write!(f, "Copying({})", header.index),
             Self::Done => f.write_str("Done"),
         }
     }
@@ -78,6 +92,14 @@ pub enum ReceiverAction {
         offset: usize,
         /// The bytes.
         bytes: Bytes,
+    },
+    /// Copy a block from the holder's memory, and call [`Receiver::handle_copied`] before the next call of
+    /// [`Receiver::poll`].
+    Copy {
+        /// Block, counted from the first of the pull.
+        index: u32,
+        /// Its number in the holder's memory.
+        from: u32,
     },
     /// It is over; the last action. Finish the stream's sending side, and read it no further.
     Done(Result<Received, Stop>),
@@ -110,12 +132,13 @@ pub enum Stop {
 impl Receiver {
     /// Asks.
     pub fn new(now: Instant, config: ReceiverConfig) -> Self {
-        let ReceiverConfig { pull, block_bytes, deadline, stall } = config;
+        let ReceiverConfig { pull, block_bytes, deadline, stall, direct } = config;
         Self {
             pull,
             block_bytes,
             deadline,
             stall,
+            direct,
             heard: now,
             state: State::Asking,
             answered: false,
@@ -141,6 +164,16 @@ impl Receiver {
         self.heard = now;
         self.answered |= !bytes.is_empty();
         self.inbox.push(bytes);
+    }
+
+    /// The block that [`ReceiverAction::Copy`] asked for lies here, with this checksum where it is known by now.
+    pub fn handle_copied(&mut self, now: Instant, checksum: Option<u64>) {
+        let State::Copying(header) = self.state else { return };
+        // Copying takes its time, in which nobody listened.
+        self.heard = now;
+        self.bytes += self.block_bytes;
+        self.state = State::BetweenBlocks;
+        self.block_ended(header, checksum.is_none_or(|checksum| checksum == header.checksum));
     }
 
     /// Nothing more will arrive.
@@ -188,7 +221,7 @@ impl Receiver {
     /// Looks at what arrived, up to the next action. `false` where nothing can be done.
     fn advance(&mut self) -> Result<bool, WireError> {
         match &mut self.state {
-            State::Done => Ok(false),
+            State::Done | State::Copying(_) => Ok(false),
             State::Asking => match self.inbox.frame()? {
                 None => Ok(false),
                 Some(Frame::Accepted(Accepted { block_bytes })) if block_bytes == self.block_bytes => {
@@ -211,7 +244,25 @@ impl Receiver {
                     if !fresh && !self.again.contains(&header.index) {
                         return Err(ErrorCode::Protocol.into());
                     }
-                    self.state = State::InBlock { header, offset: 0, hasher: Box::new(Xxh3::new()) };
+                    self.state = if self.direct {
+                        State::Placing(header)
+                    } else {
+                        State::InBlock { header, offset: 0, hasher: Box::new(Xxh3::new()) }
+                    };
+                    Ok(true)
+                }
+                Some(Frame::Refused(error)) if self.direct => {
+                    self.stop(Stop::ByPeer(error));
+                    Ok(true)
+                }
+                Some(_) => Err(ErrorCode::Protocol.into()),
+            },
+            State::Placing(header) => match self.inbox.frame()? {
+                None => Ok(false),
+                Some(Frame::Place(from)) => {
+                    let header = *header;
+                    self.outbox.push_back(ReceiverAction::Copy { index: header.index, from });
+                    self.state = State::Copying(header);
                     Ok(true)
                 }
                 Some(_) => Err(ErrorCode::Protocol.into()),
@@ -261,6 +312,9 @@ impl Receiver {
         self.checksums[index as usize] = checksum;
         if !matches {
             self.corrupt += 1;
+            if repeated && self.direct {
+                return self.stop(Stop::Here(ErrorCode::CorruptBlock.into()));
+            }
             if repeated {
                 self.failed.push(index as usize);
             } else {
@@ -292,9 +346,10 @@ impl Receiver {
         self.state = State::Done;
         self.outbox.clear();
         // The peer that stopped by itself knows, and the one that broke the protocol would not understand; its hold
-        // stays until its lease ends.
+        // stays until its lease ends. In the direct way only those are the end that no other way would mend.
         if let Stop::Here(error) = stop
             && !matches!(error.code, ErrorCode::Protocol | ErrorCode::Version)
+            && (!self.direct || matches!(error.code, ErrorCode::Cancelled | ErrorCode::Deadline))
         {
             self.outbox.push_back(ReceiverAction::Send(Frame::Finish(Some(error)).encode()));
         }

@@ -32,7 +32,7 @@ pub struct SendReport {
     pub first_block: u32,
     /// Checksums of the blocks asked for that were sent at least once, in order; see [`crate::checksum::digest`].
     pub checksums: Vec<u64>,
-    /// KV bytes given to the connection, repetitions included.
+    /// KV bytes given to the connection, or told the place of, repetitions included.
     pub bytes: u64,
     /// Blocks that were asked for again.
     pub repeated: u32,
@@ -62,6 +62,8 @@ pub struct Limits {
     pub max_deadline: Duration,
     /// Threads of the endpoint.
     pub threads: usize,
+    /// Whether blocks of engines on this host are copied from memory to memory; see [`crate::direct`].
+    pub direct: bool,
 }
 
 impl Default for Limits {
@@ -75,6 +77,7 @@ impl Default for Limits {
             stall: Duration::from_secs(2),
             max_deadline: Duration::from_secs(600),
             threads: 2,
+            direct: true,
         }
     }
 }
@@ -155,6 +158,8 @@ pub struct PullReport {
     pub failed: Vec<usize>,
     /// Checksums of all blocks, in order, as the holder sent them.
     pub checksums: Vec<u64>,
+    /// Whether they were copied from memory to memory, and did not travel.
+    pub direct: bool,
 }
 
 /// A pull that did not come to its end: none of its blocks may be used.
@@ -212,10 +217,12 @@ pub struct PathReport {
 /// Running totals of an endpoint.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Stats {
-    /// KV bytes given to connections.
+    /// KV bytes given to connections, or told the place of.
     pub sent_bytes: u64,
     /// KV bytes received.
     pub received_bytes: u64,
+    /// Those of them that were copied from the memory of an engine on this host.
+    pub direct_bytes: u64,
     /// Blocks that arrived corrupt.
     pub corrupt_blocks: u64,
     /// Connections open now.

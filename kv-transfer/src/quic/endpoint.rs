@@ -10,6 +10,7 @@ use quinn::TokioRuntime;
 use quinn::crypto::rustls::QuicServerConfig;
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
 
 use super::api::{
     BindError, EndpointConfig, Limits, PathReport, Peer, PullError, PullRequest, Source, Stats,
@@ -18,6 +19,7 @@ use super::peers::Peers;
 use super::pull::Pull;
 use super::socket::{self, Socket};
 use super::{probe, pull, serve, transport};
+use crate::direct::{self, Mappings, Tickets};
 
 /// Longest wait for peers to hear of a close.
 const FAREWELL: Duration = Duration::from_secs(1);
@@ -38,27 +40,36 @@ struct Running {
 }
 
 /// What the endpoint's tasks share.
-pub(super) struct Shared {
-    pub(super) quic: quinn::Endpoint,
-    pub(super) limits: Limits,
-    pub(super) source: Arc<dyn Source>,
-    pub(super) peers: Peers,
+pub(crate) struct Shared {
+    pub(crate) quic: quinn::Endpoint,
+    pub(crate) limits: Limits,
+    pub(crate) source: Arc<dyn Source>,
+    pub(crate) peers: Peers,
     pub(super) server_tls: Arc<QuicServerConfig>,
     /// A permit for each pull that runs.
     pub(super) pulls: Semaphore,
     /// A permit for each pull that is served.
-    pub(super) served: Semaphore,
+    pub(crate) served: Semaphore,
     /// A permit for each connection that was accepted.
     pub(super) accepted: Arc<Semaphore>,
-    pub(super) counters: Counters,
+    /// A permit for each connection of an agent on this host that was accepted.
+    pub(crate) direct: Arc<Semaphore>,
+    /// Who may open those; `None` where this endpoint knows no direct way.
+    pub(super) tickets: Option<Arc<Tickets>>,
+    /// Memories of engines on this host.
+    pub(crate) mappings: Mappings,
+    /// Cancelled when the endpoint closes.
+    pub(crate) closing: CancellationToken,
+    pub(crate) counters: Counters,
 }
 
 /// Running totals.
 #[derive(Default)]
-pub(super) struct Counters {
-    pub(super) sent: AtomicU64,
-    pub(super) received: AtomicU64,
-    pub(super) corrupt: AtomicU64,
+pub(crate) struct Counters {
+    pub(crate) sent: AtomicU64,
+    pub(crate) received: AtomicU64,
+    pub(crate) direct: AtomicU64,
+    pub(crate) corrupt: AtomicU64,
 }
 
 impl Endpoint {
@@ -87,18 +98,35 @@ impl Endpoint {
             .map_err(socket_error)?
         };
         let local_addr = quic.local_addr().map_err(socket_error)?;
+        let host = if limits.direct { direct::host() } else { None };
+        let near = host.and_then(|host| {
+            let _inside = runtime.enter();
+            let tickets = Tickets::new(host)?;
+            let listener = direct::listen(&tickets.name);
+            let listener = listener.inspect_err(
+                |error| tracing::warn!(%error, "no socket for agents of this host: blocks travel by QUIC"),
+            );
+            Some((tickets, listener.ok()?))
+        });
         let shared = Arc::new(Shared {
-            peers: Peers::new(quic.clone(), client_tls, limits.clone()),
+            peers: Peers::new(quic.clone(), client_tls, limits.clone(), host),
             quic,
             source,
             server_tls,
             pulls: Semaphore::new(limits.max_pulls),
             served: Semaphore::new(limits.max_served),
             accepted: Arc::new(Semaphore::new(limits.max_connections)),
+            direct: Arc::new(Semaphore::new(limits.max_connections)),
+            tickets: near.as_ref().map(|(tickets, _)| tickets.clone()),
+            mappings: Mappings::default(),
+            closing: CancellationToken::new(),
             limits,
             counters: Counters::default(),
         });
         runtime.spawn(serve::accept(shared.clone()));
+        if let Some((tickets, listener)) = near {
+            runtime.spawn(direct::accept(shared.clone(), tickets, listener));
+        }
         let handle = runtime.handle().clone();
         Ok(Self {
             running: Arc::new(Running { shared, runtime: Mutex::new(Some(runtime)), handle, local_addr }),
@@ -108,6 +136,11 @@ impl Endpoint {
     /// Where it listens.
     pub fn local_addr(&self) -> SocketAddr {
         self.running.local_addr
+    }
+
+    #[cfg(test)]
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
+        &self.running.shared
     }
 
     /// Starts to fetch blocks into `memory`: block `i` of the run goes to `block_ids[i]`.
@@ -149,6 +182,7 @@ impl Endpoint {
         Stats {
             sent_bytes: counters.sent.load(Ordering::Relaxed),
             received_bytes: counters.received.load(Ordering::Relaxed),
+            direct_bytes: counters.direct.load(Ordering::Relaxed),
             corrupt_blocks: counters.corrupt.load(Ordering::Relaxed),
             connections: quic.open_connections() as u64,
         }
@@ -156,6 +190,7 @@ impl Endpoint {
 
     /// Closes all connections and waits, at most a second, until the peers were told. Pulls in both directions end.
     pub async fn close(&self) {
+        self.running.shared.closing.cancel();
         let quic = self.running.shared.quic.clone();
         quic.close(0u8.into(), b"closed");
         let farewell =
@@ -166,6 +201,7 @@ impl Endpoint {
 
 impl Drop for Running {
     fn drop(&mut self) {
+        self.shared.closing.cancel();
         self.shared.quic.close(0u8.into(), b"closed");
         let runtime = self.runtime.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(runtime) = runtime {

@@ -10,6 +10,10 @@ mod serve;
 mod socket;
 mod transport;
 
+pub(crate) use endpoint::Shared;
+pub(crate) use pull::Job;
+pub(crate) use serve::{checksum_made, hold_ended};
+
 pub use api::{
     BindError, EndpointConfig, Limits, PathReport, Peer, PullError, PullReport, PullRequest, SendReport,
     Source, Stats,

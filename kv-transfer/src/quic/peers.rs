@@ -9,31 +9,39 @@ use quinn::crypto::rustls::QuicClientConfig;
 
 use super::api::{Limits, Peer, PullError};
 use super::{socket, transport};
+use crate::direct::{self, Link};
 
 /// Longest wait for a connection.
 const CONNECT: Duration = Duration::from_secs(3);
 
 /// One connection for each peer, opened when first needed and again when it broke.
-pub(super) struct Peers {
+pub(crate) struct Peers {
     quic: quinn::Endpoint,
     tls: Arc<QuicClientConfig>,
     limits: Limits,
+    /// Names this host, where the direct way is open.
+    host: Option<[u8; 16]>,
     slots: Mutex<HashMap<Peer, Slot>>,
 }
 
 /// Locked while connecting, so that pulls that come meanwhile share the connection.
-type Slot = Arc<tokio::sync::Mutex<Option<Connection>>>;
+type Slot = Arc<tokio::sync::Mutex<Option<Link>>>;
 
 impl Peers {
-    pub(super) fn new(quic: quinn::Endpoint, tls: Arc<QuicClientConfig>, limits: Limits) -> Self {
-        Self { quic, tls, limits, slots: Mutex::default() }
+    pub(super) fn new(
+        quic: quinn::Endpoint,
+        tls: Arc<QuicClientConfig>,
+        limits: Limits,
+        host: Option<[u8; 16]>,
+    ) -> Self {
+        Self { quic, tls, limits, host, slots: Mutex::default() }
     }
 
     /// The connection to a peer, and whether it was there before.
     ///
     /// # Cancel safety
     /// Safe to drop.
-    pub(super) async fn get(&self, peer: &Peer) -> Result<(Connection, bool), PullError> {
+    pub(crate) async fn get(&self, peer: &Peer) -> Result<(Link, bool), PullError> {
         let unreachable = |reason: String| PullError::Unreachable {
             peer: peer.engine_id.clone(),
             address: peer.address.clone(),
@@ -43,14 +51,15 @@ impl Peers {
             unreachable(format!("connected to {} others, the most allowed", self.limits.max_connections))
         })?;
         let mut slot = slot.lock().await;
-        if let Some(connection) = slot.as_ref().filter(|connection| connection.close_reason().is_none()) {
-            return Ok((connection.clone(), true));
+        if let Some(link) = slot.as_ref().filter(|link| link.connection.close_reason().is_none()) {
+            return Ok((link.clone(), true));
         }
         *slot = None;
         match tokio::time::timeout(CONNECT, self.connect(peer)).await {
             Ok(Ok(connection)) => {
-                *slot = Some(connection.clone());
-                Ok((connection, false))
+                let link = direct::ask(connection, self.host).await;
+                *slot = Some(link.clone());
+                Ok((link, false))
             }
             Ok(Err(reason)) => Err(unreachable(reason)),
             Err(_) => Err(unreachable(format!("no answer within {} s", CONNECT.as_secs()))),
@@ -65,7 +74,9 @@ impl Peers {
         if slots.len() >= self.limits.max_connections {
             slots.retain(|_, slot| {
                 let connection = slot.try_lock();
-                connection.is_ok_and(|slot| slot.as_ref().is_some_and(|open| open.close_reason().is_none()))
+                connection.is_ok_and(|slot| {
+                    slot.as_ref().is_some_and(|open| open.connection.close_reason().is_none())
+                })
             });
         }
         if slots.len() >= self.limits.max_connections {

@@ -83,12 +83,12 @@ pub(super) async fn answer(
 }
 
 pub(super) async fn probe(shared: &Shared, peer: &Peer, bytes: u32) -> Result<PathReport, PullError> {
-    let (connection, reused) = shared.peers.get(peer).await?;
-    match on(&connection, bytes).await {
+    let (link, reused) = shared.peers.get(peer).await?;
+    match on(&link.connection, bytes).await {
         Err(PullError::ConnectionLost(_)) if reused => {
-            connection.close(0u8.into(), b"broken");
-            let (connection, _) = shared.peers.get(peer).await?;
-            on(&connection, bytes).await
+            link.connection.close(0u8.into(), b"broken");
+            let (link, _) = shared.peers.get(peer).await?;
+            on(&link.connection, bytes).await
         }
         result => result,
     }

@@ -19,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 use super::api::{PullError, PullReport, PullRequest};
 use super::endpoint::Shared;
 use super::gate::Gate;
+use crate::direct::{self, Failed, Link};
 use crate::protocol::{Received, Receiver, ReceiverAction, ReceiverConfig, Stop, StreamEnd};
 
 /// Chunks taken from a stream at once: a datagram's worth each, so at most 1 MiB between two looks at the clock.
@@ -38,7 +39,7 @@ pub struct Pull {
 
 /// What a pull writes to, and the right to do so.
 #[derive(Clone)]
-struct Writes {
+pub(crate) struct Writes {
     /// Absent once the pull is over.
     memory: Option<Arc<dyn BlockMemory>>,
     block_ids: Arc<[u32]>,
@@ -53,7 +54,7 @@ impl std::fmt::Debug for Writes {
 
 impl Writes {
     /// Ends what was written. See [`BlockMemory::flush`].
-    fn flush(&self) -> Result<(), PullError> {
+    pub(crate) fn flush(&self) -> Result<(), PullError> {
         let _alone = self.gate.hold();
         let Some(memory) = &self.memory else { return Ok(()) };
         memory.flush(&self.block_ids).map_err(|error| PullError::Memory(error.to_string()))
@@ -112,15 +113,15 @@ impl Canceller {
 }
 
 /// One pull's part of the world.
-struct Job {
-    shared: Arc<Shared>,
-    request: PullRequest,
-    memory: Arc<dyn BlockMemory>,
-    block_ids: Arc<[u32]>,
-    gate: Arc<Gate>,
-    cancel: CancellationToken,
-    started: Instant,
-    deadline: Instant,
+pub(crate) struct Job {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) request: PullRequest,
+    pub(crate) memory: Arc<dyn BlockMemory>,
+    pub(crate) block_ids: Arc<[u32]>,
+    pub(crate) gate: Arc<Gate>,
+    pub(crate) cancel: CancellationToken,
+    pub(crate) started: Instant,
+    pub(crate) deadline: Instant,
 }
 
 pub(super) fn start(
@@ -155,9 +156,12 @@ async fn end(writes: Writes, result: Result<PullReport, PullError>) -> Result<Pu
         let flushed = writes.flush();
         let mut report = result?;
         flushed?;
-        report.failed.extend(writes.verify(&report.checksums)?);
-        report.failed.sort_unstable();
-        report.failed.dedup();
+        // What was copied directly was looked at before the holder was told.
+        if !report.direct {
+            report.failed.extend(writes.verify(&report.checksums)?);
+            report.failed.sort_unstable();
+            report.failed.dedup();
+        }
         Ok(report)
     };
     // A memory that is written where it lies has nothing to wait for.
@@ -193,19 +197,70 @@ impl Job {
                 corrupt: 0,
                 failed: Vec::new(),
                 checksums: Vec::new(),
+                direct: false,
             });
         }
         let _permit = self.in_time(self.shared.pulls.acquire()).await?;
-        let (connection, reused) = self.connect().await?;
-        match self.attempt(&connection).await {
+        let (link, reused) = self.connect().await?;
+        if let Some(result) = self.direct(&link).await {
+            return result;
+        }
+        match self.attempt(&link.connection).await {
             // The connection may have died unseen while nobody used it, or the peer may have another life by now.
             Err(Broken { unanswered: true, .. }) if reused => {
-                connection.close(0u8.into(), b"broken");
-                let (connection, _) = self.connect().await?;
-                self.attempt(&connection).await.map_err(|broken| broken.error)
+                link.connection.close(0u8.into(), b"broken");
+                let (link, _) = self.connect().await?;
+                self.attempt(&link.connection).await.map_err(|broken| broken.error)
             }
             result => result.map_err(|broken| broken.error),
         }
+    }
+
+    /// Runs it by the direct way, where there is one and it does.
+    async fn direct(&self, link: &Link) -> Option<Result<PullReport, PullError>> {
+        let near = link.near()?;
+        match direct::attempt(self, &near, self.header(), link.connection.rtt()).await {
+            Ok(report) => Some(Ok(report)),
+            Err(Failed::Settled(error)) => Some(Err(error)),
+            Err(Failed::Way(why)) => {
+                link.pause();
+                let peer = self.request.peer.engine_id.as_str();
+                tracing::warn!(
+                    peer,
+                    why,
+                    "blocks of an engine on this host cannot be copied directly: they travel by QUIC"
+                );
+                None
+            }
+        }
+    }
+
+    /// What is asked for.
+    fn header(&self) -> PullHeader {
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        let request = &self.request;
+        PullHeader {
+            transfer_id: request.transfer_id,
+            epoch: request.epoch,
+            layout: request.layout,
+            last_hash: request.last_hash,
+            first_block: request.first_block,
+            blocks: self.block_ids.len() as u32,
+            rank: request.rank,
+            deadline_ms: u32::try_from(left.as_millis()).unwrap_or(u32::MAX),
+            credit: self.shared.limits.window_bytes,
+        }
+    }
+
+    /// What it writes to.
+    pub(crate) fn writes(&self) -> Writes {
+        let (memory, block_ids, gate) = (self.memory.clone(), self.block_ids.clone(), self.gate.clone());
+        Writes { memory: Some(memory), block_ids, gate }
+    }
+
+    /// Waits for the copies under way.
+    pub(crate) fn flush(&self) -> Result<(), PullError> {
+        self.writes().flush()
     }
 
     /// What the caller may have got wrong.
@@ -222,12 +277,12 @@ impl Job {
         }
     }
 
-    async fn connect(&self) -> Result<(Connection, bool), PullError> {
+    async fn connect(&self) -> Result<(Link, bool), PullError> {
         self.in_time(self.shared.peers.get(&self.request.peer)).await?
     }
 
     /// The result of `work`, unless the pull is cancelled or its deadline passes first.
-    async fn in_time<T>(&self, work: impl Future<Output = T>) -> Result<T, PullError> {
+    pub(crate) async fn in_time<T>(&self, work: impl Future<Output = T>) -> Result<T, PullError> {
         let stopped = |code: ErrorCode| Err(PullError::Stopped(code.into()));
         tokio::select! {
             biased;
@@ -245,27 +300,14 @@ impl Job {
             Ok(streams) => streams,
             Err(error) => return Err(lost(error.to_string())),
         };
-        let now = Instant::now();
-        let left = self.deadline.saturating_duration_since(now);
-        let request = &self.request;
-        let pull = PullHeader {
-            transfer_id: request.transfer_id,
-            epoch: request.epoch,
-            layout: request.layout,
-            last_hash: request.last_hash,
-            first_block: request.first_block,
-            blocks: self.block_ids.len() as u32,
-            rank: request.rank,
-            deadline_ms: u32::try_from(left.as_millis()).unwrap_or(u32::MAX),
-            credit: self.shared.limits.window_bytes,
-        };
         let mut receiver = Receiver::new(
-            now,
+            Instant::now(),
             ReceiverConfig {
-                pull,
+                pull: self.header(),
                 block_bytes: self.memory.block_bytes() as u64,
                 deadline: self.deadline,
                 stall: self.shared.limits.stall,
+                direct: false,
             },
         );
         let mut memory_error = None;
@@ -304,6 +346,7 @@ impl Job {
             corrupt,
             failed,
             checksums,
+            direct: false,
         })
     }
 
@@ -340,6 +383,8 @@ impl Job {
                                 receiver.cancel(ErrorCode::Internal.into());
                             }
                         }
+                        // Places are told on Unix sockets only.
+                        ReceiverAction::Copy { .. } => receiver.cancel(ErrorCode::Protocol.into()),
                         ReceiverAction::Done(result) => done = Some(result),
                     }
                 }

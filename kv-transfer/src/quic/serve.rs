@@ -16,6 +16,7 @@ use super::api::{Limits, SendReport};
 use super::endpoint::Shared;
 use super::probe::Allowance;
 use super::{probe, socket, transport};
+use crate::direct::{self, Ticket};
 use crate::hold::HeldBlocks;
 use crate::protocol::{Close, Sender, SenderAction, SenderConfig, StreamEnd};
 
@@ -84,9 +85,13 @@ async fn handshake(shared: &Shared, incoming: Incoming) -> Result<Connection, St
 /// Serves streams until the connection closes. The transport's cap on streams bounds the tasks.
 async fn serve_connection(shared: &Arc<Shared>, connection: &Connection) {
     let allowance = Arc::new(Allowance::new(Instant::now()));
+    let ticket = Arc::new(shared.tickets.as_ref().and_then(|tickets| tickets.issue()));
     while let Ok((send, recv)) = connection.accept_bi().await {
-        let (shared, connection, allowance) = (shared.clone(), connection.clone(), allowance.clone());
-        tokio::spawn(async move { serve_stream(&shared, &connection, &allowance, send, recv).await });
+        let (shared, connection) = (shared.clone(), connection.clone());
+        let (allowance, ticket) = (allowance.clone(), ticket.clone());
+        tokio::spawn(async move {
+            serve_stream(&shared, &connection, &allowance, ticket.as_ref().as_ref(), send, recv).await;
+        });
     }
 }
 
@@ -94,12 +99,14 @@ async fn serve_stream(
     shared: &Shared,
     connection: &Connection,
     allowance: &Allowance,
+    ticket: Option<&Ticket>,
     mut send: SendStream,
     mut recv: RecvStream,
 ) {
     let started = Instant::now();
     match timeout(HELLO, hello(&mut recv)).await {
         Ok(Some((Frame::Probe(asked), _))) => probe::answer(connection, allowance, asked, &mut send).await,
+        Ok(Some((Frame::Near(asked), _))) => direct::answer(shared, ticket, asked, &mut send).await,
         Ok(Some((_, bytes))) => {
             let Ok(_permit) = shared.served.try_acquire() else {
                 let refused = Frame::Refused(ErrorCode::Busy.into()).encode();
@@ -361,14 +368,14 @@ fn stream_end(end: Result<(), ReadError>) -> StreamEnd {
 }
 
 /// Resolves when the hold ends, with what to tell the puller.
-async fn hold_ended(held: Option<&HeldBlocks>) -> ErrorCode {
+pub(crate) async fn hold_ended(held: Option<&HeldBlocks>) -> ErrorCode {
     let Some(held) = held else { return std::future::pending().await };
     held.claim.ended().cancelled().await;
     held.claim.end().map_or(ErrorCode::Released, |end| end.code())
 }
 
 /// Resolves when the checksum of the awaited block is made, or will not be; and not before `retry_at`.
-async fn checksum_made(
+pub(crate) async fn checksum_made(
     held: Option<&HeldBlocks>,
     awaited: Option<u32>,
     retry_at: Option<Instant>,

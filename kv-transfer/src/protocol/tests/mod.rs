@@ -3,5 +3,6 @@
 //! what it is in life: ordered bytes that arrive in odd pieces, at odd times, or end early.
 
 mod cases;
+mod direct;
 mod pair;
 mod storms;

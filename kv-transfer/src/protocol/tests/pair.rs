@@ -225,6 +225,7 @@ impl Pair {
             block_bytes: BLOCK_BYTES as u64,
             deadline: self.now + Duration::from_millis(u64::from(header.deadline_ms)),
             stall: Duration::from_secs(4),
+            direct: false,
         };
         self.transfers.push(Transfer {
             id: header.transfer_id,
@@ -365,6 +366,7 @@ impl Pair {
                     transfer.flying -= bytes.len() as i64;
                     transfer.target.write(index, offset, &bytes).unwrap();
                 }
+                ReceiverAction::Copy { .. } => panic!("a place in a pull over a network"),
                 ReceiverAction::Done(result) => {
                     let stopped = result.is_err();
                     assert!(self.transfers[stream].outcome.replace(result).is_none(), "done twice");

@@ -124,7 +124,7 @@ fn whatever_a_holder_sends_the_puller_neither_panics_nor_writes_outside() {
         eprintln!("seed {seed}");
         let mut rng = StdRng::seed_from_u64(seed);
         let now = Instant::now();
-        let blocks = rng.random_range(1..4);
+        let (blocks, direct) = (rng.random_range(1..4), rng.random_bool(0.5));
         let pull = Pair::new(0, calm()).header(TransferId::from_bytes([1; 16]), 0, blocks);
         let mut receiver = Receiver::new(
             now,
@@ -133,6 +133,7 @@ fn whatever_a_holder_sends_the_puller_neither_panics_nor_writes_outside() {
                 block_bytes: BLOCK_BYTES as u64,
                 deadline: now + Duration::from_secs(1),
                 stall: Duration::from_secs(1),
+                direct,
             },
         );
         for _ in 0..rng.random_range(1..30) {
@@ -144,7 +145,10 @@ fn whatever_a_holder_sends_the_puller_neither_panics_nor_writes_outside() {
                 1 | 2 => {
                     let header = BlockHeader { index: rng.random_range(0..5), checksum: rng.random() };
                     let mut bytes = Frame::Block(header).encode().as_ref().to_vec();
-                    bytes.extend(std::iter::repeat_n(7, BLOCK_BYTES));
+                    match direct {
+                        true => bytes.extend_from_slice(Frame::Place(rng.random()).encode().as_ref()),
+                        false => bytes.extend(std::iter::repeat_n(7, BLOCK_BYTES)),
+                    }
                     bytes
                 }
                 3 => vec![rng.random(); rng.random_range(1..400)],
@@ -153,8 +157,15 @@ fn whatever_a_holder_sends_the_puller_neither_panics_nor_writes_outside() {
             bytes.truncate(rng.random_range(1..=bytes.len().max(2)));
             receiver.handle_bytes(now, bytes.into());
             while let Some(action) = receiver.poll() {
-                if let ReceiverAction::Write { index, offset, bytes } = action {
-                    assert!(index < blocks && offset + bytes.len() <= BLOCK_BYTES);
+                match action {
+                    ReceiverAction::Write { index, offset, bytes } => {
+                        assert!(!direct && index < blocks && offset + bytes.len() <= BLOCK_BYTES);
+                    }
+                    ReceiverAction::Copy { index, .. } => {
+                        assert!(direct && index < blocks);
+                        receiver.handle_copied(now, rng.random_bool(0.5).then(|| rng.random()));
+                    }
+                    _ => {}
                 }
             }
         }
