@@ -106,6 +106,7 @@ pub struct Metrics {
     holds: Gauge,
     holds_ended: Family<ResultLabel, NamedTotal>,
     received_bytes: Counter,
+    direct_bytes: Counter,
     sent_bytes: Counter,
     corrupt_blocks: Counter,
     connections: Gauge,
@@ -144,6 +145,11 @@ impl Default for Metrics {
         let holds_ended = register!("holds_total", "Holds that ended, by result", Family::default());
         let received_bytes =
             register!("received_bytes", "Bytes of KV written into the engine", Counter::default());
+        let direct_bytes = register!(
+            "direct_bytes",
+            "Bytes of those received that were copied from the memory of an engine on this host, without QUIC",
+            Counter::default()
+        );
         let sent_bytes = register!("sent_bytes", "Bytes of KV sent to other agents", Counter::default());
         let corrupt_blocks =
             register!("corrupt_blocks", "Blocks that arrived with a wrong checksum", Counter::default());
@@ -181,6 +187,7 @@ impl Default for Metrics {
             holds,
             holds_ended,
             received_bytes,
+            direct_bytes,
             sent_bytes,
             corrupt_blocks,
             connections,
@@ -237,6 +244,7 @@ impl Metrics {
     /// Takes over the transfer endpoint's running totals.
     pub fn set_transfer_totals(&self, totals: Stats) {
         self.received_bytes.inner().store(totals.received_bytes, Ordering::Relaxed);
+        self.direct_bytes.inner().store(totals.direct_bytes, Ordering::Relaxed);
         self.sent_bytes.inner().store(totals.sent_bytes, Ordering::Relaxed);
         self.corrupt_blocks.inner().store(totals.corrupt_blocks, Ordering::Relaxed);
         self.connections.set(totals.connections as i64);

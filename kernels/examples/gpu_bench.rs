@@ -94,7 +94,7 @@ fn bench() -> Outcome<()> {
     pinned(&device, &mut results)?;
     pool(&device, &mut results)?;
     shared(&device)?;
-    println!("memory of another process: read, written and checked");
+    println!("memory of another process: read, written, checked and copied from");
     println!("{}", results.json(&device.name()?));
     Ok(())
 }
@@ -236,7 +236,7 @@ fn shared_layout() -> (Layout, u64) {
     (Layout { facts: Default::default(), pieces: vec![piece(32_768), piece(0)] }, 16)
 }
 
-/// Shares memory with a child, which copies block 1 to block 2.
+/// Shares memory with a child, which copies block 1 to block 2, and to a memory of its own.
 fn shared(device: &Arc<Device>) -> Outcome<()> {
     let mut buffer = DeviceBuffer::zeroed(device, 16 * 65_536)?;
     let content: Vec<u8> = (0..65_536u32).map(|at| (at.wrapping_mul(40_503) >> 9) as u8).collect();
@@ -264,7 +264,19 @@ fn shared_by(uuid: &str, handle: &str) -> Outcome<()> {
         return Err("the checksum of a shared block is not that of its bytes".into());
     }
     memory.write(2, 0, &block)?;
-    Ok(memory.flush(&[2])?)
+    memory.flush(&[2])?;
+    // As an agent copies from an engine that is not its own.
+    let len = blocks * 65_536;
+    let own = DeviceBuffer::zeroed(memory.device(), len as usize)?;
+    let paged = Paged::new(Plan::of_layout(&layout, &[len], blocks)?, vec![own])?;
+    let ours = CudaMemory::over(paged, None, 8 * MIB)?;
+    let peer = ours.open_peer(memory.share().ok_or("the memory cannot be shared")?)?;
+    ours.copy(3, &peer, 1, &mut |_| {})?;
+    ours.flush(&[3])?;
+    if ours.clone().read(3, Arc::new(()))?.concat() != block {
+        return Err("a block copied on the GPU is not the peer's".into());
+    }
+    Ok(())
 }
 
 fn hex(bytes: &[u8]) -> String {

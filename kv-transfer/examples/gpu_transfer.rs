@@ -1,9 +1,10 @@
-//! Hands KV from one process's GPU memory to another's over loopback QUIC, and says where the time goes.
+//! Hands KV from one process's GPU memory to another's, over loopback QUIC and then directly, and says where the time
+//! goes.
 //!
 //! ```text
 //! cargo run --release -p baton-kv-transfer --example gpu_transfer -- [--gib N]
 //! ```
-//! Both processes use GPU 0, with a 70B model's layout (80 layers, K and V apart, 8 heads of 128 bf16 values, 16 tokens:
+//! Both processes use GPU 0, so that the direct way is a copy on it, by CUDA IPC. They have a 70B model's layout (80 layers, K and V apart, 8 heads of 128 bf16 values, 16 tokens:
 //! 160 pieces of 32 KiB make a block of 5 MiB). Ends in one JSON line.
 
 #![allow(clippy::print_stdout, reason = "a program that prints its results")]
@@ -18,7 +19,7 @@ use baton_kernels::cuda::{CudaMemory, DEFAULT_PINNED_BYTES, Device, DeviceBuffer
 use baton_kernels::{BlockMemory, Plan};
 use baton_kv_transfer::checksum::Checksums;
 use baton_kv_transfer::tls::Identity;
-use baton_kv_transfer::{Limits, Peer};
+use baton_kv_transfer::{Endpoint, Limits, Peer, PullReport};
 use serde_json::json;
 
 #[path = "../tests/support/mod.rs"]
@@ -62,6 +63,9 @@ fn held(first: u32, count: u32) -> Vec<u32> {
     (first..first + count).rev().collect()
 }
 
+/// The holds of the second way are those of the first with this added to their numbers.
+const SECOND: u8 = 100;
+
 /// First block and number of blocks of each pull.
 fn pulls(blocks: u32) -> impl Iterator<Item = (u8, u32, u32)> {
     (0..blocks.div_ceil(PULL)).map(move |i| (i as u8, i * PULL, PULL.min(blocks - i * PULL)))
@@ -86,7 +90,9 @@ fn serve(dir: &str, blocks: u32) -> Result<()> {
     Checksums::pending(ids.len()).make(&dynamic, &ids, &guard)?;
     let checksums = started.elapsed();
     for (number, first, count) in pulls(blocks) {
-        source.hold(id(number), &memory, shape, held(first, count), Duration::from_secs(300));
+        for number in [number, SECOND + number] {
+            source.hold(id(number), &memory, shape, held(first, count), Duration::from_secs(300));
+        }
     }
     println!("{} {}", endpoint.local_addr(), checksums.as_secs_f64());
     // Until the other side is done.
@@ -107,7 +113,7 @@ impl Drop for Holder {
 
 fn pull(gib: u64) -> Result<()> {
     let blocks = u32::try_from((gib << 30) / shape(1).block_bytes() as u64)?;
-    ensure!((1..=PULL * 200).contains(&blocks), "--gib: use 1 to 120");
+    ensure!((1..=PULL * u32::from(SECOND)).contains(&blocks), "--gib: use 1 to 60");
     let dir = tempfile::tempdir()?;
     let name = dir.path().to_str().context("temporary directory")?.to_owned();
     Authority::new().write(dir.path(), &["holder", "puller"])?;
@@ -124,34 +130,49 @@ fn pull(gib: u64) -> Result<()> {
 
     let shape = shape(blocks.into());
     let memory = memory(shape)?;
-    let limits = Limits { max_deadline: Duration::from_secs(300), ..Limits::default() };
-    let endpoint = support::endpoint(identity(&name, "puller")?, TableSource::new(1), limits);
+    let endpoint_of = |direct| -> Result<Endpoint> {
+        let limits = Limits { max_deadline: Duration::from_secs(300), direct, ..Limits::default() };
+        Ok(support::endpoint(identity(&name, "puller")?, TableSource::new(1), limits))
+    };
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-    runtime.block_on(endpoint.warm(&peer))?;
-
     let bytes = u64::from(blocks) * shape.block_bytes() as u64;
-    let started = Instant::now();
-    let mut sent = Vec::new();
-    let outcomes = runtime.block_on(async {
-        let running: Vec<_> = pulls(blocks)
-            .map(|(number, first, count)| {
-                let mut request = support::request(peer.clone(), id(number), 1, shape, 0, count);
-                request.deadline = Duration::from_secs(240);
-                endpoint.pull(request, memory.clone(), (first..first + count).collect())
-            })
-            .collect();
-        let mut outcomes = Vec::new();
-        for pull in running {
-            outcomes.push(pull.await);
+    // All pulls by one way: their reports, and how long they took.
+    let all = |direct: bool| -> Result<(Vec<PullReport>, f64)> {
+        let endpoint = endpoint_of(direct)?;
+        runtime.block_on(endpoint.warm(&peer))?;
+        let started = Instant::now();
+        let outcomes = runtime.block_on(async {
+            let running: Vec<_> = pulls(blocks)
+                .map(|(number, first, count)| {
+                    let number = if direct { SECOND + number } else { number };
+                    let mut request = support::request(peer.clone(), id(number), 1, shape, 0, count);
+                    request.deadline = Duration::from_secs(240);
+                    // In another order, so that no block holds already what it should.
+                    let ids = if direct { held(first, count) } else { (first..first + count).collect() };
+                    endpoint.pull(request, memory.clone(), ids)
+                })
+                .collect();
+            let mut outcomes = Vec::new();
+            for pull in running {
+                outcomes.push(pull.await);
+            }
+            outcomes
+        });
+        let elapsed = started.elapsed().as_secs_f64();
+        let reports = outcomes.into_iter().collect::<Result<Vec<_>, _>>()?;
+        for report in &reports {
+            let whole = report.failed.is_empty() && report.corrupt == 0;
+            ensure!(
+                whole && report.direct == direct,
+                "direct: {}, failed: {:?}",
+                report.direct,
+                report.failed
+            );
         }
-        outcomes
-    });
-    let elapsed = started.elapsed().as_secs_f64();
-    for outcome in outcomes {
-        let report = outcome?;
-        ensure!(report.failed.is_empty() && report.corrupt == 0, "{report:?}");
-        sent.extend(report.checksums);
-    }
+        Ok((reports, elapsed))
+    };
+    let (reports, elapsed) = all(false)?;
+    let sent: Vec<u64> = reports.into_iter().flat_map(|report| report.checksums).collect();
     // What lies in this GPU's memory now, against what the holder said of its own.
     let ids: Vec<u32> = (0..blocks).collect();
     let started = Instant::now();
@@ -162,12 +183,20 @@ fn pull(gib: u64) -> Result<()> {
         let is = memory.clone().read(first, Arc::new(()))?.concat();
         ensure!(is == content(is.len(), first + count - 1, 7), "block {first} does not hold what it should");
     }
+    let (reports, direct) = all(true)?;
+    for ((_, first, count), report) in pulls(blocks).zip(reports) {
+        let made = memory.checksums(&held(first, count)).context("this GPU makes no checksums")??;
+        ensure!(made == report.checksums, "checksums differ");
+        let is = memory.clone().read(first, Arc::new(()))?.concat();
+        ensure!(is == content(is.len(), first, 7), "block {first} does not hold what it should");
+    }
     let rate = |seconds: f64| bytes as f64 / seconds / 1e9;
     println!(
         "{}",
         json!({
             "bench": "gpu_transfer", "bytes": bytes, "blocks": blocks, "block_bytes": shape.block_bytes(),
             "seconds": elapsed, "gb_per_s": rate(elapsed), "checksums_equal": true,
+            "direct_seconds": direct, "direct_gb_per_s": rate(direct),
             "hold_checksum_gb_per_s": rate(checksum_s.parse()?), "verify_gb_per_s": rate(verify),
         })
     );

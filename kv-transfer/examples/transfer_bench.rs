@@ -3,8 +3,9 @@
 //! ```text
 //! cargo run --release -p baton-kv-transfer --example transfer_bench -- [--rounds N] [--out FILE]
 //! ```
-//! Prints a line per size and, at the end, one JSON line. "cold" is a first pull that has to connect; the others run
-//! on a connection that [`Endpoint::warm`] opened. A block has SmolLM2's 60 pieces of 12 KiB.
+//! Prints a line per size and, at the end, one JSON line. "cold" is a first pull that has to connect; the "warm" ones run
+//! on a connection that [`Endpoint::warm`] opened, and bytes of both travel by QUIC. "direct" is the way between engines of
+//! one host: from memory to memory. A block has SmolLM2's 60 pieces of 12 KiB.
 
 #![allow(clippy::print_stdout, reason = "a program that prints its results")]
 
@@ -139,9 +140,11 @@ fn pull(rounds: u32, out: Option<String>) -> Result<()> {
     Authority::new().write(dir.path(), &["holder", "puller"])?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let mut holder = Holder::start(&dir_name)?;
-    let puller = || -> Result<Endpoint> {
-        Ok(support::endpoint(identity(&dir_name, "puller")?, TableSource::new(1), Limits::default()))
+    let puller_of = |direct| -> Result<Endpoint> {
+        let limits = Limits { direct, ..Limits::default() };
+        Ok(support::endpoint(identity(&dir_name, "puller")?, TableSource::new(1), limits))
     };
+    let puller = || puller_of(false);
 
     let mut results = Vec::new();
     let cold = measure(&runtime, &mut holder, 0, 94, rounds.min(5), || puller().map(|new| (new, false)))?;
@@ -150,14 +153,21 @@ fn pull(rounds: u32, out: Option<String>) -> Result<()> {
     let kept = puller()?;
     let path = runtime.block_on(kept.warm(&holder.peer))?;
     println!("path: mtu {}, rtt {:?}", path.mtu, path.rtt);
+    let near = puller_of(true)?;
+    runtime.block_on(near.warm(&holder.peer))?;
     for (index, (name, _, sizes)) in SHAPES.iter().enumerate() {
         for blocks in *sizes {
             let rounds = if *blocks < 10 { rounds * 4 } else { rounds };
-            let warm = measure(&runtime, &mut holder, index, *blocks, rounds, || Ok((kept.clone(), true)))?;
-            print_line(name, &warm);
-            results.push(warm.json("warm", name));
+            for (kind, endpoint) in [("warm", &kept), ("direct", &near)] {
+                let went =
+                    measure(&runtime, &mut holder, index, *blocks, rounds, || Ok((endpoint.clone(), true)))?;
+                print_line(&format!("{kind}, {name}"), &went);
+                results.push(went.json(kind, name));
+            }
         }
     }
+    let stats = near.stats();
+    ensure!(stats.direct_bytes == stats.received_bytes && kept.stats().direct_bytes == 0, "{stats:?}");
     let line = json!({"bench": "transfer", "verify": true, "results": results}).to_string();
     println!("{line}");
     if let Some(out) = out {
@@ -203,7 +213,7 @@ impl Measured {
 
 fn print_line(name: &str, measured: &Measured) {
     println!(
-        "{name:<18} {:>4} blocks {:>8.2} MB  p50 {:>8.3} ms  p90 {:>8.3} ms  min {:>8.3} ms  {:>5.2} GB/s p50, {:.2} best, {:.2} CPU-s/GB",
+        "{name:<20} {:>4} blocks {:>8.2} MB  p50 {:>8.3} ms  p90 {:>8.3} ms  min {:>8.3} ms  {:>5.2} GB/s p50, {:.2} best, {:.2} CPU-s/GB",
         measured.blocks,
         measured.bytes as f64 / 1e6,
         measured.ms(0.5),

@@ -150,7 +150,7 @@ pub enum ErrorCode {
     Internal = 14,
     /// The peer sent nothing for too long.
     Stalled = 15,
-    /// The two agents are not on one host, or one of them shares no memory with the other.
+    /// Blocks cannot be copied from memory to memory: something stands between the agents, or the memory is not shared.
     Elsewhere = 16,
 }
 
@@ -308,9 +308,9 @@ pub enum Frame {
     Probe(Probe),
     /// Holder: zeroes follow.
     ProbeReply(ProbeReply),
-    /// Puller: is the holder on this host?
+    /// Puller: may blocks be copied from memory to memory?
     Near(Near),
-    /// Holder: it is.
+    /// Holder: where they may.
     NearReply(NearReply),
     /// Puller, on a Unix socket: who it is; a pull follows.
     Direct(Direct),
@@ -423,7 +423,6 @@ struct RawProbeReply {
 
 #[derive(Archive, Serialize, Deserialize)]
 struct RawNear {
-    host: [u8; 16],
     port: u16,
     zero: u16,
 }
@@ -565,7 +564,7 @@ impl Frame {
             Frame::ProbeReply(ProbeReply { bytes, mtu }) => {
                 archive!(PROBE_REPLY, RawProbeReply { bytes, mtu, zero: 0 })
             }
-            Frame::Near(Near { host, port }) => archive!(NEAR, RawNear { host, port, zero: 0 }),
+            Frame::Near(Near { port }) => archive!(NEAR, RawNear { port, zero: 0 }),
             Frame::NearReply(NearReply { name, token }) => archive!(NEAR_REPLY, RawNearReply { name, token }),
             Frame::Direct(Direct { token, purpose }) => {
                 archive!(DIRECT, RawDirect { token, purpose: u32::from(purpose == Purpose::Map) })
@@ -645,7 +644,7 @@ impl Frame {
             }
             NEAR => {
                 let raw = unarchive!(kind, RawNear, ArchivedRawNear, body);
-                Frame::Near(Near { host: raw.host, port: raw.port })
+                Frame::Near(Near { port: raw.port })
             }
             NEAR_REPLY => {
                 let raw = unarchive!(kind, RawNearReply, ArchivedRawNearReply, body);

@@ -81,6 +81,8 @@ async fn blocks_arrive_as_they_left_and_are_released() {
     let bytes = 4.0 * 5632.0;
     assert_eq!(metric(&d.agent, "baton_agent_received_bytes_total").await, bytes);
     assert_eq!(metric(&p.agent, "baton_agent_sent_bytes_total").await, bytes);
+    // Both engines are on this host.
+    assert_eq!(metric(&d.agent, "baton_agent_direct_bytes_total").await, bytes);
     assert_eq!(metric(&d.agent, "baton_agent_pulls_total{result=\"completed\",error=\"\"}").await, 1.0);
     // Once is once.
     d.engine.pull(0, 1, p.source(), 0, &to, 50).await;

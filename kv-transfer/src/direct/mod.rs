@@ -1,13 +1,13 @@
 //! The direct way: blocks between engines of one host are copied from memory to memory, and do not travel.
 //!
 //! # Who is near
-//! An agent that has connected to another asks it over that connection ([`Frame::Near`]), by the name of its host and
-//! network namespace and the port it has dialled. Where these are the other's own, the answer names an abstract Unix
-//! socket, and a token that admits to it for as long as the connection lives. So whoever comes by the socket has shown
-//! on a QUIC connection, with mutual TLS, that it is an agent of the fleet, and who answers there is the agent whose
-//! certificate was asked for. Both sides of the socket see to it besides that the other is a process of the same user:
-//! one that could look into their memory in any case. A port that is not the holder's own means that something between
-//! the two is meant to see what passes: then they are not near.
+//! An agent that has connected to another asks it over that connection ([`Frame::Near`]). The answer names an abstract
+//! Unix socket, which only processes of the same host and network namespace can reach, and a token that admits to it for
+//! as long as the connection lives. So whoever comes by the socket has shown on a QUIC connection, with mutual TLS, that
+//! it is an agent of the fleet, and who answers there is the agent whose certificate was asked for. Both sides of the
+//! socket see to it besides that the other is a process of the same user: one that could look into their memory in any
+//! case. The question tells the port that was dialled: where it is not the holder's own, something between the two is
+//! meant to see what passes, and there is no direct way.
 //!
 //! # What is given away
 //! A *map* connection gives the puller what it needs to read the memory in which a held block lies: descriptors that
@@ -46,7 +46,7 @@ mod tests;
 use std::time::Duration;
 
 pub(crate) use mappings::Mappings;
-pub(crate) use near::{Link, Ticket, Tickets, answer, ask, host};
+pub(crate) use near::{Link, Ticket, Tickets, answer, ask};
 pub(crate) use pull::{Failed, attempt};
 pub(crate) use serve::accept;
 pub(crate) use socket::listen;

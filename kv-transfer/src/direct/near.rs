@@ -1,4 +1,4 @@
-//! Finding out whether a peer is on this host.
+//! Finding out whether a peer is on this host: whether its socket can be reached.
 
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -8,18 +8,9 @@ use baton_proto::wire::{ErrorCode, Frame, Near, NearReply};
 use quinn::{Connection, SendStream};
 use ring::rand::{SecureRandom, SystemRandom};
 use tokio::time::timeout;
-use xxhash_rust::xxh3::xxh3_128;
 
-use super::{PATIENCE, PAUSE};
+use super::{PATIENCE, PAUSE, socket};
 use crate::quic::Shared;
-
-/// Names this host's kernel and network namespace, in which abstract sockets live; `None` where the system does not
-/// tell.
-pub(crate) fn host() -> Option<[u8; 16]> {
-    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
-    let network = std::fs::read_link("/proc/self/ns/net").ok()?;
-    Some(xxh3_128(format!("{} {}", boot.trim(), network.display()).as_bytes()).to_le_bytes())
-}
 
 /// 128 random bits.
 fn random() -> Option<[u8; 16]> {
@@ -30,7 +21,6 @@ fn random() -> Option<[u8; 16]> {
 
 /// Who may come by the socket of this endpoint.
 pub(crate) struct Tickets {
-    host: [u8; 16],
     /// Names the socket.
     pub(crate) name: [u8; 16],
     /// One for each connection that is open; it bounds them.
@@ -39,8 +29,8 @@ pub(crate) struct Tickets {
 
 impl Tickets {
     /// None yet.
-    pub(crate) fn new(host: [u8; 16]) -> Option<Arc<Self>> {
-        Some(Arc::new(Self { host, name: random()?, tokens: Mutex::default() }))
+    pub(crate) fn new() -> Option<Arc<Self>> {
+        Some(Arc::new(Self { name: random()?, tokens: Mutex::default() }))
     }
 
     /// For a connection that was accepted, as long as it is open.
@@ -70,8 +60,7 @@ impl Drop for Ticket {
 /// The holder's side.
 pub(crate) async fn answer(shared: &Shared, ticket: Option<&Ticket>, asked: Near, send: &mut SendStream) {
     let own_port = shared.quic.local_addr().is_ok_and(|own| own.port() == asked.port);
-    let near = ticket.filter(|ticket| own_port && asked.host == ticket.tickets.host);
-    let reply = match near {
+    let reply = match ticket.filter(|_| own_port) {
         Some(Ticket { tickets, token }) => Frame::NearReply(NearReply { name: tickets.name, token: *token }),
         None => Frame::Refused(ErrorCode::Elsewhere.into()),
     };
@@ -101,19 +90,21 @@ impl Link {
     }
 }
 
-/// Asks on a new connection, where `host` is this one's.
-pub(crate) async fn ask(connection: Connection, host: Option<[u8; 16]>) -> Link {
-    let near = match host {
-        Some(host) => timeout(PATIENCE, reply(&connection, host)).await.ok().flatten(),
-        None => None,
+/// Asks on a new connection, unless this endpoint does without.
+pub(crate) async fn ask(connection: Connection, direct: bool) -> Link {
+    let near = match direct {
+        true => timeout(PATIENCE, reply(&connection)).await.ok().flatten(),
+        false => None,
     };
+    // What cannot be reached is on another host, or in another network namespace.
+    let near = near.filter(|near| socket::connect(&near.name).is_ok());
     Link { connection, near, paused: Arc::default() }
 }
 
-async fn reply(connection: &Connection, host: [u8; 16]) -> Option<NearReply> {
+async fn reply(connection: &Connection) -> Option<NearReply> {
     let (mut send, mut recv) = connection.open_bi().await.ok()?;
     let port = connection.remote_address().port();
-    send.write_all(Frame::Near(Near { host, port }).encode().as_ref()).await.ok()?;
+    send.write_all(Frame::Near(Near { port }).encode().as_ref()).await.ok()?;
     let _ = send.finish();
     let bytes = recv.read_to_end(256).await.ok()?;
     match Frame::decode(&bytes) {

@@ -25,10 +25,14 @@ const LOOK: Duration = Duration::from_millis(5);
 /// A puller that does not let go of blocks for so long is worth a line in the log.
 const SLOW: Duration = Duration::from_secs(10);
 
-/// Accepts connections of agents on this host.
+/// Accepts connections of agents on this host, until the endpoint closes.
 pub(crate) async fn accept(shared: Arc<Shared>, tickets: Arc<Tickets>, listener: UnixListener) {
     loop {
-        let stream = match listener.accept().await {
+        let accepted = tokio::select! {
+            () = shared.closing.cancelled() => return,
+            accepted = listener.accept() => accepted,
+        };
+        let stream = match accepted {
             Ok((stream, _)) => stream,
             Err(error) => {
                 tracing::warn!(%error, "socket for agents of this host");

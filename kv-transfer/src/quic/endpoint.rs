@@ -98,10 +98,8 @@ impl Endpoint {
             .map_err(socket_error)?
         };
         let local_addr = quic.local_addr().map_err(socket_error)?;
-        let host = if limits.direct { direct::host() } else { None };
-        let near = host.and_then(|host| {
+        let near = limits.direct.then(Tickets::new).flatten().and_then(|tickets| {
             let _inside = runtime.enter();
-            let tickets = Tickets::new(host)?;
             let listener = direct::listen(&tickets.name);
             let listener = listener.inspect_err(
                 |error| tracing::warn!(%error, "no socket for agents of this host: blocks travel by QUIC"),
@@ -109,7 +107,7 @@ impl Endpoint {
             Some((tickets, listener.ok()?))
         });
         let shared = Arc::new(Shared {
-            peers: Peers::new(quic.clone(), client_tls, limits.clone(), host),
+            peers: Peers::new(quic.clone(), client_tls, limits.clone()),
             quic,
             source,
             server_tls,
@@ -188,7 +186,8 @@ impl Endpoint {
         }
     }
 
-    /// Closes all connections and waits, at most a second, until the peers were told. Pulls in both directions end.
+    /// Closes all connections and waits, at most a second, until the peers were told, and at most another until nothing of
+    /// the endpoint runs any more. Pulls in both directions end. The port is free when the last clone is dropped then.
     pub async fn close(&self) {
         self.running.shared.closing.cancel();
         let quic = self.running.shared.quic.clone();
@@ -196,6 +195,12 @@ impl Endpoint {
         let farewell =
             self.running.handle.spawn(async move { tokio::time::timeout(FAREWELL, quic.wait_idle()).await });
         let _ = farewell.await;
+        let runtime = self.running.runtime.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(runtime) = runtime {
+            // Tasks hold the socket too.
+            let ended = tokio::task::spawn_blocking(move || runtime.shutdown_timeout(FAREWELL));
+            let _ = ended.await;
+        }
     }
 }
 

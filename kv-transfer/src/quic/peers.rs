@@ -19,8 +19,6 @@ pub(crate) struct Peers {
     quic: quinn::Endpoint,
     tls: Arc<QuicClientConfig>,
     limits: Limits,
-    /// Names this host, where the direct way is open.
-    host: Option<[u8; 16]>,
     slots: Mutex<HashMap<Peer, Slot>>,
 }
 
@@ -28,13 +26,8 @@ pub(crate) struct Peers {
 type Slot = Arc<tokio::sync::Mutex<Option<Link>>>;
 
 impl Peers {
-    pub(super) fn new(
-        quic: quinn::Endpoint,
-        tls: Arc<QuicClientConfig>,
-        limits: Limits,
-        host: Option<[u8; 16]>,
-    ) -> Self {
-        Self { quic, tls, limits, host, slots: Mutex::default() }
+    pub(super) fn new(quic: quinn::Endpoint, tls: Arc<QuicClientConfig>, limits: Limits) -> Self {
+        Self { quic, tls, limits, slots: Mutex::default() }
     }
 
     /// The connection to a peer, and whether it was there before.
@@ -57,7 +50,7 @@ impl Peers {
         *slot = None;
         match tokio::time::timeout(CONNECT, self.connect(peer)).await {
             Ok(Ok(connection)) => {
-                let link = direct::ask(connection, self.host).await;
+                let link = direct::ask(connection, self.limits.direct).await;
                 *slot = Some(link.clone());
                 Ok((link, false))
             }

@@ -5,20 +5,18 @@ use serde::{Deserialize, Serialize};
 
 use crate::connector::Piece;
 
-/// Asks whether the two agents are on one host.
+/// Asks for the direct way, which is open where the two agents are on one host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Near {
-    /// Names the puller's host and network namespace.
-    pub host: [u8; 16],
     /// The UDP port that the puller has dialled: where it is not the holder's own, something between the two is meant to
     /// see what passes.
     pub port: u16,
 }
 
-/// They are.
+/// Where it begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NearReply {
-    /// Names the holder's abstract Unix socket.
+    /// Names the holder's abstract Unix socket, which its own host alone can reach.
     pub name: [u8; 16],
     /// Admits the puller there, for as long as the connection lives that carries this frame.
     pub token: [u8; 16],

@@ -27,7 +27,7 @@ fn every_kind() -> Vec<Frame> {
         Frame::Finish(None),
         Frame::Probe(Probe { bytes: 5 }),
         Frame::ProbeReply(ProbeReply { bytes: 6, mtu: 65_507 }),
-        Frame::Near(Near { host: [1; 16], port: 7420 }),
+        Frame::Near(Near { port: 7420 }),
         Frame::NearReply(NearReply { name: [2; 16], token: [3; 16] }),
         Frame::Direct(Direct { token: [4; 16], purpose: Purpose::Copy }),
         Frame::Direct(Direct { token: [5; 16], purpose: Purpose::Map }),

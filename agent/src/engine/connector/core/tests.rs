@@ -246,6 +246,7 @@ fn report(bytes: u64, failed: Vec<usize>) -> PullReport {
         corrupt: 2 * failed.len() as u32,
         failed,
         checksums: vec![],
+        direct: false,
     }
 }
 
