@@ -2,8 +2,9 @@
 //!
 //! The holder's agent gives its mapping away to be *read*: descriptors that are open for reading only, or a GPU's IPC
 //! handles. What a reader may rely on is what an agent relies on with its own engine's memory (see [`crate::memory`]):
-//! held blocks do not change, and where they do all the same, the bytes are wrong and a checksum says so. Nothing keeps
-//! the holder from releasing a block below a copy but the word that it is under way: see `baton_kv_transfer::direct`.
+//! held blocks do not change, and where they do all the same, the bytes are wrong and a checksum says so; a file that is
+//! truncated below its mapped length ends this process by SIGBUS. Nothing keeps the holder from releasing a block below a
+//! copy but the word that it is under way: see `baton_kv_transfer::direct`.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};

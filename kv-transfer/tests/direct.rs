@@ -119,6 +119,7 @@ async fn refusals_carry_their_code() {
     }
     // The memory is known by now, and the checks are made all the same.
     assert!(two.puller.pull(good.clone(), two.ours.clone(), vec![0, 1]).await.unwrap().direct);
+    two.source.released().await;
     let again = two.puller.pull(good, two.ours.clone(), vec![0, 1]).await;
     assert_eq!(again, Err(PullError::Refused(ErrorCode::Released.into())));
 }

@@ -3,14 +3,13 @@
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::linux::net::SocketAddrExt;
-use std::os::unix::net::{SocketAddr, UnixListener as StdListener, UnixStream as StdStream};
+use std::os::unix::net::{UnixListener as StdListener, UnixStream as StdStream};
 
 use baton_kernels::{MAX_SHARED_FILES, Shared};
 use baton_proto::wire::{Frame, SharedMemory, WireError};
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType, recvmsg, sendmsg, socket_with,
 };
 use tokio::io::{AsyncWriteExt, Interest};
 use tokio::net::{UnixListener, UnixStream};
@@ -18,23 +17,32 @@ use tokio::net::{UnixListener, UnixStream};
 /// Longest description of a memory: some thousand pieces and allocations.
 const MAX_DESCRIPTION: usize = 1 << 20;
 
-fn address(name: &[u8; 16]) -> io::Result<SocketAddr> {
-    SocketAddr::from_abstract_name(format!("baton-kv-{:032x}", u128::from_be_bytes(*name)))
+/// Connections that may wait to be accepted.
+const BACKLOG: i32 = 256;
+
+fn address(name: &[u8; 16]) -> io::Result<SocketAddrUnix> {
+    let name = format!("baton-kv-{:032x}", u128::from_be_bytes(*name));
+    Ok(SocketAddrUnix::new_abstract_name(name.as_bytes())?)
+}
+
+fn socket() -> io::Result<OwnedFd> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    Ok(socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?)
 }
 
 /// Listens on the abstract socket of this name. Must be called within the runtime that is to drive it.
 pub(crate) fn listen(name: &[u8; 16]) -> io::Result<UnixListener> {
-    let listener = StdListener::bind_addr(&address(name)?)?;
-    listener.set_nonblocking(true)?;
-    UnixListener::from_std(listener)
+    let socket = socket()?;
+    rustix::net::bind(&socket, &address(name)?)?;
+    rustix::net::listen(&socket, BACKLOG)?;
+    UnixListener::from_std(StdListener::from(socket))
 }
 
-/// Connects, and sees to it that a process of the same user listens.
+/// Connects, and sees to it that a process of the same user listens. Does not wait: where too many do already, it fails.
 pub(super) fn connect(name: &[u8; 16]) -> io::Result<UnixStream> {
-    // Between processes of one host connecting does not wait, but for a full backlog.
-    let stream = StdStream::connect_addr(&address(name)?)?;
-    stream.set_nonblocking(true)?;
-    let stream = UnixStream::from_std(stream)?;
+    let socket = socket()?;
+    rustix::net::connect(&socket, &address(name)?)?;
+    let stream = UnixStream::from_std(StdStream::from(socket))?;
     same_user(&stream)?;
     Ok(stream)
 }
@@ -101,6 +109,9 @@ pub(super) async fn take(stream: &UnixStream) -> Result<Shared, NotGiven> {
                 let memory: SharedMemory = rmp_serde::from_slice(body).map_err(io::Error::other)?;
                 return Ok(Shared { memory, files });
             }
+        }
+        if files.len() > MAX_SHARED_FILES {
+            return Err(unreadable().into());
         }
         if read == 0 {
             return Err(NotGiven::Failed(io::ErrorKind::UnexpectedEof.into()));
