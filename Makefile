@@ -55,7 +55,7 @@ bench-overhead: setup ## what tokenising and proxying add to TTFT
 	$(CARGO) build --release -p baton-bench-overhead -p baton-coordinator -p baton-agent -p baton-mock-engine
 	target/release/baton-bench-overhead $(json)
 
-bench-transfer: setup ## block transfer between two processes on loopback
+bench-transfer: setup ## block transfer between two processes of one host: over loopback QUIC, and from memory to memory
 	$(CARGO) run --release -p baton-kv-transfer --example transfer_bench
 
 bench-placement: setup ## how long a placement decision takes; TRACE=file: how it spreads a trace
