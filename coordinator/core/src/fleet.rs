@@ -8,6 +8,7 @@ use std::sync::{Arc, OnceLock};
 use baton_proto::{EngineId, Epoch};
 use serde::{Deserialize, Serialize};
 
+use crate::cost::EXPECTED_OUTPUT_TOKENS;
 use crate::kv_index::Slot;
 use crate::links::Links;
 use crate::load::EngineLoad;
@@ -82,6 +83,8 @@ pub struct Engine {
     pub foreign_running: u32,
     /// The share of its time that it spends on prefills ([`crate::load::PrefillShare`]), 0 where not known.
     pub prefill_share: f64,
+    /// Tokens of the answers that it gave, on average; `None` where it gave none yet.
+    pub answer_tokens: Option<f64>,
 }
 
 impl Engine {
@@ -97,6 +100,8 @@ pub(crate) struct Hot {
     pub(crate) speed: Speed,
     pub(crate) block_bytes: u64,
     pub(crate) prefill_share: f64,
+    /// Tokens of an answer, on average over the engines of its model.
+    pub(crate) answer_tokens: f64,
     pub(crate) slot: Slot,
     pub(crate) block_size: u32,
     pub(crate) foreign_waiting: u32,
@@ -138,7 +143,8 @@ impl Fleet {
         let mut layouts: Vec<&str> = engines.iter().map(|engine| engine.info.layout.as_str()).collect();
         layouts.sort_unstable();
         layouts.dedup();
-        let hot: Vec<Hot> = engines.iter().map(|engine| hot(engine, &layouts)).collect();
+        let answers = answer_tokens(&engines);
+        let hot: Vec<Hot> = engines.iter().map(|engine| hot(engine, &layouts, &answers)).collect();
         let mut exchanges: Vec<u32> = hot.iter().filter_map(|hot| hot.exchange).collect();
         exchanges.sort_unstable();
         exchanges.dedup();
@@ -240,13 +246,29 @@ impl Fleet {
     }
 }
 
-fn hot(engine: &Engine, layouts: &[&str]) -> Hot {
+/// By model, in order: tokens of an answer, on average over the engines that gave any.
+fn answer_tokens(engines: &[Engine]) -> Vec<(&str, f64)> {
+    let known = engines.iter().filter_map(|engine| {
+        let tokens = engine.answer_tokens.filter(|tokens| tokens.is_finite())?;
+        Some((engine.info.models.first()?.as_str(), tokens.max(1.0)))
+    });
+    let mut known: Vec<(&str, f64)> = known.collect();
+    // Engines are in order of their names, so sums are made in one order whatever theirs was.
+    known.sort_by(|a, b| a.0.cmp(b.0));
+    let mean = |of: &[(&str, f64)]| of.iter().map(|entry| entry.1).sum::<f64>() / of.len() as f64;
+    known.chunk_by(|a, b| a.0 == b.0).map(|of| (of[0].0, mean(of))).collect()
+}
+
+fn hot(engine: &Engine, layouts: &[&str], answers: &[(&str, f64)]) -> Hot {
     let info = &engine.info;
+    let model = info.models.first().map_or("", String::as_str);
+    let answers = answers.binary_search_by(|entry| entry.0.cmp(model)).map(|at| answers[at].1);
     let layout = layouts.binary_search(&info.layout.as_str()).ok().map(|at| at as u32);
     Hot {
         speed: engine.speed,
         block_bytes: info.block_bytes,
         prefill_share: engine.prefill_share.clamp(0.0, crate::load::PrefillShare::MOST),
+        answer_tokens: answers.unwrap_or(EXPECTED_OUTPUT_TOKENS),
         slot: info.slot,
         block_size: info.block_size.max(1),
         foreign_waiting: engine.foreign_waiting,

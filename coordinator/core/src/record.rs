@@ -19,7 +19,7 @@ use crate::placement::{self, Decider, Decision, Policy, Request};
 use crate::speed::Speed;
 
 /// The form of records.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 /// Slots of recorded engines are below this, so that a broken record does not make a huge table.
 const MOST_SLOTS: u32 = 1 << 20;
 
@@ -101,6 +101,7 @@ pub struct RecordedEngine {
     pub foreign_waiting: u32,
     pub foreign_running: u32,
     pub prefill_share: f64,
+    pub answer_tokens: Option<f64>,
     pub reserved: Reserved,
 }
 
@@ -308,6 +309,7 @@ impl Inputs {
             foreign_waiting: of.foreign_waiting,
             foreign_running: of.foreign_running,
             prefill_share: of.prefill_share,
+            answer_tokens: of.answer_tokens,
         };
         let known = self
             .links
@@ -501,6 +503,7 @@ impl Kept {
                 foreign_waiting: engine.foreign_waiting,
                 foreign_running: engine.foreign_running,
                 prefill_share: engine.prefill_share,
+                answer_tokens: engine.answer_tokens,
                 reserved,
             }
         };

@@ -29,6 +29,9 @@ pub const CHUNK_TOKENS: u64 = 2048;
 /// A stream of fewer tokens after its first says little about a decode step.
 const LEAST_DECODE_TOKENS: u64 = 4;
 
+/// Weight of an answer's length in the mean of all, once there are many.
+const ANSWER_WEIGHT: f64 = 1.0 / 64.0;
+
 /// An engine's speed, as one decision uses it: the coefficients of the module's formulas, in seconds.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -104,11 +107,13 @@ pub struct DecodeSample {
     pub context_tokens: f64,
 }
 
-/// Learns an engine's speed.
+/// Learns an engine's speed, and how long its answers are.
 #[derive(Clone, Debug)]
 pub struct SpeedEstimate {
     prefill: Regression,
     decode: Regression,
+    /// Tokens on average, and how many answers.
+    answers: (f64, u32),
 }
 
 impl Default for SpeedEstimate {
@@ -116,6 +121,7 @@ impl Default for SpeedEstimate {
         Self {
             prefill: Regression::new([PRIOR.request_seconds, PRIOR.token_seconds, PRIOR.attention_seconds]),
             decode: Regression::new([PRIOR.step_seconds, PRIOR.sequence_seconds, PRIOR.context_seconds]),
+            answers: (0.0, 0),
         }
     }
 }
@@ -133,14 +139,24 @@ impl SpeedEstimate {
         self.prefill.observe(prefill_features(sample.new, sample.cached), seconds);
     }
 
-    /// Learns from a stream. One of fewer than four tokens teaches nothing.
+    /// Learns from a stream. One of fewer than four tokens says nothing about speed.
     pub fn observe_decode(&mut self, sample: &DecodeSample) {
+        let (mean, seen) = &mut self.answers;
+        // The first ones weigh as in a plain mean.
+        let weight = ANSWER_WEIGHT.max(1.0 / (f64::from(*seen) + 1.0));
+        *mean += weight * ((sample.tokens + 1) as f64 - *mean);
+        *seen = seen.saturating_add(1);
         if sample.tokens < LEAST_DECODE_TOKENS {
             return;
         }
         let seconds = (sample.seconds - sample.stalled_seconds.max(0.0)).max(sample.seconds / 2.0);
         let features = [1.0, sample.sequences.max(1.0), sample.context_tokens.max(0.0)];
         self.decode.observe(features, seconds / sample.tokens as f64);
+    }
+
+    /// Tokens of an answer, on average; `None` before the first.
+    pub fn answer_tokens(&self) -> Option<f64> {
+        (self.answers.1 > 0).then_some(self.answers.0)
     }
 
     /// The estimates; what was never measured has the prior's shape.

@@ -144,11 +144,16 @@ impl Entry {
     /// The engine as a decision sees it.
     pub fn snapshot(&self, now: Instant) -> Engine {
         let live = self.live();
+        let (speed, answer_tokens) = {
+            let estimate = self.speed.lock().expect(POISON);
+            (estimate.speed(), estimate.answer_tokens())
+        };
         Engine {
             info: live.info.clone(),
             healthy: live.healthy && live.suspect_until.is_none_or(|until| until <= now),
             can_transfer: live.registration.message.can_transfer && live.session.is_some(),
-            speed: self.speed.lock().expect(POISON).speed(),
+            speed,
+            answer_tokens,
             load: self.load.clone(),
             foreign_waiting: live.foreign_waiting,
             foreign_running: live.foreign_running,

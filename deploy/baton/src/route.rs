@@ -76,6 +76,7 @@ mod tests {
             foreign_waiting: n,
             foreign_running: 3 * n,
             prefill_share: 0.1,
+            answer_tokens: Some(200.0),
         }
     }
 

@@ -201,6 +201,7 @@ impl Production {
             foreign_waiting: member.foreign_waiting,
             foreign_running: member.foreign_running,
             prefill_share: member.prefill_share,
+            answer_tokens: member.estimate.answer_tokens(),
         };
         let engines = self.members.iter().map(engine).collect();
         self.fleet = self.fleet.renewed(engines, self.links.clone());

@@ -34,7 +34,7 @@ fn every_policy_serves_everyone_and_the_same_way_twice() {
 fn it_finds_what_engines_hold() {
     let adaptive = report(&fleet(), "adaptive", Speeds::Known, 1.0);
     let blind = report(&fleet(), "round_robin", Speeds::Known, 1.0);
-    assert!(adaptive.hit_rate > blind.hit_rate + 0.15, "{} {}", adaptive.hit_rate, blind.hit_rate);
+    assert!(adaptive.hit_rate > blind.hit_rate + 0.1, "{} {}", adaptive.hit_rate, blind.hit_rate);
     assert!(adaptive.ttft_ms.mean < blind.ttft_ms.mean, "{} {}", adaptive.ttft_ms.mean, blind.ttft_ms.mean);
 }
 

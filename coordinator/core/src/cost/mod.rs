@@ -1,11 +1,12 @@
 //! Predicted seconds of one way to serve a request, term by term.
 //!
 //! A term is a duration that somebody waits: the request itself, sequences that it holds up, or requests to come. Their sum is what a
-//! placement adds to the fleet's waiting, in seconds. No term is a weight, but `second_copy` rests on two numbers that are assumed.
+//! placement adds to the fleet's waiting, in seconds. No term is a weight, but `second_copy` rests on two numbers that are assumed, and
+//! `slo_risk` on one.
 //!
 //! # Formulas
 //! With `n` tokens to compute after `p` cached ones, `B` sequences with `Σctx` tokens of context on an engine, `T` tokens of output that are
-//! expected, and the coefficients of [`crate::speed`]:
+//! expected (what answers have on average, but no more than the request may generate), and the coefficients of [`crate::speed`]:
 //!
 //! | term | seconds | who waits |
 //! |---|---|---|
@@ -20,6 +21,7 @@
 //! | `decode` | `(T-1) · (d + e·(B+1) + f·(Σctx+ctx)) / (1-share)`, `share` of the engine's time going to prefills | it |
 //! | `decode_batch` | `B · (T-1) · (e + f·ctx)`: what one more sequence adds to each step of the others | others |
 //! | `second_copy` | [`SHARERS`]` · (prefill - prefill after P)`, at most [`MOST_SECOND_COPY_SECONDS`]; `P` are the most prompt tokens that an engine holds which may take part; nothing where they are pulled | those to come |
+//! | `slo_risk` | `promise · (risk(ttft) + risk(itl), at most 1, + B · what it adds to risk(itl) of the others)`; see below | it, others |
 //!
 //! That a step that mixes prefill and decode costs about the sum of its parts, and that chunked prefill stalls every decoding
 //! sequence, is how Sarathi-Serve (Agrawal et al., OSDI 2024) describes it, and DistServe (Zhong et al., OSDI 2024) why splitting helps. Time to
@@ -37,10 +39,16 @@
 //! run at once, and the transfer comes behind both. What one token at the source costs the sequences there is not counted.
 //!
 //! # Both SLOs
+//! A request that misses an SLO has waited in vain for what was promised to it: `promise = ttft + T·itl` seconds, of its SLOs. A plan
+//! is charged that for every request that is likely to miss because of it, times how likely that is. What is predicted may turn out
+//! up to [`SPREAD`] of the SLO higher or lower; so `risk` is 0 below `1 - SPREAD` of the SLO, 1 above `1 + SPREAD` of it, and linear between.
+//! Where a miss is certain on any way, it is charged on any way, and the other terms decide.
+//!
 //! The time to first token is the sum of the request's own terms up to it. The inter-token latency (ITL) is a mean over the output:
-//! the request's own is `decode / (T-1)`; that of sequences that decode where it is prefilled is their step plus the queued prefills
-//! and its own, spread over [`EXPECTED_OUTPUT_TOKENS`]. [`Priced::late_seconds`] sums by how much both are missed, for the request and for the
-//! sequences beside it.
+//! `decode / (T-1)`, and the prompts that are queued on the engine spread over `T`. For those that decode there already these are all that
+//! are queued, before and with the request's own; for a handoff's, all that are queued on its decode engine; for a request whose
+//! prompt is computed on the same engine, those that come behind it while it waits, `share` of its queue. [`Priced::late_seconds`] says
+//! by how much the request itself is predicted to miss.
 
 mod pricing;
 
@@ -48,8 +56,11 @@ use serde::{Deserialize, Serialize};
 
 pub(crate) use self::pricing::{DecodeSums, Fetch, Key, PrefillSums, Pricing, Sender};
 
-/// Output assumed of a request that does not say how long it may become, and the most that is charged for.
-pub const EXPECTED_OUTPUT_TOKENS: u64 = 128;
+/// Output assumed of a request where no answer of its model was seen yet.
+pub const EXPECTED_OUTPUT_TOKENS: f64 = 128.0;
+
+/// What a predicted TTFT or ITL may be off by, as a part of the SLO. An assumption.
+pub const SPREAD: f64 = 0.25;
 
 /// Sequences that share an engine's time where a fleet is busy: each of them waits for a second that it loses. An assumption: on
 /// the Mooncake conversation trace it keeps the hit rate of ten engines within a point of one common cache's, and 4 does not.
@@ -86,11 +97,13 @@ pub enum Term {
     DecodeBatch,
     /// What it takes from those to come that blocks which another engine holds are on this one too.
     SecondCopy,
+    /// What was promised to it and to the sequences beside it, times how likely it is missed because of this plan.
+    SloRisk,
 }
 
 impl Term {
     /// All terms, in the order in which they happen to a handoff; a pull's transfer comes before its prefill.
-    pub const ALL: [Term; 12] = [
+    pub const ALL: [Term; 13] = [
         Term::QueueWait,
         Term::Hold,
         Term::MixedSteps,
@@ -103,6 +116,7 @@ impl Term {
         Term::Decode,
         Term::DecodeBatch,
         Term::SecondCopy,
+        Term::SloRisk,
     ];
 
     /// Its name in explanations.
@@ -120,6 +134,7 @@ impl Term {
             Term::Decode => "decode",
             Term::DecodeBatch => "decode_batch",
             Term::SecondCopy => "second_copy",
+            Term::SloRisk => "slo_risk",
         }
     }
 }
@@ -242,8 +257,7 @@ pub struct Priced {
     pub ttft_seconds: f64,
     /// Predicted mean time between its tokens.
     pub itl_seconds: f64,
-    /// By how much the SLOs are missed, summed over the request's wait for its first token, its other tokens, and those of
-    /// the sequences beside it. 0 where they are met, or not set.
+    /// By how much it is predicted to miss its SLOs: its first token, and all others together. 0 where it meets them, or has none.
     pub late_seconds: f64,
     /// Prompt tokens that the prefill engine holds already, or pulls.
     pub hit_tokens: u64,

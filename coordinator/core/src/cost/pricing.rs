@@ -3,7 +3,7 @@
 //! What a plan costs is the sum of what depends on the prefill engine alone, on the decode engine alone, and on the link
 //! between them. Each part is computed once for an engine, whatever the number of plans it is in.
 
-use super::{EXPECTED_OUTPUT_TOKENS, MOST_SECOND_COPY_SECONDS, Plan, Priced, SHARERS, Slo, Term, Terms};
+use super::{MOST_SECOND_COPY_SECONDS, Plan, Priced, SHARERS, SPREAD, Slo, Term, Terms};
 use crate::fleet::{Fleet, Hot};
 use crate::links::{Queued, TransferSeconds};
 use crate::load::{Loads, Reserved};
@@ -19,6 +19,8 @@ pub(crate) struct PrefillCost {
     pub(crate) mixed: f64,
     pub(crate) stall: f64,
     pub(crate) second_copy: f64,
+    /// Of those that decode there.
+    pub(crate) slo_risk: f64,
     pub(crate) sums: PrefillSums,
 }
 
@@ -28,10 +30,8 @@ pub(crate) struct PrefillSums {
     pub(crate) prefill: f64,
     /// The request's own: `queue + mixed + prefill`.
     pub(crate) own: f64,
-    /// All: `own + stall + second_copy`.
+    /// All: `own + stall + second_copy + slo_risk`.
     pub(crate) seconds: f64,
-    /// By how much the sequences that decode there miss their ITL, summed over them.
-    pub(crate) late: f64,
 }
 
 /// What a pull adds before the prefill, in seconds.
@@ -55,20 +55,24 @@ pub(crate) struct DecodeCost {
     pub(crate) decode: f64,
     pub(crate) batch: f64,
     pub(crate) itl: f64,
+    /// Of those that decode there.
+    pub(crate) slo_risk: f64,
     pub(crate) sums: DecodeSums,
 }
 
 /// As much of it as plans are compared by.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct DecodeSums {
-    /// Of any plan: `decode + batch`.
+    /// Of any plan: `decode + batch + slo_risk`.
     pub(crate) seconds: f64,
     /// Of a handoff: to the first token, without the transfer.
     pub(crate) handoff_own: f64,
     /// Of a handoff: all, without the transfer.
     pub(crate) handoff_seconds: f64,
-    /// By how much the request and the sequences beside it miss their ITL, summed over them.
-    pub(crate) late: f64,
+    /// How likely its ITL is missed: where the engine computes its prompt too.
+    pub(crate) itl_risk: f64,
+    /// The same, of a handoff.
+    pub(crate) handoff_itl_risk: f64,
 }
 
 /// What its end of the links makes of handoffs from an engine, waiting included.
@@ -87,10 +91,9 @@ impl Sender {
     }
 }
 
-/// By what plans compare: those that meet the SLOs first; then all seconds, those that SLOs are missed by among them.
+/// By what plans compare.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Key {
-    pub(crate) late: f64,
     pub(crate) seconds: f64,
     /// To the first token.
     pub(crate) ttft: f64,
@@ -98,8 +101,7 @@ pub(crate) struct Key {
 
 impl Key {
     pub(crate) fn order(&self, other: &Key) -> std::cmp::Ordering {
-        let missed = (self.late > 0.0).cmp(&(other.late > 0.0));
-        missed.then((self.late + self.seconds).total_cmp(&(other.late + other.seconds)))
+        self.seconds.total_cmp(&other.seconds)
     }
 }
 
@@ -111,8 +113,13 @@ pub(crate) struct Pricing<'a> {
     /// Leading blocks that each engine of the fleet holds.
     pub(crate) held: &'a [u32],
     pub(crate) prompt_tokens: u64,
-    pub(crate) output_tokens: u64,
+    /// How long answers of the model are.
+    answer_tokens: f64,
+    /// How long this one will be: as others, but no longer than it may.
+    output_tokens: f64,
     pub(crate) slo: Slo,
+    /// What is promised to a request, in seconds.
+    pub(crate) promised: f64,
     /// The most prompt tokens that an engine holds which may take part.
     pub(crate) longest_hit: u64,
     /// Of the block size of the fleet's first engine, which most fleets have everywhere.
@@ -138,28 +145,37 @@ impl Blocks {
 }
 
 impl<'a> Pricing<'a> {
-    /// Of a request with this many tokens, of which no engine is known to hold any.
+    /// Of a request with this many tokens, of which no engine is known to hold any. It may generate `max_tokens`, and answers have
+    /// `answer_tokens` on average.
     pub(crate) fn new(
         fleet: &'a Fleet,
         loads: &'a Loads,
         held: &'a [u32],
         prompt_tokens: u64,
-        output_tokens: u64,
+        (answer_tokens, max_tokens): (f64, Option<u64>),
         slo: Slo,
     ) -> Self {
         let blocks = Blocks::of(prompt_tokens, fleet.hot().first().map_or(1, |hot| hot.block_size));
-        Self { fleet, loads, held, prompt_tokens, output_tokens, slo, longest_hit: 0, blocks }
+        let output_tokens = max_tokens.map_or(answer_tokens, |most| answer_tokens.min(most as f64)).max(1.0);
+        let promised = slo.ttft_seconds.unwrap_or(0.0) + answer_tokens * slo.itl_seconds.unwrap_or(0.0);
+        Self {
+            fleet,
+            loads,
+            held,
+            prompt_tokens,
+            answer_tokens,
+            output_tokens,
+            slo,
+            promised,
+            longest_hit: 0,
+            blocks,
+        }
     }
 
     /// Divisions are slow, and there would be some for each engine.
     #[inline]
     fn blocks(&self, size: u32) -> Blocks {
         if size == self.blocks.size { self.blocks } else { Blocks::of(self.prompt_tokens, size) }
-    }
-
-    /// Output that is charged for, of a request that may generate so much.
-    pub(crate) fn output_tokens(max_tokens: Option<u64>) -> u64 {
-        max_tokens.unwrap_or(EXPECTED_OUTPUT_TOKENS).clamp(1, EXPECTED_OUTPUT_TOKENS)
     }
 
     #[inline]
@@ -222,20 +238,18 @@ impl<'a> Pricing<'a> {
         let queue = queue_seconds(hot, reserved);
         let prefill = hot.speed.prefill_seconds(new, cached);
         let chunks = (prefill - hot.speed.request_seconds).max(0.0);
-        let (mut mixed, mut late) = (0.0, 0.0);
+        let (mut mixed, mut slo_risk) = (0.0, 0.0);
         if sequences > 0.0 {
             let step = hot.speed.decode_step_seconds(sequences, context);
             mixed = new.div_ceil(CHUNK_TOKENS) as f64 * step;
-            if let Some(slo) = self.slo.itl_seconds {
-                let tokens = EXPECTED_OUTPUT_TOKENS as f64;
-                let itl = step / (1.0 - hot.prefill_share) + (queue + chunks) / tokens;
-                late = sequences * tokens * (itl - slo).max(0.0);
-            }
+            let itl = step / (1.0 - hot.prefill_share);
+            let risk = |held_up: f64| self.itl_risk(itl + held_up / self.answer_tokens);
+            slo_risk = sequences * self.promised * (risk(queue + chunks) - risk(queue));
         }
         let stall = sequences * chunks;
         let own = queue + mixed + prefill;
-        let sums = PrefillSums { prefill, own, seconds: own + stall, late };
-        PrefillCost { queue, mixed, stall, second_copy: 0.0, sums }
+        let sums = PrefillSums { prefill, own, seconds: own + stall + slo_risk };
+        PrefillCost { queue, mixed, stall, second_copy: 0.0, slo_risk, sums }
     }
 
     /// Adds what it costs those to come that the engine computes, behind so many tokens, what another one holds.
@@ -257,30 +271,53 @@ impl<'a> Pricing<'a> {
     pub(crate) fn decode(&self, at: u32) -> DecodeCost {
         let (hot, reserved) = (self.hot(at), &self.loads.engines[at as usize]);
         let (sequences, context) = decoding(hot, reserved);
-        let steps = (self.output_tokens - 1) as f64;
+        let steps = self.output_tokens - 1.0;
         // Half of the output is there on average.
-        let own_context = self.prompt_tokens as f64 + self.output_tokens as f64 / 2.0;
+        let own_context = self.prompt_tokens as f64 + self.output_tokens / 2.0;
         let step = hot.speed.decode_step_seconds(sequences + 1.0, context + own_context);
-        let itl = step / (1.0 - hot.prefill_share);
+        let running = 1.0 / (1.0 - hot.prefill_share);
+        let itl = step * running;
         let decode = steps * itl;
         let added = hot.speed.sequence_seconds + hot.speed.context_seconds * own_context;
         let batch = sequences * steps * added;
         let queue = queue_seconds(hot, reserved);
         let first_step = hot.speed.request_seconds + step;
-        let seconds = decode + batch;
+        // What is queued now comes before the prompt that is computed here, and in the midst of an answer to one that was computed
+        // elsewhere. Behind the former as much will queue as comes while it waits.
+        let risk = |itl: f64, held_up: f64, tokens: f64| self.itl_risk(itl + held_up / tokens);
+        let others =
+            risk(itl, queue, self.answer_tokens) - risk(itl - added * running, queue, self.answer_tokens);
+        let slo_risk = sequences * self.promised * others;
+        let seconds = decode + batch + slo_risk;
         let handoff_own = queue + first_step;
-        let late = match self.slo.itl_seconds {
-            Some(slo) => (1.0 + sequences) * steps * (itl - slo).max(0.0),
-            None => 0.0,
-        };
         DecodeCost {
             queue,
             first_step,
             decode,
             batch,
             itl,
-            sums: DecodeSums { seconds, handoff_own, handoff_seconds: handoff_own + seconds, late },
+            slo_risk,
+            sums: DecodeSums {
+                seconds,
+                handoff_own,
+                handoff_seconds: handoff_own + seconds,
+                itl_risk: risk(itl, hot.prefill_share * queue, self.output_tokens),
+                handoff_itl_risk: risk(itl, queue, self.output_tokens),
+            },
         }
+    }
+
+    /// How likely an ITL that is predicted so will be above the SLO.
+    #[inline]
+    fn itl_risk(&self, itl: f64) -> f64 {
+        self.slo.itl_seconds.map_or(0.0, |slo| risk(itl, slo))
+    }
+
+    /// What it costs the request that its SLOs may be missed.
+    #[inline]
+    fn own_risk(&self, ttft: f64, itl_risk: f64) -> f64 {
+        let ttft_risk = self.slo.ttft_seconds.map_or(0.0, |slo| risk(ttft, slo));
+        self.promised * (ttft_risk + itl_risk).min(1.0)
     }
 
     /// Bytes of a handoff: the blocks that the decode engine does not hold.
@@ -358,7 +395,7 @@ impl<'a> Pricing<'a> {
     /// A plan on one engine.
     #[inline]
     pub(crate) fn whole_key(&self, prefill: &PrefillSums, decode: &DecodeSums) -> Key {
-        self.key(prefill.own, prefill.late + decode.late, prefill.seconds + decode.seconds)
+        self.key(prefill.own, decode.itl_risk, prefill.seconds + decode.seconds)
     }
 
     /// A handoff.
@@ -367,15 +404,14 @@ impl<'a> Pricing<'a> {
         let moving = way.wait + way.transfer;
         self.key(
             prefill.own + moving + decode.handoff_own,
-            prefill.late + decode.late,
+            decode.handoff_itl_risk,
             prefill.seconds + decode.handoff_seconds + moving,
         )
     }
 
     #[inline]
-    fn key(&self, ttft: f64, late_others: f64, seconds: f64) -> Key {
-        let late_first = self.slo.ttft_seconds.map_or(0.0, |slo| (ttft - slo).max(0.0));
-        Key { late: late_first + late_others, seconds, ttft }
+    fn key(&self, ttft: f64, itl_risk: f64, seconds: f64) -> Key {
+        Key { seconds: seconds + self.own_risk(ttft, itl_risk), ttft }
     }
 
     /// What a pull moves and leaves to compute, where the source holds more than the engine: tokens that are there
@@ -396,6 +432,7 @@ impl<'a> Pricing<'a> {
         let mut terms = Terms::default();
         let decode = self.decode(plan.decode());
         let (mut hit_tokens, mut transfer_bytes) = (self.hit_tokens(plan.prefill()), 0);
+        let mut itl_risk = decode.sums.itl_risk;
         let (prefill, key) = match plan {
             Plan::Colocated { engine } | Plan::Append { engine } => {
                 let prefill = self.prefill(engine);
@@ -416,6 +453,7 @@ impl<'a> Pricing<'a> {
             Plan::Disaggregated { prefill: from, decode: to } => {
                 let prefill = self.prefill(from);
                 let way = self.handoff(from, to, &prefill.sums);
+                itl_risk = decode.sums.handoff_itl_risk;
                 transfer_bytes = self.handoff_bytes(from, to);
                 terms.set(Term::TransferWait, way.wait);
                 terms.set(Term::Transfer, way.transfer);
@@ -431,19 +469,30 @@ impl<'a> Pricing<'a> {
         terms.set(Term::SecondCopy, prefill.second_copy);
         terms.set(Term::Decode, decode.decode);
         terms.set(Term::DecodeBatch, decode.batch);
+        let own_risk = self.own_risk(key.ttft, itl_risk);
+        terms.set(Term::SloRisk, prefill.slo_risk + decode.slo_risk + own_risk);
+        let over = |predicted: f64, slo: Option<f64>| slo.map_or(0.0, |slo| (predicted - slo).max(0.0));
+        let late_rest = (self.output_tokens - 1.0) * over(decode.itl, self.slo.itl_seconds);
         Priced {
             plan,
             terms,
             seconds: key.seconds,
             ttft_seconds: key.ttft,
             itl_seconds: decode.itl,
-            late_seconds: key.late,
+            late_seconds: over(key.ttft, self.slo.ttft_seconds) + late_rest,
             hit_tokens,
             uncached_tokens: self.prompt_tokens - hit_tokens,
             transfer_bytes,
             prefill_seconds: prefill.sums.prefill,
         }
     }
+}
+
+/// How likely what is predicted will be above what is promised: it may turn out up to [`SPREAD`] of the promise higher or lower,
+/// anything between being as likely.
+#[inline]
+fn risk(predicted: f64, promised: f64) -> f64 {
+    ((predicted / promised - (1.0 - SPREAD)) / (2.0 * SPREAD)).clamp(0.0, 1.0)
 }
 
 /// Sequences that decode on an engine, as far as known, and their tokens of context.
@@ -474,7 +523,7 @@ mod tests {
     use crate::placement::testing::{engine, fleet, with};
 
     fn pricing<'a>(fleet: &'a Fleet, loads: &'a Loads, held: &'a [u32], prompt_tokens: u64) -> Pricing<'a> {
-        Pricing::new(fleet, loads, held, prompt_tokens, 11, Slo::default())
+        Pricing::new(fleet, loads, held, prompt_tokens, (128.0, Some(11)), Slo::default())
     }
 
     fn idle(engines: usize) -> Loads {
@@ -557,7 +606,7 @@ mod tests {
         let (second, same) = charged(&pricing, 0);
         assert!((second - SHARERS * lost).abs() < 1e-12);
         assert_eq!(same, ttft, "the request itself does not wait for it");
-        let mut long = Pricing::new(&fleet, &loads, &[0, 6000], 100_000, 11, Slo::default());
+        let mut long = Pricing::new(&fleet, &loads, &[0, 6000], 100_000, (128.0, Some(11)), Slo::default());
         long.longest_hit = 96_000;
         assert_eq!(charged(&long, 0).0, MOST_SECOND_COPY_SECONDS);
     }
@@ -621,25 +670,38 @@ mod tests {
     }
 
     #[test]
-    fn lateness_counts_first_token_output_and_neighbours() {
+    fn lateness_is_the_requests_own_and_risk_is_a_part_of_what_was_promised() {
         let fleet = fleet(1);
         let reserved = Reserved { sequences: 2, context_tokens: 2000, ..Reserved::default() };
         let loads = Loads::new(vec![reserved], Vec::new());
         let with = |ttft_seconds, itl_seconds| {
-            let mut pricing = pricing(&fleet, &loads, &[0], 10_000);
-            pricing.slo = Slo { ttft_seconds, itl_seconds };
-            pricing.price(Plan::Colocated { engine: 0 })
+            let slo = Slo { ttft_seconds, itl_seconds };
+            let pricing = Pricing::new(&fleet, &loads, &[0], 10_000, (128.0, Some(11)), slo);
+            let priced = pricing.price(Plan::Colocated { engine: 0 });
+            sum_is_total(&priced);
+            (priced, priced.terms.get(Term::SloRisk))
         };
-        let free = with(None, None);
-        assert_eq!(free.late_seconds, 0.0);
-        assert_eq!(with(Some(10.0), Some(1.0)).late_seconds, 0.0);
-        let late = with(Some(free.ttft_seconds - 0.25), None).late_seconds;
-        assert!((late - 0.25).abs() < 1e-9, "{late}");
-        // Ten further tokens of three sequences, and what the prefill does to two of them.
-        let slo = free.itl_seconds - 1e-3;
-        let late = with(None, Some(slo)).late_seconds;
+        let near = |a: f64, b: f64| assert!((a - b).abs() < 1e-9, "{a} is not {b}");
+        let (free, nothing) = with(None, None);
+        assert_eq!((free.late_seconds, nothing), (0.0, 0.0));
+        let (kept, nothing) = with(Some(10.0), Some(1.0));
+        assert_eq!((kept.late_seconds, nothing), (0.0, 0.0));
+
+        // Predicted as promised: as likely late as not.
+        near(with(Some(free.ttft_seconds), None).1, free.ttft_seconds / 2.0);
+        let (late, certain) = with(Some(free.ttft_seconds / 2.0), None);
+        near(late.late_seconds, free.ttft_seconds / 2.0);
+        near(certain, free.ttft_seconds / 2.0);
+
+        // Ten further tokens are late. Those beside it are more likely so by its prefill, and by its own steps.
         let step = fleet.engines()[0].speed.decode_step_seconds(2.0, 2000.0);
-        let beside = 2.0 * (128.0 * (step - slo) + free.terms.get(Term::DecodeStall) / 2.0);
-        assert!((late - (3.0 * 10.0 * 1e-3 + beside)).abs() < 1e-9, "{late}");
+        let stalled = free.terms.get(Term::DecodeStall) / 2.0 / 128.0;
+        let slo = step / 0.75;
+        let (late, risk) = with(None, Some(slo));
+        near(late.late_seconds, 10.0 * (free.itl_seconds - slo).max(0.0));
+        let of = |itl: f64| ((itl / slo - 0.75) / 0.5).clamp(0.0, 1.0);
+        let added = free.terms.get(Term::DecodeBatch) / 2.0 / 10.0;
+        let beside = of(step + stalled) + of(free.itl_seconds) - of(free.itl_seconds - added);
+        near(risk, 128.0 * slo * (of(free.itl_seconds) + 2.0 * beside));
     }
 }

@@ -63,6 +63,8 @@ pub struct Decider {
     pub(super) held: Vec<u32>,
     /// The most prompt tokens that an engine holds which may take part.
     longest_hit: u64,
+    /// How long answers of the model are.
+    answer_tokens: f64,
     pub(super) scratch: Scratch,
     firsts: Lazy,
     seconds: Lazy,
@@ -118,9 +120,9 @@ impl Decider {
     }
 
     pub(super) fn pricing<'a>(&'a self, fleet: &'a Fleet, request: &Request<'_>) -> Pricing<'a> {
-        let output_tokens = Pricing::output_tokens(request.max_tokens);
+        let output = (self.answer_tokens, request.max_tokens);
         let mut pricing =
-            Pricing::new(fleet, &self.loads, &self.held, request.prompt_tokens, output_tokens, request.slo);
+            Pricing::new(fleet, &self.loads, &self.held, request.prompt_tokens, output, request.slo);
         pricing.longest_hit = self.longest_hit;
         pricing
     }
@@ -148,6 +150,8 @@ impl Decider {
         // Apart while the pricing borrows the rest of `self`.
         let mut scratch = std::mem::take(&mut self.scratch);
         let found = filter(fleet, &self.loads, request, &mut scratch);
+        // All that are able serve one model.
+        self.answer_tokens = scratch.able.first().map_or(0.0, |at| fleet.hot()[*at as usize].answer_tokens);
         let decision = found.then(|| {
             let pricing = self.pricing(fleet, request);
             let hits = scratch.able.iter().filter(|at| self.held[**at as usize] > 0);
@@ -228,14 +232,8 @@ impl Decider {
             self.pulls(search);
         }
         if modes.pairs {
-            for in_time in [true, false] {
-                // Only where no plan is in time, those that are not count.
-                if !in_time && search.best.is_some_and(|best| best.key.late == 0.0) {
-                    break;
-                }
-                for layout in search.fleet.exchanges() {
-                    self.pairs(search, *layout, in_time);
-                }
+            for layout in search.fleet.exchanges() {
+                self.pairs(search, *layout);
             }
         }
     }
@@ -267,8 +265,7 @@ impl Decider {
             let costs = &search.scratch.costs[engine as usize];
             for (source, hold) in self.sources.iter().copied().zip(&holds) {
                 let no_better = |best: Option<Best>, prefill_seconds: f64| {
-                    let seconds = prefill_seconds + costs.decode.seconds;
-                    best.is_some_and(|best| best.key.late == 0.0 && seconds >= best.key.seconds)
+                    best.is_some_and(|best| prefill_seconds + costs.decode.seconds >= best.key.seconds)
                 };
                 // Were there nothing left to move and to compute.
                 let begins = pricing.queue(engine).max(hold.queue + hold.hold);
@@ -291,17 +288,16 @@ impl Decider {
         }
     }
 
-    /// Plans on two engines of one layout: those that meet the SLOs, or else all.
-    fn pairs(&mut self, search: &mut Search<'_>, layout: u32, in_time: bool) {
-        let (fleet, request) = (search.fleet, search.request);
+    /// Plans on two engines of one layout.
+    fn pairs(&mut self, search: &mut Search<'_>, layout: u32) {
+        let fleet = search.fleet;
         let hot = fleet.hot();
         let (mut firsts, mut seconds) = (std::mem::take(&mut self.firsts), std::mem::take(&mut self.seconds));
         let mut moving = std::mem::take(&mut self.moving);
         firsts.clear(fleet.engines().len());
         seconds.clear(fleet.engines().len());
         moving.resize(fleet.engines().len(), (0.0, 0.0));
-        let pricing = self.pricing(fleet, request);
-        let ttft_slo = request.slo.ttft_seconds;
+        let pricing = self.pricing(fleet, search.request);
         for at in search.scratch.able.iter().copied() {
             let engine = &hot[at as usize];
             if engine.exchange != Some(layout) {
@@ -309,46 +305,20 @@ impl Decider {
             }
             let Costs { prefill, decode } = &search.scratch.costs[at as usize];
             if engine.role.prefills() {
-                match in_time {
-                    true => {
-                        if prefill.late == 0.0 && ttft_slo.is_none_or(|slo| prefill.own <= slo) {
-                            firsts.push(prefill.seconds, at);
-                        }
-                    }
-                    false => {
-                        let own = ttft_slo.map_or(0.0, |_| prefill.own);
-                        firsts.push(prefill.late + own + prefill.seconds, at);
-                    }
-                }
+                firsts.push(prefill.seconds, at);
             }
             if engine.role.decodes() {
                 let least = pricing.handoff_at_least(at);
                 moving[at as usize] = (pricing.handoff_bytes_at_least(at), least);
-                match in_time {
-                    true => {
-                        let own = decode.handoff_own + least;
-                        if decode.late == 0.0 && ttft_slo.is_none_or(|slo| own <= slo) {
-                            seconds.push(decode.handoff_seconds + least, at);
-                        }
-                    }
-                    false => {
-                        let own = ttft_slo.map_or(0.0, |_| decode.handoff_own + least);
-                        seconds.push(decode.late + own + decode.handoff_seconds + least, at);
-                    }
-                }
+                let risk = pricing.promised * decode.handoff_itl_risk;
+                seconds.push(decode.handoff_seconds + least + risk, at);
             }
         }
         // What the sum of two costs has to be below, given the best plan so far.
-        let limit = |best: &Option<Best>| match best {
-            Some(best) if in_time && best.key.late == 0.0 => BELOW * best.key.seconds,
-            Some(best) if !in_time => BELOW * (best.key.late + best.key.seconds + ttft_slo.unwrap_or(0.0)),
-            _ => f64::INFINITY,
-        };
+        let limit = |best: &Option<Best>| best.map_or(f64::INFINITY, |best| BELOW * best.key.seconds);
         let (first, second, below) = (firsts.least(), seconds.least(), limit(&search.best));
         firsts.keep_below(below - second);
         seconds.keep_below(below - first);
-        // The first token waits for the transfer, and so does the rest.
-        let moving_counts = if !in_time && ttft_slo.is_some() { 2.0 } else { 1.0 };
         let mut looks = search.looks;
         let mut sender = (u32::MAX, Sender::default());
         let ended = search::pairs(&mut firsts, &mut seconds, &mut looks, below, |sum, from, to| {
@@ -362,16 +332,14 @@ impl Decider {
             }
             let (bytes, least) = moving[to as usize];
             let more = sender.1.at_least(bytes) - least;
-            if sum + moving_counts * more >= below {
+            if sum + more >= below {
                 return Some(below);
             }
             search.budget = search.budget.checked_sub(1)?;
             let (prefill, decode) =
                 (&search.scratch.costs[from as usize].prefill, &search.scratch.costs[to as usize].decode);
             let key = pricing.pair_key(prefill, decode, pricing.handoff(from, to, prefill));
-            if !in_time || key.late == 0.0 {
-                search.take(key, Plan::Disaggregated { prefill: from, decode: to });
-            }
+            search.take(key, Plan::Disaggregated { prefill: from, decode: to });
             Some(limit(&search.best))
         });
         search.looks = looks;

@@ -18,8 +18,6 @@ const LISTED: usize = 32;
 pub enum Passed {
     /// The policy takes it only where what it aims at is not possible.
     Policy(&'static str),
-    /// It misses the SLOs by so many seconds more.
-    Late(f64),
     /// It costs this many seconds more; most of them in the named term.
     Slower {
         /// Seconds above the chosen option's.
@@ -35,7 +33,6 @@ impl std::fmt::Display for Passed {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Passed::Policy(reason) => f.write_str(reason),
-            Passed::Late(seconds) => write!(f, "misses the SLO by {} ms more", milliseconds(*seconds)),
             Passed::Slower { seconds, mostly } => {
                 write!(f, "{} ms more, mostly {}", milliseconds(*seconds), mostly.name())
             }
@@ -94,7 +91,7 @@ pub struct OptionExplanation {
     pub ttft_ms: f64,
     /// Predicted mean time between tokens.
     pub itl_ms: f64,
-    /// By how much the SLOs are missed; absent where they are met.
+    /// By how much it is predicted to miss its SLOs; absent where it meets them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub late_ms: Option<f64>,
     /// Why it was not taken; absent on the first.
@@ -237,16 +234,12 @@ impl Decider {
 }
 
 fn order(a: &Priced, b: &Priced) -> Ordering {
-    let key = |of: &Priced| Key { late: of.late_seconds, seconds: of.seconds, ttft: of.ttft_seconds };
+    let key = |of: &Priced| Key { seconds: of.seconds, ttft: of.ttft_seconds };
     key(a).order(&key(b))
 }
 
 fn passed(best: &Priced, option: &Priced) -> Passed {
-    let late = option.late_seconds - best.late_seconds;
     let seconds = option.seconds - best.seconds;
-    if late > 0.0 {
-        return Passed::Late(late);
-    }
     if seconds <= 0.0 {
         return Passed::Tie;
     }
@@ -259,7 +252,7 @@ fn notes(decision: &Decision) -> Vec<String> {
     let mut notes = Vec::new();
     if !decision.meets_slo() {
         let late = milliseconds(decision.chosen.late_seconds);
-        notes.push(format!("no plan of this policy meets the SLOs; this one misses them by {late} ms"));
+        notes.push(format!("predicted to miss its SLOs by {late} ms"));
     }
     if decision.fell_back {
         notes.push("no plan of the kind that the policy aims at is possible".to_owned());

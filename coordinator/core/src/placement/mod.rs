@@ -1,9 +1,7 @@
 //! The decision: which plans are possible, what each costs, and which one is taken.
 //!
 //! [`Decider::decide`] filters engines, prices the parts of all plans, asks the policy what it aims at, and takes the best plan of
-//! that kind. *Best* means the fewest added fleet seconds among plans that meet both SLOs. Where none does, the seconds by which they are
-//! missed ([`crate::cost::Priced::late_seconds`]) count beside the others: the plan with the least sum is taken, and the explanation
-//! says so. So hits are not given up where the promise cannot be kept anyway, for a little less of missing it.
+//! that kind: the one with the fewest added fleet seconds ([`crate::cost`]), what the SLOs are at risk of among them.
 //!
 //! # Ties
 //! Of plans that cost the same: one engine before a pull before a handoff. Among single engines, the one that comes first as a

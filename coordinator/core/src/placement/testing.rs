@@ -30,6 +30,7 @@ pub(crate) fn engine(n: u32) -> Engine {
         foreign_waiting: 0,
         foreign_running: 0,
         prefill_share: 0.0,
+        answer_tokens: None,
     }
 }
 
