@@ -35,14 +35,14 @@ lint: setup ## formatting, clippy, dependency rules
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
 	scripts/check-deps.sh
 
-e2e: build ## acceptance suite on real vLLM with SmolLM2 and real etcd, without the comparison with the simulator and the pull of a cached prefix (JSON=1: ends in a JSON line)
-	tests/e2e/run.sh smollm2 --skip sim --skip pull $(json)
+e2e: build ## acceptance suite on real vLLM with SmolLM2 and real etcd (JSON=1: ends in a JSON line)
+	tests/e2e/run.sh smollm2 $(json)
 
 e2e-fast: build ## acceptance suite on mock engines
 	target/debug/baton-e2e --engine mock $(json)
 
 e2e-random: build ## acceptance suite on real vLLM with a small random-weight model; no timed comparison, recorded KV events instead of live ones (CI)
-	tests/e2e/run.sh random --skip ttft --skip sim --skip index --skip pull $(json)
+	tests/e2e/run.sh random --skip ttft --skip sim --skip index $(json)
 
 record-events: build ## record real vLLM's KV events anew, for the tests that replay them (tests/e2e/fixtures)
 	tests/e2e/run.sh random --only index --record tests/e2e/fixtures

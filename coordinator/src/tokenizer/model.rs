@@ -10,7 +10,7 @@ use tokenizers::{AddedToken, Tokenizer};
 use super::RenderError;
 use super::prefixes::{Known, Prefixes, Tokens};
 use super::template::{Chat, ChatTemplates};
-use super::words::Words;
+use super::words::{Encoder, Words};
 use crate::config::ModelConfig;
 
 /// Named special tokens, in transformers' order.
@@ -161,9 +161,8 @@ impl Model {
         let (Some(cache), Some(known)) = (&self.cache, known) else {
             return encode(&self.tokenizer, &text, special).map(Tokens::from);
         };
-        let by_words =
-            |part: &str| cache.words.encode(part, |stretch| ids_and_starts(&self.tokenizer, stretch));
-        let tokens = cache.prefixes.complete(&text, known, by_words)?;
+        let tokens =
+            cache.prefixes.complete(&text, known, |part| cache.words.encode(part, &self.tokenizer))?;
         Ok(if special { tokens.surround(&self.around.0, &self.around.1) } else { tokens })
     }
 
@@ -185,10 +184,16 @@ fn encode(tokenizer: &Tokenizer, text: &str, add_special_tokens: bool) -> Result
         .map_err(|_| RenderError::Unknown("tokenizer_failed"))
 }
 
-/// Token ids of a text, each with the byte that it begins at.
-pub(super) fn ids_and_starts(tokenizer: &Tokenizer, text: &str) -> Result<Vec<(u32, usize)>, RenderError> {
-    let encoding = tokenizer.encode(text, false).map_err(|_| RenderError::Unknown("tokenizer_failed"))?;
-    Ok(encoding.get_ids().iter().zip(encoding.get_offsets()).map(|(id, offsets)| (*id, offsets.0)).collect())
+impl Encoder<RenderError> for Tokenizer {
+    fn ids(&self, text: &str) -> Result<Vec<u32>, RenderError> {
+        encode(self, text, false)
+    }
+
+    fn ids_and_starts(&self, text: &str) -> Result<Vec<(u32, usize)>, RenderError> {
+        let encoding = self.encode(text, false).map_err(|_| RenderError::Unknown("tokenizer_failed"))?;
+        let (ids, offsets) = (encoding.get_ids(), encoding.get_offsets());
+        Ok(ids.iter().zip(offsets).map(|(id, offsets)| (*id, offsets.0)).collect())
+    }
 }
 
 /// What the post-processor puts around a text, read off a sample; `None` where it does more than that.

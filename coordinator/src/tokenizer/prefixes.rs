@@ -5,6 +5,8 @@
 //! there, so texts with a common beginning share all stretches that lie within it. At a safe cut the ids of the whole
 //! are the ids of the parts, one after the other; so a stretch's ids are remembered, with the stretch before it, and a
 //! text that begins with known stretches is tokenised from there on only. The hashes of the blocks that end in a stretch are remembered with it.
+//! Where texts part within a stretch, what they share of it is cut into finer stretches, and what they share of the last of these into finer ones
+//! still ([`LEVELS`]): so all but some tens of bytes of what texts share is known.
 //! A tokenizer without safe cuts has no such cache.
 //!
 //! # What one client may do to another
@@ -37,10 +39,14 @@ const FIRST: usize = 512;
 const FIRST_UNTIL: usize = 4 << 10;
 /// Least bytes of a further stretch.
 const LATER: usize = 1 << 10;
-/// A cut that is not found within so many more bytes is not looked for: the text is not made of words.
-const SEARCH: usize = 1 << 10;
+/// Stretches are so many times as long as those of the next level.
+const FINER: usize = 4;
+/// Lengths of stretches.
+const LEVELS: usize = 3;
+/// A cut that is not found within so many times a stretch's least bytes is not looked for: the text is not made of words.
+const SEARCH: usize = 2;
 /// Stretches that came once are remembered by their hash; so many of them.
-const ONCE: usize = 1 << 16;
+const ONCE: usize = 1 << 17;
 /// Kinds of blocks (namespace and size) whose hashes are remembered with a stretch; those of any further one are
 /// computed each time.
 const KINDS: usize = 2;
@@ -118,8 +124,35 @@ pub(super) struct Known {
     stretches: Vec<Arc<Stretch>>,
     /// Bytes of text that they cover.
     pub(super) bytes: usize,
-    /// The chained hash of the last one.
+    /// How far those of each level go, and of those before it: how many they are, and where the last one ends.
+    ends: [(usize, At); LEVELS],
+}
+
+/// A place between two stretches.
+#[derive(Clone, Copy, Debug)]
+struct At {
+    byte: usize,
+    /// Of the stretches before it, chained.
     hash: u64,
+    /// The level of the stretch that comes next.
+    level: usize,
+}
+
+impl At {
+    /// The stretch that begins here: its text, and the place behind it.
+    fn next<'t>(&self, text: &'t str) -> Option<(&'t str, At)> {
+        let end = end_of_stretch(text, self.byte, self.level)?;
+        let part = &text[self.byte..end];
+        let hash = xxh3_64_with_seed(part.as_bytes(), self.hash);
+        Some((part, At { byte: end, hash, level: self.level }))
+    }
+
+    /// Notes that so many stretches end here.
+    fn note(&self, count: usize, ends: &mut [(usize, At); LEVELS]) {
+        for (level, end) in ends.iter_mut().enumerate().skip(self.level) {
+            *end = (count, At { level, ..*self });
+        }
+    }
 }
 
 type Table = HashMap<u64, Arc<Stretch>, BuildHasherDefault<Hash>>;
@@ -200,27 +233,32 @@ impl Prefixes {
     /// How much of the text is known.
     pub(super) fn find(&self, text: &str, keys: &ContentKeys, special: bool) -> Known {
         let root = Root::new(keys, special);
-        let mut known = Known { root, stretches: Vec::new(), bytes: 0, hash: self.first_hash(root) };
+        let mut at = At { byte: 0, hash: self.first_hash(root), level: 0 };
+        let mut stretches: Vec<Arc<Stretch>> = Vec::new();
+        let mut ends = [(0, at); LEVELS];
+        at.note(0, &mut ends);
         let mut old = Vec::new();
         {
             let generations = self.generations.read().expect(POISON);
-            while let Some(end) = end_of_stretch(text, known.bytes) {
-                let part = &text[known.bytes..end];
-                let key = xxh3_64_with_seed(part.as_bytes(), known.hash);
-                let Some((found, young)) = generations.get(key) else { break };
-                let is_next = match known.stretches.last() {
-                    Some(last) => found.before == last.serial,
-                    None => found.root == Some(root),
+            while at.level < LEVELS {
+                let found = at.next(text).and_then(|(part, behind)| {
+                    let (found, young) = generations.get(behind.hash)?;
+                    let is_next = match stretches.last() {
+                        Some(last) => found.before == last.serial,
+                        None => found.root == Some(root),
+                    };
+                    (is_next && *found.text == *part).then_some((found, young, behind))
+                });
+                let Some((found, young, behind)) = found else {
+                    at.level += 1;
+                    continue;
                 };
-                if !is_next || *found.text != *part {
-                    break;
-                }
                 if !young {
-                    old.push((key, found.clone()));
+                    old.push((behind.hash, found.clone()));
                 }
-                known.stretches.push(found.clone());
-                known.bytes = end;
-                known.hash = key;
+                stretches.push(found.clone());
+                at = behind;
+                at.note(stretches.len(), &mut ends);
             }
         }
         if !old.is_empty() {
@@ -231,7 +269,7 @@ impl Prefixes {
                 }
             }
         }
-        known
+        Known { root, stretches, bytes: at.byte, ends }
     }
 
     /// Tokenises what is not known, and remembers of it what came before in an earlier text.
@@ -241,38 +279,24 @@ impl Prefixes {
         mut known: Known,
         encode: impl Fn(&str) -> Result<Vec<u32>, E>,
     ) -> Result<Tokens, E> {
-        // A stretch's hash chains over all before it: where one came before, they did, too, also where something else took their
-        // slots since.
-        let (mut parts, mut again) = (Vec::new(), 0);
-        let (mut hash, mut at) = (known.hash, known.bytes);
-        while let Some(end) = end_of_stretch(text, at) {
-            hash = xxh3_64_with_seed(&text.as_bytes()[at..end], hash);
-            parts.push((hash, at..end));
-            let slot = &self.once[(hash % ONCE as u64) as usize];
-            if slot.swap(hash, Ordering::Relaxed) == hash {
-                again = parts.len();
-            }
-            at = end;
-        }
         let mut new = Vec::new();
-        for (hash, part) in parts.drain(..again) {
-            let serial = self.serials.fetch_add(1, Ordering::Relaxed);
-            let (before, root) = match known.stretches.last() {
-                Some(last) => (last.serial, None),
-                None => (0, Some(known.root)),
-            };
-            known.bytes = part.end;
-            let part = &text[part];
-            let stretch = Arc::new(Stretch {
-                serial,
-                before,
-                root,
-                text: part.into(),
-                ids: encode(part)?.into(),
-                kinds: Default::default(),
-            });
-            new.push((hash, stretch.clone()));
-            known.stretches.push(stretch);
+        for level in 0..LEVELS {
+            let (count, mut at) = known.ends[level];
+            let again = self.again(text, at);
+            if again.is_empty() {
+                continue;
+            }
+            // Finer stretches that lie within these are not needed any more.
+            known.stretches.truncate(count);
+            for behind in again {
+                let part = &text[at.byte..behind.byte];
+                let stretch = Arc::new(self.stretch(&known, part, encode(part)?));
+                new.push((behind.hash, stretch.clone()));
+                known.stretches.push(stretch);
+                at = behind;
+            }
+            at.note(known.stretches.len(), &mut known.ends);
+            known.bytes = at.byte;
         }
         let rest = encode(&text[known.bytes..])?;
         if !new.is_empty() {
@@ -285,25 +309,59 @@ impl Prefixes {
         Ok(Tokens { before: Vec::new(), stretches: known.stretches, rest, count: tokens })
     }
 
+    /// The places behind the stretches from here on that came before in an earlier text; from now on all of this level did.
+    fn again(&self, text: &str, mut at: At) -> Vec<At> {
+        // A stretch's hash chains over all before it: where one came before, they did, too, also where something else took their
+        // slots since.
+        let (mut places, mut again) = (Vec::new(), 0);
+        // So many make a stretch of the level before.
+        let most = if at.level == 0 { usize::MAX } else { FINER };
+        while let Some((_, behind)) = at.next(text).filter(|_| places.len() < most) {
+            let slot = &self.once[(behind.hash % ONCE as u64) as usize];
+            places.push(behind);
+            if slot.swap(behind.hash, Ordering::Relaxed) == behind.hash {
+                again = places.len();
+            }
+            at = behind;
+        }
+        places.truncate(again);
+        places
+    }
+
+    /// A stretch behind those that are known.
+    fn stretch(&self, known: &Known, text: &str, ids: Vec<u32>) -> Stretch {
+        let (before, root) = match known.stretches.last() {
+            Some(last) => (last.serial, None),
+            None => (0, Some(known.root)),
+        };
+        Stretch {
+            serial: self.serials.fetch_add(1, Ordering::Relaxed),
+            before,
+            root,
+            text: text.into(),
+            ids: ids.into(),
+            kinds: Default::default(),
+        }
+    }
+
     fn first_hash(&self, root: Root) -> u64 {
         xxh3_64_with_seed(root.keys.as_bytes(), self.seed ^ u64::from(root.special))
     }
 }
 
-/// Where the stretch that begins at `start` ends; `None` where the text ends before, or has no cut.
-fn end_of_stretch(text: &str, start: usize) -> Option<usize> {
-    let least = start + if start < FIRST_UNTIL { FIRST } else { LATER };
+/// Where the stretch of a level that begins at `start` ends; `None` where the text ends before, or has no cut.
+fn end_of_stretch(text: &str, start: usize, level: usize) -> Option<usize> {
+    let length = if start < FIRST_UNTIL { FIRST } else { LATER } / FINER.pow(level as u32);
+    let (least, most) = (start + length, start + length * SEARCH);
     let bytes = text.as_bytes();
     let mut from = least;
-    while let Some(found) =
-        bytes.get(from..)?.iter().take(least + SEARCH - from).position(|byte| *byte == b' ')
-    {
+    while let Some(found) = bytes.get(from..)?.iter().take(most - from).position(|byte| *byte == b' ') {
         let at = from + found;
         if safe_cut(text, at) {
             return Some(at);
         }
         from = at + 1;
-        if from >= least + SEARCH {
+        if from >= most {
             break;
         }
     }
@@ -508,7 +566,7 @@ mod tests {
                 }
             }
             // A stretch is known from the third time on, if there is one.
-            if let Some(end) = end_of_stretch(&text, 0) {
+            if let Some(end) = end_of_stretch(&text, 0, 0) {
                 prop_assert!(known(&prefixes, &text, &keys) >= end);
             }
         }
@@ -570,6 +628,33 @@ mod tests {
     }
 
     #[test]
+    fn what_texts_share_is_known_nearly_to_its_end() {
+        let prefixes = Prefixes::default();
+        let none = ContentKeys::default();
+        let unknown =
+            |shared: &str| shared.len().saturating_sub(known(&prefixes, &format!("{shared} but"), &none));
+        let send = |shared: &str, n: usize| {
+            let text = format!("{shared} {}", numbered(n * 10_000, 300));
+            let known = prefixes.find(&text, &none, false);
+            assert_eq!(prefixes.complete(&text, known, encode).unwrap().to_vec(), encode(&text).unwrap());
+        };
+        for bytes in [300, 3_000, 10_000, 10_500, 30_000] {
+            let shared = numbered(bytes, bytes);
+            (1..=4).for_each(|n| send(&shared, n));
+            assert!(unknown(&shared) < LATER / FINER.pow(2) + 10, "{bytes}: {}", unknown(&shared));
+            // What follows is cut into long stretches again, from where the long ones ended.
+            let longer = shared + &numbered(bytes + 50_000, 5_000)[1..];
+            (1..=4).for_each(|n| send(&longer, n));
+            assert!(unknown(&longer) < LATER / FINER.pow(2) + 10, "{bytes}: {}", unknown(&longer));
+            let stretches = prefixes.find(&longer, &none, false).stretches.len();
+            assert!(
+                stretches <= longer.len() / LATER + FIRST_UNTIL / FIRST + 2 * FINER,
+                "{bytes}: {stretches}"
+            );
+        }
+    }
+
+    #[test]
     fn salts_and_the_tokenizers_own_tokens_share_nothing() {
         let prefixes = Prefixes::default();
         let text = numbered(0, 5_000);
@@ -590,7 +675,7 @@ mod tests {
         learn(&prefixes, &one, &none);
         // The first stretch of the other text, under the hash of the first one's.
         let keys = |text: &str| {
-            let first = &text[..end_of_stretch(text, 0).unwrap()];
+            let first = &text[..end_of_stretch(text, 0, 0).unwrap()];
             xxh3_64_with_seed(first.as_bytes(), prefixes.first_hash(Root::new(&none, false)))
         };
         {
@@ -601,8 +686,8 @@ mod tests {
         assert_eq!(known(&prefixes, &other, &none), 0);
         // The right text behind another one is no hit either.
         let second = {
-            let first = end_of_stretch(&one, 0).unwrap();
-            let end = end_of_stretch(&one, first).unwrap();
+            let first = end_of_stretch(&one, 0, 0).unwrap();
+            let end = end_of_stretch(&one, first, 0).unwrap();
             xxh3_64_with_seed(&one.as_bytes()[first..end], keys(&one))
         };
         {

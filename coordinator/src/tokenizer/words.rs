@@ -14,19 +14,26 @@
 //! So the ids of a text are those of its pieces, one after the other; a piece that was seen before costs one look-up.
 //!
 //! # Memory
-//! At most [`CAPACITY`] pieces of at most [`LONGEST`] bytes: 7 MB for each model with ordinary text, 30 MB at
-//! worst. A full cache starts over empty.
+//! A piece is kept when it comes for the second time, so what is never repeated (identifiers, say) stays out. At most [`CAPACITY`]
+//! short pieces are kept, which take 5 MB for each model, and as many longer ones of at most [`LONGEST`] bytes: 28 MB at worst.
+//! A full cache starts over empty.
 
 use std::collections::HashMap;
+use std::hash::{BuildHasher, Hash, Hasher};
+use std::ops::Range;
 use std::sync::RwLock;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde_json::Value as Json;
 use tokenizers::Tokenizer;
+use xxhash_rust::xxh3::xxh3_64_with_seed;
 
-/// Most pieces that are kept.
+/// Most pieces that are kept, of either kind.
 const CAPACITY: usize = 1 << 16;
 /// Longest piece that is kept, in bytes.
 const LONGEST: usize = 64;
+/// Pieces that came once are remembered by their hash; so many of them.
+const ONCE: usize = 1 << 15;
 
 /// Patterns of `Split` pre-tokenizers for which the argument above was made: Llama 3's, Qwen's, and o200k's.
 pub(super) const SAFE_PATTERNS: [&str; 4] = [
@@ -37,12 +44,124 @@ pub(super) const SAFE_PATTERNS: [&str; 4] = [
 ];
 
 /// The cache of one tokenizer.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Words {
-    known: RwLock<HashMap<Box<str>, Box<[u32]>>>,
+    known: RwLock<Known>,
+    once: Box<[AtomicU64]>,
+    seed: Seed,
+}
+
+/// Pieces and their ids.
+#[derive(Debug)]
+struct Known {
+    /// Nearly all of them: without a pointer, so that a look-up costs one miss of the processor's cache and not three.
+    short: HashMap<Short, [u32; Short::IDS], Seed>,
+    long: HashMap<Box<str>, Box<[u32]>, Seed>,
+}
+
+/// A piece of a few bytes; the last byte is their number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Short([u8; Self::BYTES + 1]);
+
+impl Short {
+    const BYTES: usize = 19;
+    /// Most ids of a short piece.
+    const IDS: usize = 3;
+    /// Stands where there is no further id.
+    const NO_ID: u32 = u32::MAX;
+
+    fn new(piece: &str) -> Option<Self> {
+        let mut bytes = [0; Self::BYTES + 1];
+        bytes
+            .get_mut(..piece.len())
+            .filter(|_| piece.len() <= Self::BYTES)?
+            .copy_from_slice(piece.as_bytes());
+        bytes[Self::BYTES] = piece.len() as u8;
+        Some(Self(bytes))
+    }
+}
+
+impl Hash for Short {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        state.write(&self.0);
+    }
+}
+
+/// Keys the hashes, so that nobody can choose pieces that crowd one place of a table.
+#[derive(Clone, Copy, Debug)]
+struct Seed(u64);
+
+impl BuildHasher for Seed {
+    type Hasher = Keyed;
+
+    fn build_hasher(&self) -> Keyed {
+        Keyed(self.0)
+    }
+}
+
+struct Keyed(u64);
+
+impl Hasher for Keyed {
+    fn write(&mut self, bytes: &[u8]) {
+        self.0 = xxh3_64_with_seed(bytes, self.0);
+    }
+
+    fn finish(&self) -> u64 {
+        self.0
+    }
+}
+
+impl Known {
+    fn new(seed: Seed) -> Self {
+        Self { short: HashMap::with_hasher(seed), long: HashMap::with_hasher(seed) }
+    }
+
+    fn get(&self, piece: &str) -> Option<&[u32]> {
+        if let Some(ids) = Short::new(piece).and_then(|short| self.short.get(&short)) {
+            let count = ids.iter().position(|id| *id == Short::NO_ID).unwrap_or(Short::IDS);
+            return Some(&ids[..count]);
+        }
+        if self.long.is_empty() {
+            return None;
+        }
+        self.long.get(piece).map(|ids| &**ids)
+    }
+
+    fn put(&mut self, piece: &str, ids: &[u32]) {
+        if self.short.len() >= CAPACITY || self.long.len() >= CAPACITY {
+            self.short.clear();
+            self.long.clear();
+        }
+        let short = Short::new(piece).filter(|_| ids.len() <= Short::IDS && !ids.contains(&Short::NO_ID));
+        match short {
+            Some(short) => {
+                let mut kept = [Short::NO_ID; Short::IDS];
+                kept[..ids.len()].copy_from_slice(ids);
+                self.short.insert(short, kept);
+            }
+            None => {
+                self.long.insert(piece.into(), ids.into());
+            }
+        }
+    }
+}
+
+/// Makes ids of a text on its own, without those that a post-processor adds.
+pub(super) trait Encoder<E> {
+    /// The ids.
+    fn ids(&self, text: &str) -> Result<Vec<u32>, E>;
+
+    /// The same, each with the byte of the text that it begins at; takes longer.
+    fn ids_and_starts(&self, text: &str) -> Result<Vec<(u32, usize)>, E>;
 }
 
 impl Words {
+    fn new() -> Self {
+        let seed = Seed(rand::random());
+        let once = (0..ONCE).map(|_| AtomicU64::new(0)).collect();
+        Self { known: RwLock::new(Known::new(seed)), once, seed }
+    }
+
     /// A cache for this tokenizer, if it cuts words as described.
     pub(super) fn for_tokenizer(tokenizer: &Tokenizer) -> Option<Self> {
         let json = |part: Option<Json>| part.unwrap_or(Json::Null);
@@ -62,18 +181,13 @@ impl Words {
             && model["type"] == "BPE"
             && model["dropout"].as_f64().unwrap_or(0.0) == 0.0
             && added.values().all(plain);
-        safe.then(Self::default)
+        safe.then(Self::new)
     }
 
-    /// The ids of a text, without those that a post-processor adds. `encode` is asked for stretches that are not
-    /// known: it gives their ids, each with the byte of the stretch that it begins at.
-    pub(super) fn encode<E>(
-        &self,
-        text: &str,
-        encode: impl Fn(&str) -> Result<Vec<(u32, usize)>, E>,
-    ) -> Result<Vec<u32>, E> {
+    /// The ids of a text, without those that a post-processor adds. `encoder` is asked for what is not known.
+    pub(super) fn encode<E>(&self, text: &str, encoder: &impl Encoder<E>) -> Result<Vec<u32>, E> {
         let mut ids = Vec::with_capacity(text.len() / 3);
-        let mut learned: Vec<(&str, Box<[u32]>)> = Vec::new();
+        let mut learned = Vec::new();
         {
             let known = self.known.read().expect(POISON);
             // The stretch of unknown pieces so far, from and to, and the pieces' ends.
@@ -83,7 +197,7 @@ impl Words {
             for piece in Pieces(text) {
                 let cached = known.get(piece);
                 if let Some(cached) = cached {
-                    fresh(text, from, &ends, &encode, &mut ids, &mut learned)?;
+                    self.fresh(text, from, &ends, encoder, &mut ids, &mut learned)?;
                     ends.clear();
                     ids.extend_from_slice(cached);
                 }
@@ -93,43 +207,53 @@ impl Words {
                     None => ends.push(at),
                 }
             }
-            fresh(text, from, &ends, &encode, &mut ids, &mut learned)?;
+            self.fresh(text, from, &ends, encoder, &mut ids, &mut learned)?;
         }
         if !learned.is_empty() {
             let mut known = self.known.write().expect(POISON);
-            if known.len() + learned.len() > CAPACITY {
-                known.clear();
-            }
-            known.extend(learned.into_iter().take(CAPACITY).map(|(piece, ids)| (piece.into(), ids)));
+            learned.into_iter().for_each(|(piece, ids)| known.put(piece, &ids));
         }
         Ok(ids)
     }
-}
 
-/// Encodes a stretch of pieces at once, which costs far less than one by one, and tells their ids apart.
-fn fresh<'t, E>(
-    text: &'t str,
-    from: usize,
-    ends: &[usize],
-    encode: impl Fn(&str) -> Result<Vec<(u32, usize)>, E>,
-    ids: &mut Vec<u32>,
-    learned: &mut Vec<(&'t str, Box<[u32]>)>,
-) -> Result<(), E> {
-    let Some(end) = ends.last() else { return Ok(()) };
-    let tokens = encode(&text[from..*end])?;
-    ids.extend(tokens.iter().map(|token| token.0));
-    let mut tokens = tokens.into_iter().peekable();
-    let mut start = from;
-    for end in ends {
-        let own: Box<[u32]> = std::iter::from_fn(|| tokens.next_if(|token| from + token.1 < *end))
-            .map(|token| token.0)
+    /// Encodes a stretch of pieces at once, which costs far less than one by one, and tells the ids apart of those that came before.
+    fn fresh<'t, E>(
+        &self,
+        text: &'t str,
+        from: usize,
+        ends: &[usize],
+        encoder: &impl Encoder<E>,
+        ids: &mut Vec<u32>,
+        learned: &mut Vec<(&'t str, Vec<u32>)>,
+    ) -> Result<(), E> {
+        let Some(end) = ends.last() else { return Ok(()) };
+        let stretch = &text[from..*end];
+        let starts = [from].into_iter().chain(ends.iter().copied());
+        let again: Vec<Range<usize>> = starts
+            .zip(ends)
+            .map(|(start, end)| start..*end)
+            .filter(|piece| piece.len() <= LONGEST && self.came_before(&text[piece.clone()]))
             .collect();
-        if end - start <= LONGEST {
-            learned.push((&text[start..*end], own));
+        if again.is_empty() {
+            ids.extend(encoder.ids(stretch)?);
+            return Ok(());
         }
-        start = *end;
+        let tokens = encoder.ids_and_starts(stretch)?;
+        ids.extend(tokens.iter().map(|token| token.0));
+        for piece in again {
+            let [first, behind] =
+                [piece.start, piece.end].map(|at| tokens.partition_point(|token| from + token.1 < at));
+            let own = tokens[first..behind].iter().map(|token| token.0).collect();
+            learned.push((&text[piece], own));
+        }
+        Ok(())
     }
-    Ok(())
+
+    /// Whether a piece came before, as far as is remembered; from now on it did.
+    fn came_before(&self, piece: &str) -> bool {
+        let hash = xxh3_64_with_seed(piece.as_bytes(), self.seed.0);
+        self.once[hash as usize % ONCE].swap(hash, Ordering::Relaxed) == hash
+    }
 }
 
 const POISON: &str = "no code that holds this lock panics";
@@ -197,14 +321,17 @@ fn visible(c: Option<char>) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{bits, tokenizers, whole};
-    use super::*;
+    use std::cell::Cell;
+
     use proptest::prelude::*;
     use tokenizers::PreTokenizerWrapper;
     use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 
+    use super::super::testing::{bits, tokenizers, whole};
+    use super::*;
+
     fn by_words(words: &Words, tokenizer: &Tokenizer, text: &str) -> Vec<u32> {
-        words.encode(text, |stretch| super::super::model::ids_and_starts(tokenizer, stretch)).unwrap()
+        words.encode(text, tokenizer).unwrap()
     }
 
     fn texts() -> impl Strategy<Value = String> {
@@ -219,6 +346,7 @@ mod tests {
                 let words = Words::for_tokenizer(tokenizer).expect("its cut is accepted");
                 let expected = whole(tokenizer, &text);
                 prop_assert_eq!(&by_words(&words, tokenizer, &text), &expected, "cold");
+                prop_assert_eq!(&by_words(&words, tokenizer, &text), &expected, "seen once");
                 prop_assert_eq!(&by_words(&words, tokenizer, &text), &expected, "warm");
                 let more = format!("a {text} b {text} a x");
                 prop_assert_eq!(&by_words(&words, tokenizer, &more), &whole(tokenizer, &more), "partly warm");
@@ -248,13 +376,62 @@ mod tests {
         assert!(Words::for_tokenizer(&tokenizer).is_none());
     }
 
+    /// An id for each piece, its length; counts what it is asked.
+    #[derive(Default)]
+    struct ByWord {
+        asked: Cell<u32>,
+        starts: Cell<u32>,
+    }
+
+    impl Encoder<()> for ByWord {
+        fn ids(&self, text: &str) -> Result<Vec<u32>, ()> {
+            self.asked.update(|asked| asked + 1);
+            Ok(Pieces(text).map(|piece| piece.len() as u32).collect())
+        }
+
+        fn ids_and_starts(&self, text: &str) -> Result<Vec<(u32, usize)>, ()> {
+            self.starts.update(|starts| starts + 1);
+            let start = |piece: &str| piece.as_ptr() as usize - text.as_ptr() as usize;
+            Ok(Pieces(text).map(|piece| (piece.len() as u32, start(piece))).collect())
+        }
+    }
+
+    fn kept(words: &Words) -> (usize, usize) {
+        let known = words.known.read().unwrap();
+        (known.short.len(), known.long.len())
+    }
+
+    #[test]
+    fn what_comes_once_is_not_kept() {
+        let (words, encoder) = (Words::new(), ByWord::default());
+        let long = " anything-of-more-than-twenty-bytes";
+        for (text, ids, asked, starts, known) in [
+            ("one two", vec![3, 4], 1, 0, (0, 0)),
+            ("one three", vec![3, 6], 1, 1, (1, 0)),
+            ("one", vec![3], 1, 1, (1, 0)),
+            (long, vec![35], 2, 1, (1, 0)),
+            (long, vec![35], 2, 2, (1, 1)),
+            ("x four three two y", vec![1, 5, 6, 4, 2], 2, 3, (3, 1)),
+            ("x four three two y", vec![1, 5, 6, 4, 2], 2, 5, (6, 1)),
+            (&format!("x four{long} y"), vec![1, 5, 35, 2], 2, 5, (6, 1)),
+        ] {
+            assert_eq!(words.encode(text, &encoder).unwrap(), ids, "{text}");
+            assert_eq!((encoder.asked.get(), encoder.starts.get()), (asked, starts), "{text}");
+            assert_eq!(kept(&words), known, "{text}");
+        }
+    }
+
     #[test]
     fn a_full_cache_starts_over() {
-        let words = Words::default();
-        let text: String = (0..CAPACITY + 10).map(|n| format!(" w{n}")).collect();
-        words.encode(&text[1..], |_| Ok::<_, ()>(vec![(1, 0)])).unwrap();
-        assert!(words.known.read().unwrap().len() <= CAPACITY);
-        words.encode("x y", |_| Ok::<_, ()>(vec![(1, 0)])).unwrap();
-        assert!(words.known.read().unwrap().len() <= CAPACITY);
+        let (words, encoder) = (Words::new(), ByWord::default());
+        for n in 0..CAPACITY + 10 {
+            for piece in [format!("w{n}"), format!("{n}-is-more-than-twenty-bytes")] {
+                words.encode(&piece, &encoder).unwrap();
+                words.encode(&piece, &encoder).unwrap();
+            }
+            let (short, long) = kept(&words);
+            assert!(short <= CAPACITY && long <= CAPACITY);
+        }
+        assert!(kept(&words).0 < 100, "it started over");
     }
 }

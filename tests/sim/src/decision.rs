@@ -97,6 +97,7 @@ pub struct Production {
     speeds: Speeds,
     model: String,
     slo: Slo,
+    max_tokens: Option<u64>,
     block_tokens: u32,
     overlaps: Overlaps,
     hashes: Vec<BlockHash>,
@@ -178,6 +179,7 @@ impl Production {
             speeds,
             model: fleet.model.clone(),
             slo,
+            max_tokens: None,
             block_tokens,
             overlaps: Overlaps::default(),
             hashes: Vec::new(),
@@ -185,6 +187,11 @@ impl Production {
         };
         production.renew();
         Ok(production)
+    }
+
+    /// Every request says that it may generate so many tokens, as a live one may in its body. Without this none says anything.
+    pub fn with_max_tokens(self, max_tokens: u64) -> Self {
+        Self { max_tokens: Some(max_tokens), ..self }
     }
 
     /// What was learnt goes into the fleet that decisions see.
@@ -263,6 +270,7 @@ impl Placer for Production {
         let pinned = request.session.and_then(|session| self.sessions.get(now_ms, session));
         let asked = placement::Request {
             slo: self.slo,
+            max_tokens: self.max_tokens,
             seed: request.number,
             pinned,
             prefix_key: placement::prefix_key(&self.hashes, self.block_tokens),

@@ -274,3 +274,45 @@ fn an_observer_stops_a_run() {
     assert_eq!(results.report.finished, 100);
     assert!(results.report.unfinished > 0);
 }
+
+#[test]
+fn lending_leaves_the_step_in_hand_its_blocks() {
+    // A prompt of 20 blocks stays cached; then the answers of four others grow into what is left, in runs of many steps.
+    for lent_after in 0..40u64 {
+        let mut engine = Engine::new(settings(64));
+        let job = |key: u32, prompt_tokens, output_tokens| {
+            let ids = (0..64).map(|at| u64::from(key + 1) * 1000 + at).collect();
+            Job { key, ids, prompt_tokens, output_tokens, remote_tokens: 0, hold: false }
+        };
+        engine.submit(0, job(0, 320, 1));
+        let mut now = 0;
+        while let Some((next, _)) = engine.next() {
+            now = next;
+            engine.wake(now);
+        }
+        for key in 1..5 {
+            engine.submit(now, job(key, 40, 300));
+        }
+        for _ in 0..2 {
+            now = engine.next().expect("prompts are computed").0;
+            engine.wake(now);
+        }
+        let end = engine.next().expect("they decode").0;
+        let lent = engine.lend(now + (end - now) * lent_after / 40, &job(0, 320, 1).ids[..20]);
+        assert!(lent.len() <= 20);
+        while let Some((next, _)) = engine.next() {
+            now = next;
+            engine.wake(now);
+        }
+        engine.give_back(now, &lent);
+        while let Some((next, _)) = engine.next() {
+            now = next;
+            engine.wake(now);
+        }
+        assert_eq!(
+            (engine.load().free_blocks, engine.totals().output_tokens),
+            (64, 1 + 4 * 300),
+            "{lent_after}"
+        );
+    }
+}

@@ -27,7 +27,7 @@ use tokenizers::Tokenizer;
 
 use self::agent::{Agent, Certificates};
 use self::backend::Backend;
-use self::process::Program;
+use self::process::{Program, own_cpu_seconds};
 use self::text::Words;
 use self::workload::{PREFIXES, Workload, encode};
 
@@ -128,8 +128,8 @@ async fn main() -> Result<()> {
                     check_hits(workload, shared, &before, &baton_counters(address).await?)?;
                 }
                 eprintln!(
-                    "{:>7} B  round {round}  {name:<12} {:>8.0}/s  p50 {:>6} us  p99 {:>6} us  {:>6.0} us of CPU each",
-                    workload.bytes, run.per_second, run.p50_us, run.p99_us, run.cpu_us
+                    "{:>7} B  round {round}  {name:<12} {:>8.0}/s  p50 {:>6} us  p99 {:>6} us  {:>6.0} us of CPU each, {:>4.0} around",
+                    workload.bytes, run.per_second, run.p50_us, run.p99_us, run.cpu_us, run.around_us
                 );
                 if round > 0 {
                     done.push(run);
@@ -165,6 +165,8 @@ struct Run {
     p99_us: u64,
     /// Processor time of the proxy for each request, in microseconds.
     cpu_us: f64,
+    /// The same of wrk and the engines together.
+    around_us: f64,
 }
 
 fn summary(sides: &mut [(&str, &str, &Program, Vec<Run>)]) -> Value {
@@ -180,6 +182,7 @@ fn summary(sides: &mut [(&str, &str, &Program, Vec<Run>)]) -> Value {
             "p50_us": median(|run| run.p50_us as f64),
             "p99_us": median(|run| run.p99_us as f64),
             "cpu_us_per_request": median(|run| run.cpu_us).round(),
+            "cpu_us_of_load_and_engines": median(|run| run.around_us).round(),
         });
         all.insert((*name).to_owned(), figures);
     }
@@ -201,7 +204,11 @@ async fn load(
     seconds: u64,
 ) -> Result<Run> {
     let served = || backends.iter().map(|backend| backend.counts().0).sum::<u64>();
-    let (cpu, before) = (program.cpu_seconds(), served());
+    let around = || {
+        let (own, children) = own_cpu_seconds();
+        own + children
+    };
+    let (cpu, before_around, before) = (program.cpu_seconds(), around(), served());
     let output = tokio::process::Command::new("wrk")
         .args(["-t1", &format!("-c{CONNECTIONS}"), &format!("-d{seconds}s"), "--timeout", "10s", "-s"])
         .arg(script)
@@ -212,7 +219,7 @@ async fn load(
         .output()
         .await
         .context("wrk")?;
-    let cpu = program.cpu_seconds() - cpu;
+    let (cpu, around) = (program.cpu_seconds() - cpu, around() - before_around);
     let text = String::from_utf8_lossy(&output.stdout);
     let line =
         text.lines().rev().find(|line| line.starts_with('{')).with_context(|| {
@@ -234,6 +241,7 @@ async fn load(
         p50_us: number("p50_us"),
         p99_us: number("p99_us"),
         cpu_us: cpu * 1e6 / requests as f64,
+        around_us: around * 1e6 / requests as f64,
     })
 }
 

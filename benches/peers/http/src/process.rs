@@ -36,23 +36,39 @@ impl Program {
 
     /// Seconds of processor time that the group has used, in user and in kernel mode.
     pub fn cpu_seconds(&self) -> f64 {
-        let ticks: u64 = std::fs::read_dir("/proc")
+        let group = i64::from(self.group.as_raw_nonzero().get());
+        std::fs::read_dir("/proc")
             .into_iter()
             .flatten()
             .flatten()
             .filter_map(|entry| {
                 entry.file_name().to_str()?.parse::<u32>().ok()?;
-                let stat = std::fs::read_to_string(entry.path().join("stat")).ok()?;
-                // The name in parentheses may hold anything; the fields after it are numbers.
-                let fields: Vec<&str> = stat.rsplit_once(") ")?.1.split(' ').collect();
-                let group: i32 = fields.get(2)?.parse().ok()?;
-                if group != self.group.as_raw_nonzero().get() {
-                    return None;
-                }
-                Some(fields.get(11)?.parse::<u64>().ok()? + fields.get(12)?.parse::<u64>().ok()?)
+                let stat = Stat::of(&entry.path())?;
+                (stat.0[2] == group).then(|| stat.seconds(11))
             })
-            .sum();
-        ticks as f64 / rustix::param::clock_ticks_per_second() as f64
+            .sum()
+    }
+}
+
+/// Seconds of processor time that this process has used, and those that its children had when they were waited for.
+pub fn own_cpu_seconds() -> (f64, f64) {
+    Stat::of(Path::new("/proc/self")).map_or((0.0, 0.0), |stat| (stat.seconds(11), stat.seconds(13)))
+}
+
+/// What `/proc/PID/stat` says behind the name, which may hold anything.
+struct Stat(Vec<i64>);
+
+impl Stat {
+    fn of(process: &Path) -> Option<Self> {
+        let stat = std::fs::read_to_string(process.join("stat")).ok()?;
+        let fields: Vec<i64> =
+            stat.rsplit_once(") ")?.1.split(' ').map(|field| field.trim().parse().unwrap_or(0)).collect();
+        (fields.len() > 14).then_some(Self(fields))
+    }
+
+    /// The time in user mode at a place and that in kernel mode behind it, together.
+    fn seconds(&self, at: usize) -> f64 {
+        (self.0[at] + self.0[at + 1]) as f64 / rustix::param::clock_ticks_per_second() as f64
     }
 }
 

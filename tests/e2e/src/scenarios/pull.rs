@@ -1,6 +1,11 @@
 //! A prefix that a busy engine has cached is pulled by the idle one, which computes the rest alone.
+//!
+//! That is the best option by far where the rest is long and many streams would wait for it at the engine that has the prefix, provided
+//! that the coordinator knows what a long prompt takes. An engine that was given short ones only may be thought to compute any prompt in
+//! the same time. So both engines are given long prompts until it knows.
 
-use serde_json::json;
+use anyhow::Context as _;
+use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
 use super::identity::computed;
@@ -10,39 +15,48 @@ use crate::report::Line;
 
 /// Streams that decode where the prefix is, each of which a prefill there would hold up: so many more at a time until a
 /// pull is clearly better, and so many at most.
-const MORE_BUSY: usize = 8;
-const MOST_BUSY: usize = 96;
-/// Dry runs between that.
-const TRIES: u32 = 25;
-/// Their output: more than comes while the scenario lasts.
-const BUSY_TOKENS: u32 = 3000;
+const MORE_STREAMS: usize = 8;
+const MOST_STREAMS: usize = 64;
+/// Their output. One that has ended is replaced.
+const STREAM_TOKENS: u32 = 3000;
+/// Dry runs before there are more streams, and long prompts. Events of the prefix need some, too.
+const TRIES: usize = 25;
 /// What the next best option has to cost, as a multiple of the pull.
 const CLEARLY: f64 = 1.25;
-/// Words behind the prefix.
-const TAIL_WORDS: usize = 120;
 
 pub(super) async fn run(bed: &mut Bed) -> anyhow::Result<Vec<Line>> {
     let mut line = Line::new("pull");
-    let (mut prompts, mut pulled, mut busy) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut prompts, mut pulled, mut streams, mut taught) = (Vec::new(), Vec::new(), Vec::new(), 0);
     for chat in [false, true] {
-        let (prompt_tokens, hit_tokens, streams) = pull(bed, chat, &mut line).await?;
-        busy.push(streams.to_string());
-        prompts.push(prompt_tokens.to_string());
-        pulled.push(hit_tokens.to_string());
+        let outcome = pull(bed, chat, &mut line).await?;
+        prompts.push(outcome.prompt_tokens.to_string());
+        pulled.push(outcome.pulled_tokens.to_string());
+        streams.push(outcome.streams.to_string());
+        taught += outcome.taught;
         let leaked = bed.settled().await;
         line.check(leaked.is_ok(), || format!("{:#}", leaked.unwrap_err()));
     }
     line.figure("prompt_tokens", prompts.join(","))
         .figure("pulled_tokens", pulled.join(","))
-        .figure("busy_streams", busy.join(","));
+        .figure("streams", streams.join(","))
+        .figure("long_prompts_before", taught);
     Ok(vec![line])
 }
 
-/// One pull. Returns the prompt's tokens, how many of them were pulled, and the streams that ran beside it.
-async fn pull(bed: &mut Bed, chat: bool, line: &mut Line) -> anyhow::Result<(u64, u64, usize)> {
+/// What one pull came to.
+struct Outcome {
+    prompt_tokens: u64,
+    pulled_tokens: u64,
+    /// Streams at the source meanwhile.
+    streams: usize,
+    /// Long prompts that the engines were given before.
+    taught: usize,
+}
+
+async fn pull(bed: &mut Bed, chat: bool, line: &mut Line) -> anyhow::Result<Outcome> {
     let what = if chat { "chat" } else { "completion" };
     let (plain, model, answer_tokens) = (bed.plain(), bed.model().to_owned(), bed.scale.answer_tokens);
-    let (prefix, _) = bed.prompts.fit(&plain, &model, bed.scale.longest - 2 * TAIL_WORDS).await?;
+    let (prefix, _) = bed.prompts.fit(&plain, &model, bed.scale.longest * 6 / 10).await?;
     let ask = |text: &str| match chat {
         true => Ask::chat(&model, json!([{"role": "user", "content": text}]), answer_tokens).streamed(),
         false => Ask::completion(&model, text, answer_tokens),
@@ -52,34 +66,48 @@ async fn pull(bed: &mut Bed, chat: bool, line: &mut Line) -> anyhow::Result<(u64
     let at_home = [("x-baton-policy", "session_sticky"), ("x-session-id", session.as_str())];
     let first = ask(&prefix).send(&bed.coordinator(), &at_home).await?;
     let source = first.header("x-baton-decode").to_owned();
-    let asked = ask(&format!("{prefix} {}", bed.prompts.text(TAIL_WORDS)));
+    let (tail, _) = bed.prompts.fit(&plain, &model, bed.scale.longest * 3 / 10).await?;
+    let asked = ask(&format!("{prefix} {tail}"));
     let expected = asked.send(&plain, &[]).await?;
 
+    let long = bed.prompts.text(bed.scale.longest / 2);
     let mut busy: JoinSet<anyhow::Result<Answer>> = JoinSet::new();
-    let mut tries = 0;
+    let (mut tries, mut streams, mut taught) = (0, 0, 0);
     let body = asked.wire_body();
-    // The engine's KV events take a moment to reach the coordinator, too.
     bed.until("the coordinator would pull", async || {
-        if tries % TRIES == 0 && busy.len() < MOST_BUSY {
-            for _ in 0..MORE_BUSY {
-                let stream = Ask::completion(&model, "Count on.", BUSY_TOKENS).streamed();
-                let (client, session) = (bed.coordinator(), session.clone());
-                busy.spawn(async move {
-                    let at_home = [("x-baton-policy", "session_sticky"), ("x-session-id", session.as_str())];
-                    stream.send(&client, &at_home).await
-                });
+        tries += 1;
+        if tries % TRIES == 1 {
+            streams = MOST_STREAMS.min(streams + MORE_STREAMS);
+            if tries > 1 {
+                let lesson = Ask::completion(&model, format!("{tries} {long}"), 1).streamed();
+                lesson.send(&bed.coordinator(), &[("x-baton-policy", "least_loaded")]).await?;
+                lesson.send(&bed.coordinator(), &at_home).await?;
+                taught += 2;
             }
         }
-        tries += 1;
+        while let Some(ended) = busy.try_join_next() {
+            ended.context("a stream")??;
+        }
+        while busy.len() < streams {
+            let stream = Ask::completion(&model, "Count on.", STREAM_TOKENS).streamed();
+            let (client, session) = (bed.coordinator(), session.clone());
+            busy.spawn(async move {
+                let at_home = [("x-baton-policy", "session_sticky"), ("x-session-id", session.as_str())];
+                stream.send(&client, &at_home).await
+            });
+        }
         let reply = bed.coordinator().post("/v1/route", &body, &[]).await?.ok()?.json()?;
         let (best, next) = (&reply["options"][0], &reply["options"][1]);
-        let times =
-            next["total_ms"].as_f64().unwrap_or(0.0) / best["total_ms"].as_f64().unwrap_or(f64::INFINITY);
+        let cost = |option: &Value| option["total_ms"].as_f64();
+        let times = cost(next).zip(cost(best)).map_or(0.0, |(next, best)| next / best);
         let would = best["mode"] == "pull" && best["source"] == source.as_str() && times >= CLEARLY;
-        Ok(if would { Ok(()) } else { Err(format!("{} streams; {best}, {next}", busy.len())) })
+        Ok(if would {
+            Ok(())
+        } else {
+            Err(format!("{streams} streams, {taught} long prompts: {best}, {next}"))
+        })
     })
     .await?;
-    let streams = busy.len();
 
     let (before, counted) = (bed.counters().await?, bed.coordinator_metrics().await?);
     let answer = asked.send(&bed.coordinator(), &[]).await?;
@@ -138,5 +166,5 @@ async fn pull(bed: &mut Bed, chat: bool, line: &mut Line) -> anyhow::Result<(u64
         })
         .await;
     line.check(shown.is_ok(), || format!("{what}: {:#}", shown.unwrap_err()));
-    Ok((answer.prompt_tokens, hit_tokens, streams))
+    Ok(Outcome { prompt_tokens: answer.prompt_tokens, pulled_tokens: hit_tokens, streams, taught })
 }

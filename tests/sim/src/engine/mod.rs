@@ -333,12 +333,21 @@ impl Engine {
         self.interrupt(now);
     }
 
-    /// Uses the leading blocks of a prompt that are cached, so that they stay: somebody copies them. Returns them; they
-    /// are to be given to [`Engine::give_back`].
-    pub fn lend(&mut self, ids: &[u64]) -> Vec<u32> {
+    /// Uses the leading blocks of a prompt that are cached, so that they stay: somebody copies them. Returns them, as far as the step in
+    /// hand needs none of them for its tokens; they are to be given to [`Engine::give_back`].
+    pub fn lend(&mut self, now: Nanos, ids: &[u64]) -> Vec<u32> {
+        // Later steps find out themselves what is left.
+        self.interrupt(now);
+        let needed = self.work.as_ref().map_or(0, |work| self.blocks_needed(work.steps));
+        let spare = u64::from(self.pool.free()).saturating_sub(needed);
+        let mut taken = 0;
+        let lendable = ids[..self.pool.hits(ids)].iter().take_while(|id| {
+            taken += u64::from(self.pool.free_among(std::slice::from_ref(*id)));
+            taken <= spare
+        });
+        let count = lendable.count();
         let mut blocks = Vec::new();
-        let hits = self.pool.hits(ids);
-        self.pool.share(&ids[..hits], &mut blocks);
+        self.pool.share(&ids[..count], &mut blocks);
         blocks
     }
 

@@ -170,19 +170,22 @@ impl Engine {
         if self.running.len() as u64 * u64::from(most / block_tokens + 1) <= free {
             return most;
         }
-        let needs = |steps: u32| -> u64 {
-            let need = |sequence: &Sequence| {
-                let blocks = (sequence.computed + steps).div_ceil(block_tokens);
-                u64::from(blocks.saturating_sub(sequence.blocks.len() as u32))
-            };
-            all().map(need).sum()
-        };
         let (mut low, mut high) = (1, most);
         while low < high {
             let middle = low + (high - low).div_ceil(2);
-            if needs(middle) <= free { low = middle } else { high = middle - 1 }
+            if self.blocks_needed(middle) <= free { low = middle } else { high = middle - 1 }
         }
         low
+    }
+
+    /// Blocks that running sequences lack for the tokens of so many steps.
+    pub(super) fn blocks_needed(&self, steps: u32) -> u64 {
+        let need = |at: &u32| {
+            let sequence = &self.sequences[*at as usize];
+            let blocks = (sequence.computed + steps).div_ceil(self.settings.block_tokens);
+            u64::from(blocks.saturating_sub(sequence.blocks.len() as u32))
+        };
+        self.running.iter().map(need).sum()
     }
 
     /// What was being computed is there.

@@ -386,7 +386,8 @@ impl<'a> Simulation<'a> {
             Plan::Colocated { engine } => engine,
             Plan::Pull { source, engine } => {
                 let findable = ((flight.prompt_tokens - 1) / block_tokens) as usize;
-                let loan = self.engines[source as usize].lend(&flight.ids[..findable.min(flight.ids.len())]);
+                let loan =
+                    self.engines[source as usize].lend(now, &flight.ids[..findable.min(flight.ids.len())]);
                 job.remote_tokens = loan.len() as u32 * block_tokens;
                 flight.held = if loan.is_empty() { Held::Nothing } else { Held::Loan(loan) };
                 engine
