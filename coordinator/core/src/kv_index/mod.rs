@@ -42,13 +42,16 @@
 //! and counted in the same way. Expectations have a cap of their own ([`Limits::expected`]).
 
 mod chain;
+mod heads;
 mod hybrid;
+mod inner;
+mod key;
 mod lanes;
 mod lock;
 mod lookup;
 mod overlaps;
+mod places;
 mod state;
-mod table;
 mod types;
 
 use std::sync::Mutex;
