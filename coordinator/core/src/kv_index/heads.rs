@@ -3,7 +3,7 @@
 //! Open addressing in many small parts, eight bytes an entry, eight entries a bucket, a bucket a cache line. An entry keeps 28 bits of
 //! the mixed hash and the place; whether it is the block that is looked for is decided by the whole hash, which lies at the place. A
 //! bucket is filled from its beginning; who finds his full goes to the next. At most five eighths of a part are full, so nearly every
-//! search costs one cache miss. A part grows by itself, so that no insertion waits for more than some microseconds.
+//! search costs one cache miss. A part grows by itself, so that no insertion waits for more than some ten microseconds.
 
 use super::key::{CHAIN_BITS, Key, PART_BITS, POS_BITS, Place, REST_BITS};
 

@@ -3,15 +3,19 @@
 //! Every block that comes right behind a live one in its chain has an entry here, but few searches begin at such a block: at the
 //! parent of what an engine stores, at the last of what it evicts. So an entry is made to be written fast, not read fast: five bytes, twelve to a
 //! cache line, with 16 bits of the mixed hash and the chain's id. A search looks through the whole chain; an insertion and a removal
-//! cost one cache miss each, which waits for no other. Entries with equal bits in one chain are as good as each other.
+//! cost one cache miss each, which waits for no other. Entries with equal bits in one chain are as good as each other. Heads have
+//! entries without a chain, so that an insertion tells what is none for certain with the same cache miss.
 //!
 //! A bucket is filled from its beginning; what finds its bucket full goes to the next one. At most three quarters of a part are
-//! full. A part grows by itself, so that no insertion waits for more than some microseconds.
+//! full. A part grows by itself, so that no insertion waits for more than some ten microseconds.
 
-use super::key::{Key, PART_BITS, REST_BITS};
+use super::key::{Key, MAX_CHAINS, PART_BITS, REST_BITS};
 
 /// Bits of the mixed hash that an entry keeps.
 const KEPT_BITS: u32 = 16;
+
+/// Stands for the chain of a head: who looks for it asks the table of heads.
+const HEAD: u32 = MAX_CHAINS as u32 + 1;
 
 /// Entries of a bucket.
 const ROOM: usize = 12;
@@ -49,7 +53,9 @@ struct Bucket {
     words: [u32; ROOM],
     /// By entry: [`Entry::high`].
     highs: [u8; ROOM],
-    len: u16,
+    len: u8,
+    /// How many of its entries are of heads.
+    heads: u8,
     /// How many entries lie further on because this bucket was full.
     passed: u16,
 }
@@ -63,20 +69,34 @@ impl Bucket {
         }
         self.words[at] = entry.word;
         self.highs[at] = entry.high;
+        self.heads += u8::from(entry.chain() == HEAD);
         self.len += 1;
         true
     }
 
+    /// Where the entry lies. Without a branch for each of the others: none of them could be foretold, and each wrong guess would
+    /// have the next cache miss wait for this one.
     #[inline]
     fn position(&self, entry: Entry) -> Option<usize> {
-        let equal = |at: usize| self.words[at] == entry.word && self.highs[at] == entry.high;
-        let found = (0..ROOM).fold(0u32, |found, at| found | u32::from(equal(at)) << at);
-        (found != 0).then(|| found.trailing_zeros() as usize)
+        let mut found = 0u32;
+        for (at, word) in self.words.iter().enumerate() {
+            found |= if *word == entry.word { 1 << at } else { 0 };
+        }
+        while found != 0 {
+            let at = found.trailing_zeros() as usize;
+            if self.highs[at] == entry.high {
+                return Some(at);
+            }
+            found &= found - 1;
+        }
+        None
     }
 
     /// Takes an entry out; the last one takes its place.
+    #[inline]
     fn take(&mut self, at: usize) {
         let last = usize::from(self.len) - 1;
+        self.heads -= u8::from(self.words[at] >> 8 == HEAD);
         self.words[at] = self.words[last];
         self.highs[at] = self.highs[last];
         self.words[last] = 0;
@@ -84,8 +104,8 @@ impl Bucket {
     }
 
     fn entries(&self) -> impl Iterator<Item = Entry> {
-        let len = usize::from(self.len);
-        self.words[..len].iter().zip(&self.highs[..len]).map(|(word, high)| Entry { word: *word, high: *high })
+        let entries = self.words.iter().zip(&self.highs).take(usize::from(self.len));
+        entries.map(|(word, high)| Entry { word: *word, high: *high })
     }
 }
 
@@ -113,6 +133,24 @@ impl Part {
             self.buckets[at].passed = self.buckets[at].passed.saturating_add(1);
             at = self.after(at);
         }
+    }
+
+    #[inline]
+    fn may_be_head(&self, key: Key) -> bool {
+        let entry = Entry::new(key, HEAD);
+        let home = self.buckets.get(self.home(entry.kept()));
+        home.is_some_and(|home| home.heads > 0 || home.passed > 0) && self.position(entry).is_some()
+    }
+
+    #[inline]
+    fn add(&mut self, key: Key, chain: u32) {
+        let buckets = self.buckets.len();
+        if (self.len as usize + 1) * 4 > buckets * ROOM * 3 {
+            // Parts differ in how they grow, so that they do not all grow at once.
+            self.resize(buckets + buckets / 2 + 1 + key.part as usize % 2);
+        }
+        self.put(Entry::new(key, chain));
+        self.len += 1;
     }
 
     fn resize(&mut self, buckets: usize) {
@@ -152,14 +190,6 @@ impl Inner {
         Self { parts: vec![Part::default(); 1 << PART_BITS] }
     }
 
-    /// Reads the bucket where the search for the key starts. The caller adds up what many of these return, so that their
-    /// cache misses overlap.
-    #[inline]
-    pub(super) fn touch(&self, key: Key) -> u32 {
-        let part = &self.parts[key.part as usize];
-        part.buckets.get(part.home(Entry::new(key, 0).kept())).map_or(0, |bucket| bucket.words[0])
-    }
-
     /// The first answer that `look` has for a chain that may hold the block.
     pub(super) fn find<T>(&self, key: Key, look: impl Fn(u32) -> Option<T>) -> Option<T> {
         let part = &self.parts[key.part as usize];
@@ -170,7 +200,7 @@ impl Inner {
         let mut at = part.home(kept);
         for _ in 0..part.buckets.len() {
             let bucket = &part.buckets[at];
-            let equal = bucket.entries().filter(|entry| entry.kept() == kept);
+            let equal = bucket.entries().filter(|entry| entry.kept() == kept && entry.chain() != HEAD);
             if let Some(found) = equal.map(Entry::chain).find_map(&look) {
                 return Some(found);
             }
@@ -182,17 +212,31 @@ impl Inner {
         None
     }
 
+    /// Puts a block in, unless it may be a head. Returns whether it did.
+    #[inline]
+    pub(super) fn insert_unless_head(&mut self, key: Key, chain: u32) -> bool {
+        let part = &mut self.parts[key.part as usize];
+        if part.may_be_head(key) {
+            return false;
+        }
+        part.add(key, chain);
+        true
+    }
+
     /// Puts a block in.
     #[inline]
     pub(super) fn insert(&mut self, key: Key, chain: u32) {
-        let part = &mut self.parts[key.part as usize];
-        let buckets = part.buckets.len();
-        if (part.len as usize + 1) * 4 > buckets * ROOM * 3 {
-            // Parts differ in how they grow, so that they do not all grow at once.
-            part.resize(buckets + buckets / 2 + 1 + key.part as usize % 2);
-        }
-        part.put(Entry::new(key, chain));
-        part.len += 1;
+        self.parts[key.part as usize].add(key, chain);
+    }
+
+    /// A block is a head.
+    pub(super) fn insert_head(&mut self, key: Key) {
+        self.insert(key, HEAD);
+    }
+
+    /// A block is not a head any more.
+    pub(super) fn remove_head(&mut self, key: Key) {
+        self.remove(key, HEAD);
     }
 
     /// Takes a block out.
@@ -239,26 +283,53 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_table_equals_a_list(operations in prop::collection::vec((0..4u8, any::<u8>(), 1..6u32), 1..400)) {
+        fn the_table_equals_a_list(operations in prop::collection::vec((0..7u8, any::<u8>(), 1..6u32), 1..400)) {
             let mut table = Inner::new();
             let mut list: Vec<(u32, u32)> = Vec::new();
             for (kind, n, chain) in operations {
                 let (key, other) = (key(n), chain % 5 + 1);
-                let at = list.iter().position(|entry| *entry == (key.rest, chain));
-                match (kind, at) {
-                    (0 | 1, _) => { table.insert(key, chain); list.push((key.rest, chain)); }
-                    (2, Some(at)) => { table.remove(key, chain); list.swap_remove(at); }
-                    (2, None) => table.remove(key, chain),
-                    (_, Some(at)) => { table.moved(key, chain, other); list[at].1 = other; }
-                    (_, None) => table.moved(key, chain, other),
+                let at = |list: &[(u32, u32)], chain| list.iter().position(|entry| *entry == (key.rest, chain));
+                match kind {
+                    0 | 1 => {
+                        table.insert(key, chain);
+                        list.push((key.rest, chain));
+                    }
+                    2 => {
+                        table.remove(key, chain);
+                        at(&list, chain).map(|at| list.swap_remove(at));
+                    }
+                    3 => {
+                        table.moved(key, chain, other);
+                        if let Some(at) = at(&list, chain) {
+                            list[at].1 = other;
+                        }
+                    }
+                    4 => {
+                        table.insert_head(key);
+                        list.push((key.rest, HEAD));
+                    }
+                    5 => {
+                        table.remove_head(key);
+                        at(&list, HEAD).map(|at| list.swap_remove(at));
+                    }
+                    _ => {
+                        let new = at(&list, HEAD).is_none();
+                        prop_assert_eq!(table.insert_unless_head(key, chain), new);
+                        if new {
+                            list.push((key.rest, chain));
+                        }
+                    }
                 }
                 for n in 0..24u8 {
                     let key = self::key(n);
                     let found = std::cell::RefCell::new(Vec::new());
-                    let none: Option<()> = table.find(key, |chain| { found.borrow_mut().push(chain); None });
+                    let none: Option<()> = table.find(key, |chain| {
+                        found.borrow_mut().push(chain);
+                        None
+                    });
                     prop_assert_eq!(none, None);
                     let mut found = found.into_inner();
-                    let here = list.iter().filter(|entry| entry.0 == key.rest);
+                    let here = list.iter().filter(|entry| entry.0 == key.rest && entry.1 != HEAD);
                     let mut expected: Vec<u32> = here.map(|entry| entry.1).collect();
                     found.sort_unstable();
                     expected.sort_unstable();

@@ -6,14 +6,14 @@
 use baton_proto::BlockHash;
 
 /// Bits of the mixed hash that choose a table's part.
-pub(super) const PART_BITS: u32 = 12;
+pub(super) const PART_BITS: u32 = 11;
 /// Bits of the mixed hash below those.
 pub(super) const REST_BITS: u32 = 28;
 pub(super) const CHAIN_BITS: u32 = 24;
 pub(super) const POS_BITS: u32 = 12;
 
-/// Most chains there can be: ids start at 1, so that no entry of a table is zero.
-pub(super) const MAX_CHAINS: usize = (1 << CHAIN_BITS) - 1;
+/// Most chains there can be: ids start at 1, so that no entry of a table is zero, and the last one is no chain's.
+pub(super) const MAX_CHAINS: usize = (1 << CHAIN_BITS) - 2;
 /// Most blocks in one chain.
 pub(super) const MAX_CHAIN: usize = 1 << POS_BITS;
 

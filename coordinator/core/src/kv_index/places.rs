@@ -25,53 +25,62 @@ impl Places {
         Self { mixer: Mixer::new(seed), heads: Heads::new(), inner: Inner::new() }
     }
 
-    pub(super) fn key(&self, hash: &BlockHash) -> Key {
-        self.mixer.key(hash)
-    }
-
     /// Where a head lies.
     #[inline]
-    pub(super) fn head(&self, key: Key, hash: &BlockHash, chains: &Chains) -> Option<Place> {
+    pub(super) fn head(&self, hash: &BlockHash, chains: &Chains) -> Option<Place> {
+        self.head_keyed(self.mixer.key(hash), hash, chains)
+    }
+
+    #[inline]
+    fn head_keyed(&self, key: Key, hash: &BlockHash, chains: &Chains) -> Option<Place> {
         self.heads.find(key, |place| chains[place.chain].hashes[place.pos as usize] == *hash)
     }
 
     /// Where any block lies.
     pub(super) fn find(&self, hash: &BlockHash, chains: &Chains) -> Option<Place> {
-        let key = self.key(hash);
+        let key = self.mixer.key(hash);
         let inside = |chain| chains[chain].position(hash).map(|pos| Place { chain, pos });
-        self.head(key, hash, chains).or_else(|| self.inner.find(key, inside))
+        self.head_keyed(key, hash, chains).or_else(|| self.inner.find(key, inside))
     }
 
     /// Reads where the search for a head starts, so that its cache miss is under way.
     pub(super) fn expect_head(&self, hash: &BlockHash) {
-        std::hint::black_box(self.heads.touch(self.key(hash)));
+        std::hint::black_box(self.heads.touch(self.mixer.key(hash)));
     }
 
-    /// Mixes the hashes, and reads where their entries are or would be, all at once.
-    pub(super) fn touch(&self, hashes: &[BlockHash], keys: &mut [Key]) {
-        for (key, hash) in keys.iter_mut().zip(hashes) {
-            *key = self.key(hash);
-        }
-        // The less is done for each, the more cache misses are under way at once.
-        let read = keys[..hashes.len()].iter().fold(0, |read, key| read | self.inner.touch(*key));
-        std::hint::black_box(read);
-    }
-
-    /// A block that is in neither table lies there.
+    /// A block that does not live yet lies there from now on.
     #[inline]
-    pub(super) fn insert(&mut self, key: Key, place: Place, head: bool) {
+    pub(super) fn insert(&mut self, hash: &BlockHash, place: Place, head: bool) {
+        let key = self.mixer.key(hash);
         if head {
             self.heads.insert(key, place);
+            self.inner.insert_head(key);
         } else {
             self.inner.insert(key, place.chain);
         }
     }
 
+    /// As [`Self::insert`] for an inner block, unless it lives already, as a head. Returns whether it did.
+    #[inline]
+    pub(super) fn insert_new(&mut self, hash: &BlockHash, chain: u32, chains: &Chains) -> bool {
+        let key = self.mixer.key(hash);
+        if self.inner.insert_unless_head(key, chain) {
+            return true;
+        }
+        let new = self.head_keyed(key, hash, chains).is_none();
+        if new {
+            self.inner.insert(key, chain);
+        }
+        new
+    }
+
     /// The block does not live any more.
     #[inline]
-    pub(super) fn remove(&mut self, key: Key, place: Place, head: bool) {
+    pub(super) fn remove(&mut self, hash: &BlockHash, place: Place, head: bool) {
+        let key = self.mixer.key(hash);
         if head {
             self.heads.remove(key, place);
+            self.inner.remove_head(key);
         } else {
             self.inner.remove(key, place.chain);
         }
@@ -79,20 +88,24 @@ impl Places {
 
     /// The block before this one died, or came to life.
     pub(super) fn turn(&mut self, hash: &BlockHash, place: Place, head: bool) {
-        let key = self.key(hash);
-        self.remove(key, place, !head);
-        self.insert(key, place, head);
+        self.remove(hash, place, !head);
+        self.insert(hash, place, head);
     }
 
     /// The block moved.
-    pub(super) fn moved(&mut self, hash: &BlockHash, (from, was_head): (Place, bool), (to, head): (Place, bool)) {
-        let key = self.key(hash);
+    pub(super) fn moved(
+        &mut self,
+        hash: &BlockHash,
+        (from, was_head): (Place, bool),
+        (to, head): (Place, bool),
+    ) {
+        let key = self.mixer.key(hash);
         match (was_head, head) {
             (true, true) => self.heads.moved(key, from, to),
             (false, false) => self.inner.moved(key, from.chain, to.chain),
             _ => {
-                self.remove(key, from, was_head);
-                self.insert(key, to, head);
+                self.remove(hash, from, was_head);
+                self.insert(hash, to, head);
             }
         }
     }

@@ -3,7 +3,7 @@
 use baton_proto::BlockHash;
 
 use super::chain::{Chains, Delta, EXPECTED, HELD, State};
-use super::key::{Key, MAX_CHAIN, Place};
+use super::key::{MAX_CHAIN, Place};
 use super::lanes::Lanes;
 use super::places::Places;
 
@@ -84,7 +84,7 @@ impl Data {
                 return Some(Place { chain: id, pos: pos + 1 });
             }
         }
-        self.places.head(self.places.key(hash), hash, &self.chains)
+        self.places.head(hash, &self.chains)
     }
 
     /// Marks up to [`STEP`] blocks for a lane; `coming` says how many more follow. Returns how many a cap kept out, and where the last
@@ -177,16 +177,14 @@ impl Data {
     fn bury(&mut self, id: u32, first: u32, last: u32) {
         let chain = &mut self.chains[id];
         let hashes = &chain.hashes[first as usize..=last as usize];
-        let mut keys = [Key::default(); STEP];
-        self.places.touch(hashes, &mut keys);
         let any_left = chain.any_covered(first, last);
         let was_head = chain.is_head(first);
         let (mut dead, mut gap) = (0, false);
-        for (pos, (key, hash)) in (first..).zip(keys.iter().zip(hashes)) {
+        for (pos, hash) in (first..).zip(hashes) {
             let place = Place { chain: id, pos };
             let live = any_left && chain.covered(pos);
             if !live {
-                self.places.remove(*key, place, was_head && pos == first);
+                self.places.remove(hash, place, was_head && pos == first);
                 dead += 1;
             } else if gap {
                 self.places.turn(hash, place, true);
@@ -342,14 +340,13 @@ impl Data {
     /// A place for a block that does not live: behind `before` where the chain ends there, or where the block lay
     /// before it died, else in a chain of its own. `ahead` is how many blocks the chain will likely take.
     fn put(&mut self, before: Option<Place>, hash: &BlockHash, ahead: usize) -> Option<Place> {
-        let key = self.places.key(hash);
         if let Some(before) = before {
             let place = Place { pos: before.pos + 1, ..before };
             let pos = place.pos as usize;
             let chain = &mut self.chains[before.chain];
             if chain.hashes.get(pos) == Some(hash) {
                 chain.dead -= 1;
-                self.places.insert(key, place, false);
+                self.places.insert(hash, place, false);
                 if let Some(next) = chain.hashes.get(pos + 1)
                     && chain.covered(place.pos + 1)
                 {
@@ -359,13 +356,13 @@ impl Data {
             }
             if pos == chain.hashes.len() && pos < MAX_CHAIN {
                 chain.push(*hash, ahead.min(MAX_CHAIN - pos));
-                self.places.insert(key, place, false);
+                self.places.insert(hash, place, false);
                 return Some(place);
             }
         }
         let place = Place { chain: self.chains.create()?, pos: 0 };
         self.chains[place.chain].push(*hash, ahead.min(MAX_CHAIN));
-        self.places.insert(key, place, true);
+        self.places.insert(hash, place, true);
         Some(place)
     }
 
@@ -379,14 +376,9 @@ impl Data {
             return 0;
         }
         // What comes behind a block that does not live can live as a head only.
-        let mut keys = [Key::default(); STEP];
-        self.places.touch(hashes, &mut keys);
         let fits = hashes.len().min(MAX_CHAIN - chain.hashes.len()).min(most as usize);
-        let lives = |at: &usize| self.places.head(keys[*at], &hashes[*at], &self.chains).is_some();
-        let blocks = (0..fits).find(lives).unwrap_or(fits);
-        for key in &keys[..blocks] {
-            self.places.insert(*key, place, false);
-        }
+        let new = |at: &usize| self.places.insert_new(&hashes[*at], place.chain, &self.chains);
+        let blocks = (0..fits).take_while(new).count();
         self.chains[place.chain].hashes.extend_from_slice(&hashes[..blocks]);
         blocks as u32
     }
