@@ -190,6 +190,14 @@ impl Inner {
         Self { parts: vec![Part::default(); 1 << PART_BITS] }
     }
 
+    /// Reads the bucket where the search for the key starts. The caller adds up what many of these return, so that their
+    /// cache misses overlap.
+    #[inline]
+    pub(super) fn touch(&self, key: Key) -> u8 {
+        let part = &self.parts[key.part as usize];
+        part.buckets.get(part.home(Entry::new(key, 0).kept())).map_or(0, |bucket| bucket.len)
+    }
+
     /// The first answer that `look` has for a chain that may hold the block.
     pub(super) fn find<T>(&self, key: Key, look: impl Fn(u32) -> Option<T>) -> Option<T> {
         let part = &self.parts[key.part as usize];

@@ -23,7 +23,7 @@ pub(super) struct Lane {
 }
 
 /// No engine has this slot: they are counted from 0.
-pub(super) const NOBODY: Slot = Slot(u32::MAX);
+const NOBODY: Slot = Slot(u32::MAX);
 
 /// One slot.
 #[derive(Clone, Debug, Default)]
@@ -47,7 +47,7 @@ pub(super) struct Grouped {
 pub(super) struct Lanes {
     engines: Vec<Engine>,
     lanes: Vec<Lane>,
-    /// See [`Self::alone`]. Lookups read this and nothing else of most lanes.
+    /// By lane: its slot, where it is live and not [`Lane::grouped`], else [`NOBODY`]. Lookups read this and nothing else of most lanes.
     alone: Vec<Slot>,
     free: Vec<u16>,
     /// In slot order.
@@ -55,9 +55,11 @@ pub(super) struct Lanes {
 }
 
 impl Lanes {
-    /// By lane: its slot, where it is live and its engine's only one, else [`NOBODY`].
-    pub(super) fn alone(&self) -> &[Slot] {
-        &self.alone
+    /// The slot of a lane that is live and its engine's only one.
+    #[inline]
+    pub(super) fn alone(&self, lane: u16) -> Option<Slot> {
+        let slot = self.alone[usize::from(lane)];
+        (slot != NOBODY).then_some(slot)
     }
 
     pub(super) fn get(&self, lane: u16) -> &Lane {

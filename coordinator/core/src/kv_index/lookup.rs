@@ -9,7 +9,6 @@ use baton_proto::BlockHash;
 
 use super::chain::{Chain, HELD};
 use super::hybrid::{ANY, ANY_TIER, GPU_ONLY, Piece};
-use super::lanes::NOBODY;
 use super::overlaps::{Overlaps, Reach};
 use super::state::Data;
 use super::types::{Tier, Tiers};
@@ -121,27 +120,26 @@ impl Data {
 
     /// Enters the lanes that hold or expect the block at `pos`, the prompt's first, as far as their span over it reaches into `blocks`
     /// blocks. Returns whether any span begins behind it, and whether any lane reaches the end.
-    ///
-    /// The larger part of a lookup where many engines share a first block: on its own, and nearly without branches.
-    #[inline(never)]
     fn enter(&self, chain: &Chain, pos: u32, blocks: u32, found: &mut Overlaps) -> (bool, bool) {
-        let (mut inside, mut longest, mut count) = (false, 0, 0);
-        let slots = self.lanes.alone();
+        let (mut inside, mut longest) = (false, 0);
         let reaches = found.room(chain.spans.len());
+        let room = reaches.len();
+        let mut free = reaches.iter_mut();
         for span in &chain.spans {
             let (first, end) = (u32::from(span.first), u32::from(span.last) + 1);
-            inside |= first > pos && first < pos + blocks;
-            let slot = slots[usize::from(span.lane)];
-            let either = end.saturating_sub(pos).min(blocks);
+            if first > pos || end <= pos {
+                inside |= first > pos && first < pos + blocks;
+                continue;
+            }
+            let Some(slot) = self.lanes.alone(span.lane) else { continue };
+            let either = (end - pos).min(blocks);
             let held = if span.tiers & HELD != 0 { either } else { 0 };
             let gpu = if Tiers::from_bits(span.tiers).contains(Tier::Gpu) { either } else { 0 };
-            // Where the span is not over the block, or its lane does not count, the next one takes the room.
-            let over = first <= pos && end > pos && slot != NOBODY;
-            reaches[count] = Reach { slot, held, gpu, either, lane: span.lane };
-            count += usize::from(over);
-            longest = longest.max(if over { either } else { 0 });
+            let Some(reach) = free.next() else { break };
+            *reach = Reach { slot, held, gpu, either, lane: span.lane };
+            longest = longest.max(either);
         }
-        found.count = count;
+        found.count = room - free.len();
         (inside, longest == blocks)
     }
 

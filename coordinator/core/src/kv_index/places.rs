@@ -11,6 +11,7 @@ use super::chain::Chains;
 use super::heads::Heads;
 use super::inner::Inner;
 use super::key::{Key, Mixer, Place};
+use super::state::STEP;
 
 /// The tables.
 #[derive(Debug)]
@@ -46,6 +47,17 @@ impl Places {
     /// Reads where the search for a head starts, so that its cache miss is under way.
     pub(super) fn expect_head(&self, hash: &BlockHash) {
         std::hint::black_box(self.heads.touch(self.mixer.key(hash)));
+    }
+
+    /// Reads where inner blocks' entries are or would be, all at once. At most [`STEP`].
+    pub(super) fn touch(&self, hashes: &[BlockHash]) {
+        let mut keys = [Key::default(); STEP];
+        for (key, hash) in keys.iter_mut().zip(hashes) {
+            *key = self.mixer.key(hash);
+        }
+        // The less is done for each, the more cache misses are under way at once.
+        let read = keys[..hashes.len()].iter().fold(0, |read, key| read | self.inner.touch(*key));
+        std::hint::black_box(read);
     }
 
     /// A block that does not live yet lies there from now on.

@@ -177,6 +177,7 @@ impl Data {
     fn bury(&mut self, id: u32, first: u32, last: u32) {
         let chain = &mut self.chains[id];
         let hashes = &chain.hashes[first as usize..=last as usize];
+        self.places.touch(hashes);
         let any_left = chain.any_covered(first, last);
         let was_head = chain.is_head(first);
         let (mut dead, mut gap) = (0, false);
@@ -377,6 +378,7 @@ impl Data {
         }
         // What comes behind a block that does not live can live as a head only.
         let fits = hashes.len().min(MAX_CHAIN - chain.hashes.len()).min(most as usize);
+        self.places.touch(&hashes[..fits]);
         let new = |at: &usize| self.places.insert_new(&hashes[*at], place.chain, &self.chains);
         let blocks = (0..fits).take_while(new).count();
         self.chains[place.chain].hashes.extend_from_slice(&hashes[..blocks]);
