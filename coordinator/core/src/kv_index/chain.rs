@@ -64,7 +64,7 @@ impl Delta {
 }
 
 /// Blocks of which each follows the one before it. A block that nobody holds or expects any more is *dead*: its hash
-/// stays where live blocks come behind it, its entry in the table does not. The last block is never dead.
+/// stays where live blocks come behind it, its entry in a table does not. The last block is never dead.
 #[derive(Debug, Default)]
 #[repr(align(64))]
 pub(super) struct Chain {
@@ -103,6 +103,22 @@ impl Chain {
         if self.hashes.len() < capacity - capacity / 4 {
             self.hashes.shrink_to_fit();
         }
+    }
+
+    /// Whether the block, which is in the chain, is not dead.
+    pub(super) fn is_live(&self, pos: u32) -> bool {
+        self.dead == 0 || self.covered(pos)
+    }
+
+    /// Whether the block, which is live, is the chain's first or comes behind a dead one.
+    pub(super) fn is_head(&self, pos: u32) -> bool {
+        pos == 0 || !self.is_live(pos - 1)
+    }
+
+    /// Where a live block lies.
+    pub(super) fn position(&self, hash: &BlockHash) -> Option<u32> {
+        let pos = self.hashes.iter().rposition(|other| other == hash)? as u32;
+        self.is_live(pos).then_some(pos)
     }
 
     /// Whether anybody holds or expects the block.
@@ -289,7 +305,7 @@ impl Chains {
             return Some(id);
         }
         let id = self.end();
-        if id as usize > super::table::MAX_CHAINS {
+        if id as usize > super::key::MAX_CHAINS {
             return None;
         }
         match self.chunks.last_mut() {
@@ -305,7 +321,7 @@ impl Chains {
 
     /// How many ids [`Self::create`] can give.
     pub(super) fn room(&self) -> usize {
-        self.free.len() + super::table::MAX_CHAINS + 1 - self.end() as usize
+        self.free.len() + super::key::MAX_CHAINS + 1 - self.end() as usize
     }
 
     /// Gives an id back.

@@ -47,7 +47,12 @@ impl Data {
         let ends_at_a_gap = self.lanes.grouped.iter().all(|engine| engine.groups.ends_at_a_gap());
         let mut at = 0;
         while at < hashes.len() {
-            let Some(place) = self.find(&hashes[at]) else {
+            let place = match at {
+                0 => self.places.find(&hashes[at], &self.chains),
+                // All before it is looked up: if it were inside a chain, it would have been found with the block before it.
+                _ => self.places.head(&hashes[at], &self.chains),
+            };
+            let Some(place) = place else {
                 if ends_at_a_gap {
                     return;
                 }
@@ -57,7 +62,7 @@ impl Data {
             let chain = &self.chains[place.chain];
             // If the prompt goes on behind the chain, that is looked for next: begin with its cache miss.
             if let Some(next) = hashes.get(at + chain.hashes.len() - place.pos as usize) {
-                std::hint::black_box(self.table.touch(self.table.key(next)));
+                self.places.expect_head(next);
             }
             let mut blocks = common(&chain.hashes[place.pos as usize..], &hashes[at..]) as u32;
             if chain.dead > 0 {

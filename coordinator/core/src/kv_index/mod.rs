@@ -19,9 +19,11 @@
 //! agent ignores them.
 //!
 //! # How it is kept
-//! Blocks that follow each other lie in *chains*; a table leads from a hash to a place in a chain; a chain knows who
-//! holds which stretch of it. An engine stores and evicts runs of blocks, so a stretch costs eight bytes however long it is, a
-//! lookup takes a few comparisons for each chain, and a store of blocks that others hold too costs next to nothing.
+//! Blocks that follow each other lie in *chains*; a chain knows who holds which stretch of it. An engine stores and evicts
+//! runs of blocks, so a stretch costs eight bytes however long it is, a lookup takes a few comparisons for each chain, and a store
+//! of blocks that others hold too costs next to nothing. Two tables lead from a hash into a chain: a small one from where
+//! chains begin, which lookups and stores ask, and a large compact one from all other blocks, which is asked where a search begins
+//! inside a chain: at the parent of what is stored, at what is evicted.
 //! That blocks follow each other is learnt from stores and dispatches that say so ([`Run::chain`]); blocks stored
 //! without ([`Run::loose`]) are chains of one block until a dispatch shows where they belong. Links between blocks are
 //! claims of authenticated agents and of the coordinator's own hashing; a false one could misplace requests, and no more: KV is
@@ -33,7 +35,7 @@
 //! [`KvIndex::open`] and [`KvIndex::forget`] take effect at once and give memory back step by step before they return.
 //!
 //! # Memory
-//! About 35 bytes for each distinct block (16 hash, 13 to 26 table) and 8 for each stretch that an engine holds, besides
+//! About 25 bytes for each distinct block (16 hash, 7 to 11 table) and 8 for each stretch that an engine holds, besides
 //! 64 for each chain. The worst case, in which every block is a chain of its own with one holder, is about 125 bytes a
 //! membership; a cut-up chain may hold three dead blocks, 16 bytes each, for a live one. So [`Limits::memberships`] of 16 million
 //! bounds the index at 2 GB in the worst case and at 0.6 GB in practice. At the cap, a store of a block that its cache does not hold
@@ -42,13 +44,16 @@
 //! and counted in the same way. Expectations have a cap of their own ([`Limits::expected`]).
 
 mod chain;
+mod heads;
 mod hybrid;
+mod inner;
+mod key;
 mod lanes;
 mod lock;
 mod lookup;
 mod overlaps;
+mod places;
 mod state;
-mod table;
 mod types;
 
 use std::sync::Mutex;

@@ -3,8 +3,10 @@
 use baton_proto::BlockHash;
 
 use super::chain::{Chains, Delta, EXPECTED, HELD, State};
+use super::key::{MAX_CHAIN, Place};
 use super::lanes::Lanes;
-use super::table::{Key, MAX_CHAIN, Place, Table};
+use super::places::Places;
+
 use super::types::{Holder, Limits, Slot, Tiers};
 
 /// Blocks that one step stores, removes or lets go of at most.
@@ -39,7 +41,7 @@ pub(super) struct Behind<'a> {
 /// The data.
 #[derive(Debug)]
 pub(super) struct Data {
-    pub(super) table: Table,
+    pub(super) places: Places,
     pub(super) chains: Chains,
     pub(super) lanes: Lanes,
     pub(super) limits: Limits,
@@ -60,7 +62,7 @@ pub(super) struct Data {
 impl Data {
     pub(super) fn new(limits: Limits, seed: u64) -> Self {
         Self {
-            table: Table::new(seed),
+            places: Places::new(seed),
             chains: Chains::default(),
             lanes: Lanes::default(),
             limits,
@@ -73,23 +75,16 @@ impl Data {
         }
     }
 
-    pub(super) fn find(&self, hash: &BlockHash) -> Option<Place> {
-        self.find_keyed(self.table.key(hash), hash)
-    }
-
+    /// Where the block lies, whose predecessor is at `before`: right behind it, or at the head of a chain, or nowhere.
     #[inline]
-    fn find_keyed(&self, key: Key, hash: &BlockHash) -> Option<Place> {
-        self.table.find(key, |place| self.chains[place.chain].hashes[place.pos as usize] == *hash)
-    }
-
-    /// Mixes the hashes and reads where their searches start, all at once.
-    fn touch(&self, hashes: &[BlockHash], keys: &mut [Key]) {
-        for (key, hash) in keys.iter_mut().zip(hashes) {
-            *key = self.table.key(hash);
+    fn next(&self, before: Option<Place>, hash: &BlockHash) -> Option<Place> {
+        if let Some(Place { chain: id, pos }) = before {
+            let chain = &self.chains[id];
+            if chain.hashes.get(pos as usize + 1) == Some(hash) && chain.is_live(pos + 1) {
+                return Some(Place { chain: id, pos: pos + 1 });
+            }
         }
-        // The less is done for each, the more cache misses are under way at once.
-        let read = keys[..hashes.len()].iter().fold(0, |read, key| read | self.table.touch(*key));
-        std::hint::black_box(read);
+        self.places.head(hash, &self.chains)
     }
 
     /// Marks up to [`STEP`] blocks for a lane; `coming` says how many more follow. Returns how many a cap kept out, and where the last
@@ -103,22 +98,23 @@ impl Data {
         coming: usize,
     ) -> (u64, Option<Place>) {
         let Behind { chained, parent, likely } = behind;
-        let mut keys = [Key::default(); STEP];
-        let lies = |place: &Place| self.chains[place.chain].hashes.get(place.pos as usize) == parent;
-        let mut before = likely.filter(lies).or_else(|| parent.and_then(|parent| self.find(parent)));
-        // Behind a chain's end blocks are likely new, and their cache misses overlap.
-        let mut touched = before.is_some_and(|before| before.pos + 1 == self.chains[before.chain].len());
-        if touched {
-            self.touch(hashes, &mut keys);
-        }
+        let lies = |place: &Place| {
+            let chain = &self.chains[place.chain];
+            chain.hashes.get(place.pos as usize) == parent && chain.is_live(place.pos)
+        };
+        let find = |parent| self.places.find(parent, &self.chains);
+        let mut before = likely.filter(lies).or_else(|| parent.and_then(find));
+        // A block of which the one before is not known may be anywhere.
+        let mut anywhere = parent.is_none();
         let mut dropped = 0;
         let mut i = 0;
         while i < hashes.len() {
-            if !touched {
-                keys[i] = self.table.key(&hashes[i]);
-            }
             let mut blocks = 1;
-            let place = if let Some(place) = self.find_keyed(keys[i], &hashes[i]) {
+            let known = match anywhere {
+                true => self.places.find(&hashes[i], &self.chains),
+                false => self.next(before, &hashes[i]),
+            };
+            let place = if let Some(place) = known {
                 let place = before.and_then(|before| self.absorb(before, place)).unwrap_or(place);
                 if chained {
                     blocks = self.common(place, &hashes[i..]);
@@ -126,17 +122,11 @@ impl Data {
                 dropped += self.cover(lane, place, blocks, mark);
                 Some(place)
             } else {
-                if !touched {
-                    // From here on too.
-                    self.touch(&hashes[i..], &mut keys[i..]);
-                    touched = true;
-                }
                 let ahead = if chained { hashes.len() - i + coming } else { 1 };
-                let place = if self.has_room(mark, 1) { self.put(before, &hashes[i], ahead) } else { None };
+                let place = if self.room(mark) > 0 { self.put(before, &hashes[i], ahead) } else { None };
                 if let Some(place) = place {
-                    self.table.insert(keys[i], place);
                     if chained {
-                        blocks += self.append(place, mark, &hashes[i + 1..], &keys[i + 1..]);
+                        blocks += self.append(place, mark, &hashes[i + 1..]);
                     }
                     self.edit(lane, place, blocks, mark);
                 } else {
@@ -145,6 +135,7 @@ impl Data {
                 place
             };
             before = place.filter(|_| chained).map(|place| Place { pos: place.pos + blocks - 1, ..place });
+            anywhere = !chained;
             i += blocks as usize;
         }
         match mark {
@@ -156,11 +147,9 @@ impl Data {
 
     /// The lane does not hold these blocks, up to [`STEP`], in these tiers any more.
     pub(super) fn unmark(&mut self, lane: u16, tiers: u8, hashes: &[BlockHash]) {
-        let mut keys = [Key::default(); STEP];
-        self.touch(hashes, &mut keys);
         let mut i = 0;
         while i < hashes.len() {
-            let Some(place) = self.find_keyed(keys[i], &hashes[i]) else {
+            let Some(place) = self.places.find(&hashes[i], &self.chains) else {
                 i += 1;
                 continue;
             };
@@ -178,26 +167,38 @@ impl Data {
             });
             if delta.held != 0 {
                 self.count(lane, delta);
-                let run = &mut keys[i..i + blocks as usize];
-                if back > 1 {
-                    run.reverse();
-                }
-                self.bury(place.chain, first, run);
+                self.bury(place.chain, first, last);
             }
             i += blocks as usize;
         }
     }
 
-    /// Those of the blocks from `first` on that nobody holds or expects any more are dead. They were live before.
-    fn bury(&mut self, id: u32, first: u32, keys: &[Key]) {
+    /// Those of the blocks `first..=last`, up to [`STEP`], that nobody holds or expects any more are dead. They were live before.
+    fn bury(&mut self, id: u32, first: u32, last: u32) {
         let chain = &mut self.chains[id];
-        let any_left = chain.any_covered(first, first + keys.len() as u32 - 1);
-        for (pos, key) in (first..).zip(keys) {
-            if !any_left || !chain.covered(pos) {
-                self.table.remove(*key, Place { chain: id, pos });
-                chain.dead += 1;
+        let hashes = &chain.hashes[first as usize..=last as usize];
+        self.places.touch(hashes);
+        let any_left = chain.any_covered(first, last);
+        let was_head = chain.is_head(first);
+        let (mut dead, mut gap) = (0, false);
+        for (pos, hash) in (first..).zip(hashes) {
+            let place = Place { chain: id, pos };
+            let live = any_left && chain.covered(pos);
+            if !live {
+                self.places.remove(hash, place, was_head && pos == first);
+                dead += 1;
+            } else if gap {
+                self.places.turn(hash, place, true);
             }
+            gap = !live;
         }
+        if let Some(hash) = chain.hashes.get(last as usize + 1)
+            && gap
+            && chain.is_live(last + 1)
+        {
+            self.places.turn(hash, Place { chain: id, pos: last + 1 }, true);
+        }
+        chain.dead += dead;
         self.tidy(id);
     }
 
@@ -266,11 +267,11 @@ impl Data {
         self.chains[chain].spans.iter().any(|span| span.tiers == EXPECTED)
     }
 
-    /// A cap leaves room for so many more.
-    fn has_room(&self, mark: Mark, blocks: u64) -> bool {
+    /// How many more a cap leaves room for.
+    fn room(&self, mark: Mark) -> u64 {
         match mark {
-            Mark::Held(_) => self.memberships + blocks <= self.limits.memberships,
-            Mark::Expected(_) => self.expected + blocks <= self.limits.expected,
+            Mark::Held(_) => self.limits.memberships.saturating_sub(self.memberships),
+            Mark::Expected(_) => self.limits.expected.saturating_sub(self.expected),
         }
     }
 
@@ -279,16 +280,16 @@ impl Data {
         let chain = &self.chains[place.chain];
         let there = chain.hashes[place.pos as usize..].iter().zip(hashes);
         let mut blocks = there.take_while(|(a, b)| a == b).count() as u32;
-        // A dead block is not in the table, or lives elsewhere by now.
+        // A dead block lies nowhere, or elsewhere by now.
         if chain.dead > 0 {
             blocks = chain.covered_from(place.pos, place.pos + blocks) - place.pos;
         }
         blocks
     }
 
-    /// Marks blocks that are in the table, as far as the cap allows. Returns how many it kept out.
+    /// Marks live blocks, as far as the cap allows. Returns how many it kept out.
     fn cover(&mut self, lane: u16, place: Place, blocks: u32, mark: Mark) -> u64 {
-        if self.has_room(mark, blocks.into()) {
+        if self.room(mark) >= blocks.into() {
             self.edit(lane, place, blocks, mark);
             return 0;
         }
@@ -299,7 +300,7 @@ impl Data {
                 Mark::Held(_) => !state.is_held(),
                 Mark::Expected(_) => state == State::NONE,
             };
-            if counts && !self.has_room(mark, 1) {
+            if counts && self.room(mark) == 0 {
                 dropped += 1;
             } else {
                 self.edit(lane, Place { pos, ..place }, 1, mark);
@@ -337,45 +338,51 @@ impl Data {
         }
     }
 
-    /// A place for a block that is not in the table: behind `before` where the chain ends there, or where the block lay
+    /// A place for a block that does not live: behind `before` where the chain ends there, or where the block lay
     /// before it died, else in a chain of its own. `ahead` is how many blocks the chain will likely take.
     fn put(&mut self, before: Option<Place>, hash: &BlockHash, ahead: usize) -> Option<Place> {
         if let Some(before) = before {
-            let pos = before.pos + 1;
+            let place = Place { pos: before.pos + 1, ..before };
+            let pos = place.pos as usize;
             let chain = &mut self.chains[before.chain];
-            if pos < chain.len() {
-                if chain.hashes[pos as usize] == *hash {
-                    chain.dead -= 1;
-                    return Some(Place { pos, ..before });
+            if chain.hashes.get(pos) == Some(hash) {
+                chain.dead -= 1;
+                self.places.insert(hash, place, false);
+                if let Some(next) = chain.hashes.get(pos + 1)
+                    && chain.covered(place.pos + 1)
+                {
+                    self.places.turn(next, Place { pos: place.pos + 1, ..place }, false);
                 }
-            } else if chain.hashes.len() < MAX_CHAIN {
-                chain.push(*hash, ahead.min(MAX_CHAIN - pos as usize));
-                return Some(Place { pos, ..before });
+                return Some(place);
+            }
+            if pos == chain.hashes.len() && pos < MAX_CHAIN {
+                chain.push(*hash, ahead.min(MAX_CHAIN - pos));
+                self.places.insert(hash, place, false);
+                return Some(place);
             }
         }
-        let id = self.chains.create()?;
-        self.chains[id].push(*hash, ahead.min(MAX_CHAIN));
-        Some(Place { chain: id, pos: 0 })
+        let place = Place { chain: self.chains.create()?, pos: 0 };
+        self.chains[place.chain].push(*hash, ahead.min(MAX_CHAIN));
+        self.places.insert(hash, place, true);
+        Some(place)
     }
 
-    /// Appends blocks behind a place, where the chain ends there, up to the first that is in the table already. Returns
-    /// how many.
-    fn append(&mut self, place: Place, mark: Mark, hashes: &[BlockHash], keys: &[Key]) -> u32 {
-        let mut blocks = 0;
-        if place.pos + 1 != self.chains[place.chain].len() {
+    /// Appends blocks behind one that does not live yet, where the chain ends there, up to the first that lives already.
+    /// Returns how many.
+    fn append(&mut self, place: Place, mark: Mark, hashes: &[BlockHash]) -> u32 {
+        let chain = &self.chains[place.chain];
+        // One is about to be counted.
+        let most = self.room(mark) - 1;
+        if place.pos + 1 != chain.len() {
             return 0;
         }
-        for (hash, key) in hashes.iter().zip(keys) {
-            let pos = place.pos + 1 + blocks;
-            let full = pos as usize >= MAX_CHAIN || !self.has_room(mark, u64::from(blocks) + 2);
-            let is = |place: Place| self.chains[place.chain].hashes[place.pos as usize] == *hash;
-            if full || self.table.find_or_insert(*key, Place { pos, ..place }, is).is_some() {
-                break;
-            }
-            self.chains[place.chain].push(*hash, 1);
-            blocks += 1;
-        }
-        blocks
+        // What comes behind a block that does not live can live as a head only.
+        let fits = hashes.len().min(MAX_CHAIN - chain.hashes.len()).min(most as usize);
+        self.places.touch(&hashes[..fits]);
+        let new = |at: &usize| self.places.insert_new(&hashes[*at], place.chain, &self.chains);
+        let blocks = (0..fits).take_while(new).count();
+        self.chains[place.chain].hashes.extend_from_slice(&hashes[..blocks]);
+        blocks as u32
     }
 
     /// Where `place` begins a short chain and `before`, the block before it, ends another: makes them one. Returns where
@@ -394,14 +401,14 @@ impl Data {
         Some(Place { chain: before.chain, pos: before.pos + 1 })
     }
 
-    /// Appends live blocks of one chain to another. The old chain is left as it was: the caller releases it.
+    /// Appends live blocks of one chain, of which the first is a head, to another. The old chain is left as it was: the caller releases it.
     fn carry(&mut self, from: u32, first: u32, last: u32, to: u32) {
         self.chains.moves += 1;
         let base = self.chains[to].len();
         for pos in first..=last {
             let hash = self.chains[from].hashes[pos as usize];
             let new = Place { chain: to, pos: base + pos - first };
-            self.table.moved(self.table.key(&hash), Place { chain: from, pos }, new);
+            self.places.moved(&hash, (Place { chain: from, pos }, pos == first), (new, new.pos == 0));
             self.chains[to].push(hash, (last - pos) as usize + 1);
         }
         let spans = self.chains[from].spans.clone();
@@ -424,10 +431,7 @@ impl Data {
         let first = first.max((last + 1).saturating_sub(STEP as u32));
         let delta = self.chains[chain].edit(lane, first, last, |_| State::NONE);
         self.count(lane, delta);
-        let mut keys = [Key::default(); STEP];
-        let keys = &mut keys[..(last - first + 1) as usize];
-        self.touch(&self.chains[chain].hashes[first as usize..=last as usize], keys);
-        self.bury(chain, first, keys);
+        self.bury(chain, first, last);
     }
 
     /// Trims a chain of which blocks died, releases it if none is left, and cuts it up if more than three quarters are
