@@ -334,7 +334,8 @@ impl Engine {
     }
 
     /// Uses the leading blocks of a prompt that are cached, so that they stay: somebody copies them. Returns them, as far as the step in
-    /// hand needs none of them for its tokens; they are to be given to [`Engine::give_back`].
+    /// hand needs none of them for its tokens; they are to be given to [`Engine::give_back`]. The next step comes earlier than
+    /// [`Engine::next`] said before.
     pub fn lend(&mut self, now: Nanos, ids: &[u64]) -> Vec<u32> {
         // Later steps find out themselves what is left.
         self.interrupt(now);

@@ -231,8 +231,9 @@ impl<'a> Simulation<'a> {
         match event {
             Event::Arrive(arrival) => self.arrive(*arrival),
             Event::Submit(key) => {
-                let engine = self.submit(key);
+                let (engine, lender) = self.submit(key);
                 self.attend(engine, observer);
+                lender.into_iter().for_each(|lender| self.attend(lender, observer));
             }
             Event::Wake { engine, version } => {
                 let at = engine as usize;
@@ -370,8 +371,8 @@ impl<'a> Simulation<'a> {
         self.flights[key as usize].as_mut().expect("engines name requests that are under way")
     }
 
-    /// Submits a request's next part; returns to which engine.
-    fn submit(&mut self, key: u32) -> u32 {
+    /// Submits a request's next part; returns to which engine, and which one lends blocks for it.
+    fn submit(&mut self, key: u32) -> (u32, Option<u32>) {
         let (now, block_tokens) = (self.now, self.block_tokens);
         let flight = self.flights[key as usize].as_mut().expect("it is under way");
         let mut job = Job {
@@ -382,6 +383,7 @@ impl<'a> Simulation<'a> {
             remote_tokens: 0,
             hold: false,
         };
+        let mut lender = None;
         let engine = match flight.plan {
             Plan::Colocated { engine } => engine,
             Plan::Pull { source, engine } => {
@@ -390,6 +392,7 @@ impl<'a> Simulation<'a> {
                     self.engines[source as usize].lend(now, &flight.ids[..findable.min(flight.ids.len())]);
                 job.remote_tokens = loan.len() as u32 * block_tokens;
                 flight.held = if loan.is_empty() { Held::Nothing } else { Held::Loan(loan) };
+                lender = Some(source);
                 engine
             }
             Plan::Disaggregated { prefill, .. } if !flight.second => {
@@ -404,7 +407,7 @@ impl<'a> Simulation<'a> {
             }
         };
         flight.handle = Some(self.engines[engine as usize].submit(now, job));
-        engine
+        (engine, lender)
     }
 
     /// Takes what an engine said, and waits for what it does next.
