@@ -315,7 +315,7 @@ impl<'a> Pricing<'a> {
 
     /// What it costs the request that its SLOs may be missed.
     #[inline]
-    fn own_risk(&self, ttft: f64, itl_risk: f64) -> f64 {
+    pub(crate) fn own_risk(&self, ttft: f64, itl_risk: f64) -> f64 {
         let ttft_risk = self.slo.ttft_seconds.map_or(0.0, |slo| risk(ttft, slo));
         self.promised * (ttft_risk + itl_risk).min(1.0)
     }

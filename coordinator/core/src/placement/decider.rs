@@ -331,13 +331,16 @@ impl Decider {
                 sender = (from, pricing.sender(from));
             }
             let (bytes, least) = moving[to as usize];
-            let more = sender.1.at_least(bytes) - least;
-            if sum + more >= below {
+            let moves = sender.1.at_least(bytes).max(least);
+            let (prefill, decode) =
+                (&search.scratch.costs[from as usize].prefill, &search.scratch.costs[to as usize].decode);
+            // Of the risk the sum has the ITL's part only.
+            let risk = pricing.own_risk(prefill.own + moves + decode.handoff_own, decode.handoff_itl_risk)
+                - pricing.promised * decode.handoff_itl_risk;
+            if sum + (moves - least) + risk >= below {
                 return Some(below);
             }
             search.budget = search.budget.checked_sub(1)?;
-            let (prefill, decode) =
-                (&search.scratch.costs[from as usize].prefill, &search.scratch.costs[to as usize].decode);
             let key = pricing.pair_key(prefill, decode, pricing.handoff(from, to, prefill));
             search.take(key, Plan::Disaggregated { prefill: from, decode: to });
             Some(limit(&search.best))
