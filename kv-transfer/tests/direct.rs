@@ -7,56 +7,22 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use baton_kernels::{BlockMemory, EngineMemory, Guard, MemoryError, PeerMemory, Shared};
-use baton_kv_transfer::checksum::{Checksums, of_block};
-use baton_kv_transfer::{Endpoint, Hold, HoldEnd, Limits, PullError, PullReport, PullRequest, RankHold};
+use baton_kv_transfer::checksum::of_block;
+use baton_kv_transfer::{HoldEnd, Limits, PullError};
 use baton_proto::wire::{ErrorCode, WireError};
 use bytes::Bytes;
-use support::{Authority, Shape, TableSource, fill, hash, id, read, request};
+use support::two::{LEASE, Two};
+use support::{Shape, TableSource, fill, hash, id, read};
 
 const SHAPE: Shape = Shape { pieces: 6, piece_bytes: 64 << 10, blocks: 64 };
-const LEASE: Duration = Duration::from_secs(60);
 
-/// A holder of blocks 0 to 63 with known content, and a puller.
-struct Two {
-    source: Arc<TableSource>,
-    holder: Endpoint,
-    puller: Endpoint,
-    theirs: Arc<EngineMemory>,
-    ours: Arc<EngineMemory>,
-}
-
-impl Two {
-    fn new() -> Self {
-        Self::with(Limits::default(), Limits::default())
-    }
-
-    fn with(holders: Limits, pullers: Limits) -> Self {
-        let authority = Authority::new();
-        let source = TableSource::new(1);
-        let holder = support::endpoint(authority.issue("holder"), source.clone(), holders);
-        let puller = support::endpoint(authority.issue("puller"), TableSource::new(1), pullers);
-        let (theirs, ours) = (SHAPE.memory(), SHAPE.memory());
-        fill(&theirs, 0..64, 5);
-        Self { source, holder, puller, theirs, ours }
-    }
-
-    fn hold(&self, number: u8, block_ids: Vec<u32>) {
-        self.source.hold(id(number), &self.theirs, SHAPE, block_ids, LEASE);
-    }
-
-    fn request(&self, number: u8, first: u32, blocks: u32) -> PullRequest {
-        request(support::peer("holder", &self.holder), id(number), 1, SHAPE, first, blocks)
-    }
-
-    async fn pull(&self, number: u8, blocks: Vec<u32>) -> Result<PullReport, PullError> {
-        let request = self.request(number, 0, blocks.len() as u32);
-        self.puller.pull(request, self.ours.clone(), blocks).await
-    }
+fn two() -> Two {
+    Two::new(SHAPE, Limits::default(), Limits::default())
 }
 
 #[tokio::test]
 async fn blocks_are_copied_where_they_should_and_the_hold_ends() {
-    let two = Two::new();
+    let two = two();
     two.hold(1, vec![40, 3, 17, 8]);
     let pull = two.puller.pull(two.request(1, 1, 3), two.ours.clone(), vec![5, 60, 1]);
     let report = pull.await.unwrap();
@@ -77,7 +43,7 @@ async fn blocks_are_copied_where_they_should_and_the_hold_ends() {
 
 #[tokio::test]
 async fn many_pulls_at_once() {
-    let two = Two::new();
+    let two = two();
     let pulls: Vec<_> = (0..16u8)
         .map(|number| {
             let blocks: Vec<u32> = (0..4).map(|i| u32::from(number) * 4 + i).collect();
@@ -98,7 +64,7 @@ async fn many_pulls_at_once() {
 
 #[tokio::test]
 async fn refusals_carry_their_code() {
-    let two = Two::new();
+    let two = two();
     two.hold(1, vec![0, 1]);
     let good = two.request(1, 0, 2);
     let mut stale = good.clone();
@@ -127,7 +93,7 @@ async fn refusals_carry_their_code() {
 #[tokio::test]
 async fn either_side_can_do_without() {
     let off = || Limits { direct: false, ..Limits::default() };
-    for two in [Two::with(off(), Limits::default()), Two::with(Limits::default(), off())] {
+    for two in [Two::new(SHAPE, off(), Limits::default()), Two::new(SHAPE, Limits::default(), off())] {
         two.hold(1, vec![0, 1]);
         let report = two.pull(1, vec![0, 1]).await.unwrap();
         assert_eq!((report.direct, two.puller.stats().direct_bytes), (false, 0));
@@ -137,7 +103,7 @@ async fn either_side_can_do_without() {
 
 #[tokio::test]
 async fn memory_that_changed_under_its_hold_is_asked_for_by_quic_and_fails_its_blocks_only() {
-    let two = Two::new();
+    let two = two();
     two.hold(1, vec![0, 1, 2]);
     two.theirs.write(1, 9000, b"not what was held").unwrap();
     let report = two.pull(1, vec![0, 1, 2]).await.unwrap();
@@ -150,19 +116,9 @@ async fn memory_that_changed_under_its_hold_is_asked_for_by_quic_and_fails_its_b
 
 #[tokio::test]
 async fn a_pull_waits_for_checksums_and_the_hold_for_the_pull() {
-    let two = Two::new();
-    let checksums = Checksums::pending(2);
+    let two = two();
     let memory: Arc<dyn BlockMemory> = two.theirs.clone();
-    let layout = SHAPE.fingerprint();
-    let hold = Hold {
-        request_id: "r".into(),
-        transfer_id: id(1),
-        hashes: vec![hash(0), hash(1)],
-        block_ids: vec![7, 8],
-        ranks: vec![RankHold { memory: memory.clone(), layout, checksums: checksums.clone() }],
-    };
-    let now = std::time::Instant::now();
-    let guard = two.source.table.lock().unwrap().insert(now, hold, LEASE).unwrap();
+    let (checksums, guard) = two.hold_unchecked(1, vec![7, 8]);
     let making = tokio::task::spawn_blocking(move || {
         std::thread::sleep(Duration::from_millis(50));
         checksums.make(&memory, &[7, 8], &guard).unwrap();
@@ -174,18 +130,9 @@ async fn a_pull_waits_for_checksums_and_the_hold_for_the_pull() {
 
 #[tokio::test]
 async fn a_release_stops_the_pull_under_way() {
-    let two = Two::new();
+    let two = two();
     // Without its checksums the pull gets no further than the acceptance.
-    let (memory, layout) = (two.theirs.clone(), SHAPE.fingerprint());
-    let hold = Hold {
-        request_id: "r".into(),
-        transfer_id: id(1),
-        hashes: vec![hash(0)],
-        block_ids: vec![7],
-        ranks: vec![RankHold { memory, layout, checksums: Checksums::pending(1) }],
-    };
-    let now = std::time::Instant::now();
-    drop(two.source.table.lock().unwrap().insert(now, hold, LEASE).unwrap());
+    drop(two.hold_unchecked(1, vec![7]));
     let release = async {
         tokio::time::sleep(Duration::from_millis(50)).await;
         assert!(two.source.table.lock().unwrap().release(id(1)));
@@ -198,33 +145,11 @@ async fn a_release_stops_the_pull_under_way() {
 
 #[tokio::test]
 async fn cancelled_and_dropped_pulls_write_nothing_more_and_give_the_hold_up() {
-    let two = Two::new();
-    let blocks: Vec<u32> = (0..64).collect();
+    let two = two();
     two.hold(100, vec![0]);
     assert!(two.pull(100, vec![0]).await.unwrap().direct);
-    for number in 0..20u8 {
-        two.hold(number, blocks.clone());
-        let pull = two.puller.pull(two.request(number, 0, 64), two.ours.clone(), blocks.clone());
-        tokio::time::sleep(Duration::from_micros(u64::from(number) * 300)).await;
-        if number % 2 == 0 {
-            pull.canceller().cancel();
-            // It may have been over before.
-            let result = pull.await;
-            let cancelled = Err(PullError::Stopped(ErrorCode::Cancelled.into()));
-            assert!(result.is_ok() || result == cancelled, "{result:?}");
-        } else {
-            drop(pull);
-        }
-        // From here on the memory is the engine's again.
-        let mark = vec![0xab; SHAPE.block_bytes()];
-        for block in &blocks {
-            two.ours.write(*block, 0, &mark).unwrap();
-        }
-        tokio::time::sleep(Duration::from_millis(3)).await;
-        for block in &blocks {
-            assert!(read(&two.ours, *block) == mark, "written after the end of pull {number}");
-        }
-    }
+    two.end_pulls_early(Duration::from_micros(300)).await;
+    let blocks: Vec<u32> = (0..64).collect();
     two.hold(20, blocks.clone());
     assert!(two.pull(20, blocks).await.unwrap().direct);
     while two.source.released().await.transfer_id != id(20) {}
@@ -232,7 +157,7 @@ async fn cancelled_and_dropped_pulls_write_nothing_more_and_give_the_hold_up() {
 
 #[tokio::test]
 async fn too_many_pulls_are_refused_as_busy() {
-    let two = Two::with(Limits { max_served: 0, ..Limits::default() }, Limits::default());
+    let two = Two::new(SHAPE, Limits { max_served: 0, ..Limits::default() }, Limits::default());
     two.hold(1, vec![0]);
     // By the other way too.
     assert_eq!(two.pull(1, vec![0]).await, Err(PullError::Refused(ErrorCode::Busy.into())));
@@ -240,7 +165,7 @@ async fn too_many_pulls_are_refused_as_busy() {
 
 #[tokio::test]
 async fn the_next_life_of_an_engine_has_other_memory() {
-    let two = Two::new();
+    let two = two();
     two.hold(1, vec![0]);
     assert!(two.pull(1, vec![9]).await.unwrap().direct);
     two.source.released().await;
@@ -355,7 +280,7 @@ impl BlockMemory for Device {
 #[tokio::test]
 async fn copies_of_a_device_are_over_and_looked_at_before_the_holder_hears_of_the_end() {
     for makes in [true, false] {
-        let two = Two::new();
+        let two = two();
         let device = Device::new(&two, None, makes);
         two.hold(1, vec![4, 5, 6]);
         let pull = two.puller.pull(two.request(1, 0, 3), device.clone(), vec![1, 2, 3]);
@@ -370,7 +295,7 @@ async fn copies_of_a_device_are_over_and_looked_at_before_the_holder_hears_of_th
 #[tokio::test]
 async fn a_torn_copy_of_a_device_is_found_and_mended_by_quic() {
     for makes in [true, false] {
-        let two = Two::new();
+        let two = two();
         let device = Device::new(&two, Some(2), makes);
         two.hold(1, vec![4, 5, 6]);
         let pull = two.puller.pull(two.request(1, 0, 3), device.clone(), vec![1, 2, 3]);
@@ -382,19 +307,10 @@ async fn a_torn_copy_of_a_device_is_found_and_mended_by_quic() {
 
 #[tokio::test]
 async fn a_cancelled_copy_of_a_device_ends_before_the_holder_hears_of_it() {
-    let two = Two::new();
+    let two = two();
     let device = Device::new(&two, None, true);
-    let checksums = Checksums::pending(2);
-    let (memory, layout): (Arc<dyn BlockMemory>, _) = (two.theirs.clone(), SHAPE.fingerprint());
-    let hold = Hold {
-        request_id: "r".into(),
-        transfer_id: id(1),
-        hashes: vec![hash(0), hash(1)],
-        block_ids: vec![7, 8],
-        ranks: vec![RankHold { memory: memory.clone(), layout, checksums: checksums.clone() }],
-    };
-    let now = std::time::Instant::now();
-    let guard = two.source.table.lock().unwrap().insert(now, hold, LEASE).unwrap();
+    let memory: Arc<dyn BlockMemory> = two.theirs.clone();
+    let (checksums, guard) = two.hold_unchecked(1, vec![7, 8]);
     // The first block's copy gets under way, and the second never is ready.
     checksums.push(of_block(&memory, 7, &guard).unwrap());
     drop(guard);

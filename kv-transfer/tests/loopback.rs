@@ -7,55 +7,23 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use baton_kernels::{BlockMemory, EngineMemory};
-use baton_kv_transfer::checksum::{self, Checksums};
-use baton_kv_transfer::{
-    Endpoint, Hold, HoldEnd, Limits, Peer, PullError, PullRequest, RankHold, checksum::digest,
-};
+use baton_kernels::BlockMemory;
+use baton_kv_transfer::checksum;
+use baton_kv_transfer::{Endpoint, HoldEnd, Limits, Peer, PullError, checksum::digest};
 use baton_proto::wire::{ErrorCode, WireError};
+use support::two::{LEASE, Two};
 use support::{Authority, Shape, TableSource, fill, hash, id, read, request};
 
 const SHAPE: Shape = Shape { pieces: 6, piece_bytes: 4096, blocks: 64 };
-const LEASE: Duration = Duration::from_secs(60);
 
-/// A holder of blocks 0 to 63 with known content, and a puller.
-struct Two {
-    authority: Authority,
-    source: Arc<TableSource>,
-    holder: Endpoint,
-    puller: Endpoint,
-    theirs: Arc<EngineMemory>,
-    ours: Arc<EngineMemory>,
-}
-
-impl Two {
-    fn new(limits: Limits) -> Self {
-        let limits = Limits { direct: false, ..limits };
-        let authority = Authority::new();
-        let source = TableSource::new(1);
-        let holder = support::endpoint(authority.issue("holder"), source.clone(), limits.clone());
-        let puller = support::endpoint(authority.issue("puller"), TableSource::new(1), limits);
-        let (theirs, ours) = (SHAPE.memory(), SHAPE.memory());
-        fill(&theirs, 0..64, 5);
-        Self { authority, source, holder, puller, theirs, ours }
-    }
-
-    fn hold(&self, number: u8, block_ids: Vec<u32>) {
-        self.source.hold(id(number), &self.theirs, SHAPE, block_ids, LEASE);
-    }
-
-    fn peer(&self) -> Peer {
-        support::peer("holder", &self.holder)
-    }
-
-    fn request(&self, number: u8, first: u32, blocks: u32) -> PullRequest {
-        request(self.peer(), id(number), 1, SHAPE, first, blocks)
-    }
+fn two(limits: Limits) -> Two {
+    let limits = Limits { direct: false, ..limits };
+    Two::new(SHAPE, limits.clone(), limits)
 }
 
 #[tokio::test]
 async fn blocks_arrive_where_they_should_and_the_hold_ends() {
-    let two = Two::new(Limits::default());
+    let two = two(Limits::default());
     two.hold(1, vec![40, 3, 17, 8]);
     let pull = two.puller.pull(two.request(1, 1, 3), two.ours.clone(), vec![5, 60, 1]);
     let report = pull.await.unwrap();
@@ -82,7 +50,7 @@ async fn blocks_arrive_where_they_should_and_the_hold_ends() {
 
 #[tokio::test]
 async fn many_pulls_share_a_connection() {
-    let two = Two::new(Limits { max_pulls: 4, ..Limits::default() });
+    let two = two(Limits { max_pulls: 4, ..Limits::default() });
     let pulls: Vec<_> = (0..16u8)
         .map(|number| {
             let blocks: Vec<u32> = (0..4).map(|i| u32::from(number) * 4 + i).collect();
@@ -101,7 +69,7 @@ async fn many_pulls_share_a_connection() {
 
 #[tokio::test]
 async fn refusals_carry_their_code() {
-    let two = Two::new(Limits::default());
+    let two = two(Limits::default());
     two.hold(1, vec![0, 1]);
     let good = two.request(1, 0, 2);
     let mut stale = good.clone();
@@ -123,7 +91,7 @@ async fn refusals_carry_their_code() {
 
 #[tokio::test]
 async fn blocks_of_another_size_are_not_written() {
-    let two = Two::new(Limits::default());
+    let two = two(Limits::default());
     two.hold(1, vec![0, 1]);
     let larger = Shape { piece_bytes: 8192, ..SHAPE }.memory();
     let result = two.puller.pull(two.request(1, 0, 2), larger, vec![0, 1]).await;
@@ -133,7 +101,7 @@ async fn blocks_of_another_size_are_not_written() {
 
 #[tokio::test]
 async fn callers_mistakes_are_told_before_anything_is_asked() {
-    let two = Two::new(Limits::default());
+    let two = two(Limits::default());
     for blocks in [vec![1, 64], vec![2, 2]] {
         let result = two.puller.pull(two.request(1, 0, 2), two.ours.clone(), blocks).await;
         assert!(matches!(result, Err(PullError::Memory(_))), "{result:?}");
@@ -143,7 +111,7 @@ async fn callers_mistakes_are_told_before_anything_is_asked() {
 
 #[tokio::test]
 async fn memory_that_changed_under_its_hold_fails_its_blocks_only() {
-    let two = Two::new(Limits::default());
+    let two = two(Limits::default());
     two.hold(1, vec![0, 1, 2]);
     two.theirs.write(1, 9000, b"not what was held").unwrap();
     let report = two.puller.pull(two.request(1, 0, 3), two.ours.clone(), vec![0, 1, 2]).await.unwrap();
@@ -154,22 +122,9 @@ async fn memory_that_changed_under_its_hold_fails_its_blocks_only() {
 
 #[tokio::test]
 async fn a_pull_waits_for_checksums_and_the_hold_for_the_pull() {
-    let two = Two::new(Limits::default());
-    let checksums = Checksums::pending(2);
+    let two = two(Limits::default());
     let memory: Arc<dyn BlockMemory> = two.theirs.clone();
-    let hold = Hold {
-        request_id: "r".into(),
-        transfer_id: id(1),
-        hashes: vec![hash(0), hash(1)],
-        block_ids: vec![7, 8],
-        ranks: vec![RankHold {
-            memory: memory.clone(),
-            layout: SHAPE.fingerprint(),
-            checksums: checksums.clone(),
-        }],
-    };
-    let now = std::time::Instant::now();
-    let guard = two.source.table.lock().unwrap().insert(now, hold, LEASE).unwrap();
+    let (checksums, guard) = two.hold_unchecked(1, vec![7, 8]);
     let pull = two.puller.pull(two.request(1, 0, 2), two.ours.clone(), vec![0, 1]);
     let making = tokio::task::spawn_blocking(move || {
         std::thread::sleep(Duration::from_millis(50));
@@ -182,21 +137,9 @@ async fn a_pull_waits_for_checksums_and_the_hold_for_the_pull() {
 
 #[tokio::test]
 async fn a_release_stops_the_pull_under_way() {
-    let two = Two::new(Limits::default());
+    let two = two(Limits::default());
     // Without its checksums the pull gets no further than the acceptance.
-    let hold = Hold {
-        request_id: "r".into(),
-        transfer_id: id(1),
-        hashes: vec![hash(0)],
-        block_ids: vec![7],
-        ranks: vec![RankHold {
-            memory: two.theirs.clone(),
-            layout: SHAPE.fingerprint(),
-            checksums: Checksums::pending(1),
-        }],
-    };
-    let now = std::time::Instant::now();
-    drop(two.source.table.lock().unwrap().insert(now, hold, LEASE).unwrap());
+    drop(two.hold_unchecked(1, vec![7]));
     let pull = two.puller.pull(two.request(1, 0, 1), two.ours.clone(), vec![0]);
     let release = async {
         tokio::time::sleep(Duration::from_millis(50)).await;
@@ -210,31 +153,9 @@ async fn a_release_stops_the_pull_under_way() {
 
 #[tokio::test]
 async fn cancelled_and_dropped_pulls_write_nothing_more_and_give_the_hold_up() {
-    let two = Two::new(Limits::default());
+    let two = two(Limits::default());
+    two.end_pulls_early(Duration::from_micros(150)).await;
     let blocks: Vec<u32> = (0..64).collect();
-    for number in 0..20u8 {
-        two.hold(number, blocks.clone());
-        let pull = two.puller.pull(two.request(number, 0, 64), two.ours.clone(), blocks.clone());
-        tokio::time::sleep(Duration::from_micros(u64::from(number) * 150)).await;
-        if number % 2 == 0 {
-            pull.canceller().cancel();
-            // It may have been over before.
-            let result = pull.await;
-            let cancelled = Err(PullError::Stopped(ErrorCode::Cancelled.into()));
-            assert!(result.is_ok() || result == cancelled, "{result:?}");
-        } else {
-            drop(pull);
-        }
-        // From here on the memory is the engine's again.
-        let mark = vec![0xab; SHAPE.block_bytes()];
-        for block in &blocks {
-            two.ours.write(*block, 0, &mark).unwrap();
-        }
-        tokio::time::sleep(Duration::from_millis(3)).await;
-        for block in &blocks {
-            assert!(read(&two.ours, *block) == mark, "written after the end of pull {number}");
-        }
-    }
     // A pull that was cancelled before its holder heard of it leaves the hold to its lease; one that ran ends it.
     two.hold(20, blocks.clone());
     two.puller.pull(two.request(20, 0, 64), two.ours.clone(), blocks.clone()).await.unwrap();
@@ -243,7 +164,7 @@ async fn cancelled_and_dropped_pulls_write_nothing_more_and_give_the_hold_up() {
 
 #[tokio::test]
 async fn the_deadline_counts_while_waiting_for_a_turn() {
-    let two = Two::new(Limits { max_pulls: 0, ..Limits::default() });
+    let two = two(Limits { max_pulls: 0, ..Limits::default() });
     let mut request = two.request(1, 0, 1);
     request.deadline = Duration::from_millis(30);
     let result = two.puller.pull(request, two.ours.clone(), vec![0]).await;
@@ -252,7 +173,7 @@ async fn the_deadline_counts_while_waiting_for_a_turn() {
 
 #[tokio::test]
 async fn too_many_pulls_are_refused_as_busy() {
-    let two = Two::new(Limits { max_served: 0, ..Limits::default() });
+    let two = two(Limits { max_served: 0, ..Limits::default() });
     two.hold(1, vec![0]);
     let result = two.puller.pull(two.request(1, 0, 1), two.ours.clone(), vec![0]).await;
     assert_eq!(result, Err(PullError::Refused(ErrorCode::Busy.into())));
@@ -291,7 +212,7 @@ async fn a_restarted_holder_is_found_again_without_waiting_for_a_timeout() {
 
 #[tokio::test]
 async fn only_certificates_of_the_fleet_and_only_the_right_name() {
-    let two = Two::new(Limits::default());
+    let two = two(Limits::default());
     two.hold(1, vec![0]);
     let mut request = two.request(1, 0, 1);
     request.peer.engine_id = "another".parse().unwrap();
@@ -312,7 +233,7 @@ async fn only_certificates_of_the_fleet_and_only_the_right_name() {
 
 #[tokio::test]
 async fn warming_up_finds_the_mtu_and_probes_are_bounded() {
-    let two = Two::new(Limits::default());
+    let two = two(Limits::default());
     let path = two.puller.warm(&two.peer()).await.unwrap();
     assert!(path.mtu > 60_000, "{path:?}");
     let probe = two.puller.probe(&two.peer(), u32::MAX).await.unwrap();
@@ -374,7 +295,7 @@ fn relay(server: std::net::SocketAddr, stop: Arc<AtomicBool>) -> std::net::Socke
 
 #[tokio::test]
 async fn a_network_that_loses_repeats_swaps_and_damages_packets_only_costs_time() {
-    let two = Two::new(Limits { stall: Duration::from_secs(10), ..Limits::default() });
+    let two = two(Limits { stall: Duration::from_secs(10), ..Limits::default() });
     let stop = Arc::new(AtomicBool::new(false));
     let peer = Peer {
         engine_id: "holder".parse().unwrap(),
@@ -395,7 +316,7 @@ async fn a_network_that_loses_repeats_swaps_and_damages_packets_only_costs_time(
 
 #[tokio::test]
 async fn a_holder_that_falls_silent_ends_the_pull() {
-    let two = Two::new(Limits { stall: Duration::from_millis(300), ..Limits::default() });
+    let two = two(Limits { stall: Duration::from_millis(300), ..Limits::default() });
     let stop = Arc::new(AtomicBool::new(false));
     let peer = Peer {
         engine_id: "holder".parse().unwrap(),

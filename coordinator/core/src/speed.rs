@@ -344,6 +344,27 @@ mod tests {
     }
 
     #[test]
+    fn answers_are_averaged_short_ones_too_and_a_lasting_change_is_followed() {
+        let mut estimate = SpeedEstimate::default();
+        let mut answer = |tokens, times| {
+            let sample = DecodeSample {
+                tokens,
+                seconds: 1.0,
+                stalled_seconds: 0.0,
+                sequences: 1.0,
+                context_tokens: 1.0,
+            };
+            (0..times).for_each(|_| estimate.observe_decode(&sample));
+            estimate.answer_tokens()
+        };
+        assert_eq!(answer(0, 0), None);
+        // One token, and the 99 after it.
+        assert_eq!(answer(99, 1), Some(100.0));
+        assert_eq!(answer(1, 1), Some(51.0));
+        assert!((answer(999, 500).unwrap() - 1000.0).abs() < 1.0);
+    }
+
+    #[test]
     fn the_first_sample_sets_the_level() {
         let mut estimate = SpeedEstimate::default();
         let slow = PrefillSample { new: 1000, cached: 0, seconds: 10.0, sequences: 0.0, context_tokens: 0.0 };

@@ -2,6 +2,8 @@
 
 #![allow(dead_code, unreachable_pub, reason = "each test uses its part")]
 
+pub mod two;
+
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
@@ -159,6 +161,31 @@ impl TableSource {
         self.released.lock().unwrap().extend(released);
     }
 
+    /// Holds blocks whose checksums are still to be made. The hold is kept for as long as the guard, too.
+    pub fn hold_unchecked(
+        &self,
+        id: TransferId,
+        memory: &Arc<impl BlockMemory>,
+        shape: Shape,
+        block_ids: Vec<u32>,
+        lease: Duration,
+    ) -> (Arc<Checksums>, Guard) {
+        let checksums = Checksums::pending(block_ids.len());
+        let hold = Hold {
+            request_id: id.to_string(),
+            transfer_id: id,
+            hashes: (0..block_ids.len() as u32).map(hash).collect(),
+            block_ids,
+            ranks: vec![RankHold {
+                memory: memory.clone(),
+                layout: shape.fingerprint(),
+                checksums: checksums.clone(),
+            }],
+        };
+        let guard = self.table.lock().unwrap().insert(Instant::now(), hold, lease).unwrap();
+        (checksums, guard)
+    }
+
     /// Holds blocks, with checksums made at once.
     pub fn hold(
         &self,
@@ -168,20 +195,8 @@ impl TableSource {
         block_ids: Vec<u32>,
         lease: Duration,
     ) {
-        let checksums = Checksums::pending(block_ids.len());
+        let (checksums, guard) = self.hold_unchecked(id, memory, shape, block_ids.clone(), lease);
         let memory: Arc<dyn BlockMemory> = memory.clone();
-        let hold = Hold {
-            request_id: id.to_string(),
-            transfer_id: id,
-            hashes: (0..block_ids.len() as u32).map(hash).collect(),
-            block_ids: block_ids.clone(),
-            ranks: vec![RankHold {
-                memory: memory.clone(),
-                layout: shape.fingerprint(),
-                checksums: checksums.clone(),
-            }],
-        };
-        let guard = self.table.lock().unwrap().insert(Instant::now(), hold, lease).unwrap();
         checksums.make(&memory, &block_ids, &guard).unwrap();
     }
 

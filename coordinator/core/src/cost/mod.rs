@@ -39,9 +39,10 @@
 //! run at once, and the transfer comes behind both. What one token at the source costs the sequences there is not counted.
 //!
 //! # Both SLOs
-//! A request that misses an SLO has waited in vain for what was promised to it: `promise = ttft + T·itl` seconds, of its SLOs. A plan
-//! is charged that for every request that is likely to miss because of it, times how likely that is. What is predicted may turn out
-//! up to [`SPREAD`] of the SLO higher or lower; so `risk` is 0 below `1 - SPREAD` of the SLO, 1 above `1 + SPREAD` of it, and linear between.
+//! A request that misses an SLO has waited in vain for what was promised to it: `promise` seconds, the SLO of its first token and that
+//! of each token of an answer as long as answers are on average. A plan is charged that for every request that is likely to miss because
+//! of it, times how likely that is. What is predicted may turn out up to [`SPREAD`] of the SLO higher or lower; so `risk` is 0 below
+//! `1 - SPREAD` of the SLO, 1 above `1 + SPREAD` of it, and linear between.
 //! Where a miss is certain on any way, it is charged on any way, and the other terms decide.
 //!
 //! The time to first token is the sum of the request's own terms up to it. The inter-token latency (ITL) is a mean over the output:

@@ -104,6 +104,28 @@ fn an_itl_slo_moves_a_prefill_away_that_seconds_alone_would_not() {
 }
 
 #[test]
+fn answers_are_as_long_as_those_of_all_engines_of_the_model() {
+    let of = |n, model: &str, answer_tokens| {
+        let engine = with(engine(n), |info| info.models = vec![model.to_owned()]);
+        Engine { answer_tokens, ..engine }
+    };
+    let engines = vec![of(0, "m", Some(100.0)), of(1, "m", Some(300.0)), of(2, "m", None), of(3, "x", None)];
+    let fleet = Fleet::new(engines, Links::default());
+    let tokens: Vec<f64> = fleet.hot().iter().map(|hot| hot.answer_tokens).collect();
+    assert_eq!(tokens, [200.0, 200.0, 200.0, crate::cost::EXPECTED_OUTPUT_TOKENS]);
+    let overlaps = Overlaps::default();
+    let decode = |max_tokens| {
+        let chosen =
+            decide(&Colocated, &fleet, &Request { max_tokens, ..request(&overlaps) }).unwrap().chosen;
+        chosen.terms.get(Term::Decode) / chosen.itl_seconds
+    };
+    // Tokens after the first: no more than it may have, and no more than is usual.
+    assert!((decode(None) - 199.0).abs() < 1e-9);
+    assert!((decode(Some(10)) - 9.0).abs() < 1e-9);
+    assert!((decode(Some(5000)) - 199.0).abs() < 1e-9);
+}
+
+#[test]
 fn policies_take_their_mode_and_fall_back_where_it_is_impossible() {
     let overlaps = Overlaps::default();
     let two = fleet(2);
