@@ -3,6 +3,7 @@
 //! A [`Fleet`] is a snapshot that many decisions share: it is made anew when membership, health or an estimate changes, not
 //! for each request. What changes with each request, the load, lies behind [`Engine::load`] and is read by the decision.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
 
 use baton_proto::{EngineId, Epoch};
@@ -48,6 +49,8 @@ pub struct EngineInfo {
     pub id: EngineId,
     /// Its present life.
     pub epoch: Epoch,
+    /// The host that it runs on, whose network card it shares with the other engines of the same name here; empty where not known.
+    pub host: String,
     /// Names under which it serves its model; the first is the namespace of its block hashes.
     pub models: Vec<String>,
     /// What it is for.
@@ -56,6 +59,8 @@ pub struct EngineInfo {
     pub block_size: u32,
     /// Bytes of a block over all layers and ranks; 0 where not known.
     pub block_bytes: u64,
+    /// Blocks that its KV cache takes; 0 where not known.
+    pub num_blocks: u64,
     /// Equal on engines that can use each other's blocks; empty where not known.
     pub layout: String,
     /// Layers that its handoffs send one by one while it still computes; 0 where sending begins after the prefill.
@@ -103,6 +108,8 @@ pub(crate) struct Hot {
     /// Tokens of an answer, on average over the engines of its model.
     pub(crate) answer_tokens: f64,
     pub(crate) slot: Slot,
+    /// Equal on engines of one host; not known counts as a host of its own.
+    pub(crate) host: u32,
     pub(crate) block_size: u32,
     pub(crate) foreign_waiting: u32,
     pub(crate) foreign_running: u32,
@@ -144,7 +151,9 @@ impl Fleet {
         layouts.sort_unstable();
         layouts.dedup();
         let answers = answer_tokens(&engines);
-        let hot: Vec<Hot> = engines.iter().map(|engine| hot(engine, &layouts, &answers)).collect();
+        let hosts = hosts(&engines);
+        let hot: Vec<Hot> =
+            engines.iter().zip(hosts).map(|(engine, host)| hot(engine, host, &layouts, &answers)).collect();
         let mut exchanges: Vec<u32> = hot.iter().filter_map(|hot| hot.exchange).collect();
         exchanges.sort_unstable();
         exchanges.dedup();
@@ -259,7 +268,25 @@ fn answer_tokens(engines: &[Engine]) -> Vec<(&str, f64)> {
     known.chunk_by(|a, b| a.0 == b.0).map(|of| (of[0].0, mean(of))).collect()
 }
 
-fn hot(engine: &Engine, layouts: &[&str], answers: &[(&str, f64)]) -> Hot {
+/// A number for each engine's host, counted from 0 in order of the engines that come first on them.
+fn hosts(engines: &[Engine]) -> Vec<u32> {
+    let mut names: BTreeMap<&str, u32> = BTreeMap::new();
+    let mut hosts = 0;
+    let mut next = || {
+        hosts += 1;
+        hosts - 1
+    };
+    let mut numbers = Vec::with_capacity(engines.len());
+    for engine in engines {
+        numbers.push(match engine.info.host.as_str() {
+            "" => next(),
+            host => *names.entry(host).or_insert_with(&mut next),
+        });
+    }
+    numbers
+}
+
+fn hot(engine: &Engine, host: u32, layouts: &[&str], answers: &[(&str, f64)]) -> Hot {
     let info = &engine.info;
     let model = info.models.first().map_or("", String::as_str);
     let answers = answers.binary_search_by(|entry| entry.0.cmp(model)).map(|at| answers[at].1);
@@ -270,6 +297,7 @@ fn hot(engine: &Engine, layouts: &[&str], answers: &[(&str, f64)]) -> Hot {
         prefill_share: engine.prefill_share.clamp(0.0, crate::load::PrefillShare::MOST),
         answer_tokens: answers.unwrap_or(EXPECTED_OUTPUT_TOKENS),
         slot: info.slot,
+        host,
         block_size: info.block_size.max(1),
         foreign_waiting: engine.foreign_waiting,
         foreign_running: engine.foreign_running,

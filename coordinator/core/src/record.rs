@@ -19,7 +19,7 @@ use crate::placement::{self, Decider, Decision, Policy, Request};
 use crate::speed::Speed;
 
 /// The form of records.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 /// Slots of recorded engines are below this, so that a broken record does not make a huge table.
 const MOST_SLOTS: u32 = 1 << 20;
 
@@ -88,10 +88,12 @@ pub struct RecordedEngine {
     pub id: EngineId,
     pub slot: u32,
     pub epoch: Epoch,
+    pub host: String,
     pub models: Vec<String>,
     pub role: Role,
     pub block_size: u32,
     pub block_bytes: u64,
+    pub num_blocks: u64,
     pub layout: String,
     pub streamed_layers: u32,
     pub can_pull_cached: bool,
@@ -294,10 +296,12 @@ impl Inputs {
                 slot: Slot(of.slot),
                 id: of.id.clone(),
                 epoch: of.epoch,
+                host: of.host.clone(),
                 models: of.models.clone(),
                 role: of.role,
                 block_size: of.block_size,
                 block_bytes: of.block_bytes,
+                num_blocks: of.num_blocks,
                 layout: of.layout.clone(),
                 streamed_layers: of.streamed_layers,
                 can_pull_cached: of.can_pull_cached,
@@ -490,10 +494,12 @@ impl Kept {
                 id: info.id.clone(),
                 slot: info.slot.0,
                 epoch: info.epoch,
+                host: info.host.clone(),
                 models: info.models.clone(),
                 role: info.role,
                 block_size: info.block_size,
                 block_bytes: info.block_bytes,
+                num_blocks: info.num_blocks,
                 layout: info.layout.clone(),
                 streamed_layers: info.streamed_layers,
                 can_pull_cached: info.can_pull_cached,

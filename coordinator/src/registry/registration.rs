@@ -149,17 +149,24 @@ impl Registration {
             slot,
             id: self.engine_id.clone(),
             epoch: self.epoch,
+            host: host(&self.message.transfer_address).to_owned(),
             // The first names the namespace, also for the adapters.
             models: self.message.models.iter().chain(&self.message.adapters).cloned().collect(),
             role: self.role,
             block_size: self.message.block_size,
             block_bytes: self.message.block_bytes,
+            num_blocks: self.message.num_blocks,
             layout: self.message.layout.clone(),
             streamed_layers: 0,
             // Who can hold and pull needs nothing further for it.
             can_pull_cached: true,
         })
     }
+}
+
+/// Of `host:port`; nothing of anything else.
+fn host(address: &str) -> &str {
+    address.rsplit_once(':').map_or("", |(host, _)| host)
 }
 
 /// The cache groups as the index counts them.
@@ -216,6 +223,19 @@ pub(crate) mod testing {
 mod tests {
     use super::testing::register;
     use super::*;
+
+    #[test]
+    fn engines_of_one_address_share_a_host() {
+        let host = |transfer_address: &str| {
+            let message = v1::Register { transfer_address: transfer_address.into(), ..register("e0", 1) };
+            let message = v1::Register { can_transfer: !transfer_address.is_empty(), ..message };
+            Registration::check(message).unwrap().info(Slot(0)).host.clone()
+        };
+        assert_eq!(
+            ["10.0.0.1:2", "10.0.0.1:3", "[::1]:4", ""].map(host),
+            ["10.0.0.1", "10.0.0.1", "[::1]", ""]
+        );
+    }
 
     #[test]
     fn fields_are_checked_by_name() {

@@ -133,6 +133,7 @@ impl Production {
                 slot,
                 id: format!("e{at:04}").parse().expect("a DNS label"),
                 epoch: EPOCH,
+                host: format!("h{}", member.host),
                 models: vec![fleet.model.clone()],
                 role: match member.role {
                     Role::Both => core::Role::Both,
@@ -141,6 +142,7 @@ impl Production {
                 },
                 block_size: block_tokens,
                 block_bytes: constants.kv_bytes(u64::from(block_tokens)).round() as u64,
+                num_blocks: member.kind.kv_tokens / u64::from(block_tokens),
                 layout: "simulated".to_owned(),
                 streamed_layers: 0,
                 can_pull_cached: true,

@@ -89,6 +89,7 @@ fn build(
     let (mut engines, mut loads, mut overlaps) = (Vec::new(), Vec::new(), Vec::new());
     for (n, (kind, role, speed, can_transfer, foreign, reserved, blocks)) in members.into_iter().enumerate() {
         let mut engine = with(engine(n as u32), |info| {
+            info.host = ["", "a", "b", "a"][usize::from(role)].into();
             info.role = [Role::Both, Role::Prefill, Role::Decode, Role::Both][usize::from(role)];
             match kind {
                 1 => info.layout = "other".into(),
