@@ -26,6 +26,9 @@ pub enum Role {
     Prefill,
     /// The second part of a handoff, and whole requests where that is cheaper.
     Decode,
+    /// The second part of a handoff; whole requests only where no handoff is possible. No operator asks for this; a
+    /// [`crate::planner`] does.
+    DecodeOnly,
 }
 
 impl Role {
@@ -36,7 +39,7 @@ impl Role {
 
     /// Whether it takes the second part of a handoff.
     pub fn decodes(self) -> bool {
-        matches!(self, Role::Both | Role::Decode)
+        matches!(self, Role::Both | Role::Decode | Role::DecodeOnly)
     }
 }
 
@@ -88,11 +91,18 @@ pub struct Engine {
     pub foreign_running: u32,
     /// The share of its time that it spends on prefills ([`crate::load::PrefillShare`]), 0 where not known.
     pub prefill_share: f64,
+    /// What a planner gave it to do ([`crate::planner::Parts`]), if anything.
+    pub part: Option<Role>,
     /// Tokens of the answers that it gave, on average; `None` where it gave none yet.
     pub answer_tokens: Option<f64>,
 }
 
 impl Engine {
+    /// What it does: what a planner gave it, or else what its operator wants.
+    pub fn role(&self) -> Role {
+        self.part.unwrap_or(self.info.role)
+    }
+
     /// Whether it serves a model under this name.
     pub fn serves(&self, model: &str) -> bool {
         self.info.models.iter().any(|name| name == model)
@@ -303,7 +313,7 @@ fn hot(engine: &Engine, host: u32, layouts: &[&str], answers: &[(&str, f64)]) ->
         foreign_running: engine.foreign_running,
         exchange: layout.filter(|_| engine.can_transfer && !info.layout.is_empty()),
         streamed_layers: info.streamed_layers,
-        role: info.role,
+        role: engine.role(),
         healthy: engine.healthy,
         can_pull_cached: info.can_pull_cached,
     }

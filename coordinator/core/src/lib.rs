@@ -28,6 +28,7 @@ pub mod kv_index;
 pub mod links;
 pub mod load;
 pub mod placement;
+pub mod planner;
 pub mod record;
 pub mod ring;
 pub mod sessions;

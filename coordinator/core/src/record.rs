@@ -313,6 +313,7 @@ impl Inputs {
             foreign_waiting: of.foreign_waiting,
             foreign_running: of.foreign_running,
             prefill_share: of.prefill_share,
+            part: None,
             answer_tokens: of.answer_tokens,
         };
         let known = self
@@ -496,7 +497,7 @@ impl Kept {
                 epoch: info.epoch,
                 host: info.host.clone(),
                 models: info.models.clone(),
-                role: info.role,
+                role: engine.role(),
                 block_size: info.block_size,
                 block_bytes: info.block_bytes,
                 num_blocks: info.num_blocks,

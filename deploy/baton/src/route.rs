@@ -78,6 +78,7 @@ mod tests {
             foreign_waiting: n,
             foreign_running: 3 * n,
             prefill_share: 0.1,
+            part: None,
             answer_tokens: Some(200.0),
         }
     }

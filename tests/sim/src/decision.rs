@@ -13,12 +13,13 @@ use baton_coordinator_core::load::{
     DecodeReservation, EngineLoad, PrefillReservation, PrefillShare, TransferReservation,
 };
 use baton_coordinator_core::placement::{self, Decider, POLICIES, Policy};
+use baton_coordinator_core::planner::{Finished, Parts, Placed, Planner, Ticket};
 use baton_coordinator_core::sessions::Sessions;
 use baton_coordinator_core::speed::{DecodeSample, PrefillSample, Speed, SpeedEstimate};
 use baton_proto::{BlockHash, Epoch};
 
 use crate::engine::events::{Change, KvEvents};
-use crate::fleet::{Fleet, Role};
+use crate::fleet::{self, Fleet, Role};
 use crate::sim::{LoadReport, Placer, Plan, Progress, Request};
 use crate::{MILLISECOND, Nanos, mix, seconds};
 
@@ -63,6 +64,7 @@ struct Member {
 #[derive(Debug)]
 struct Live {
     plan: Plan,
+    ticket: Option<Ticket>,
     placed: Nanos,
     alone: bool,
     uncached_tokens: u64,
@@ -102,6 +104,13 @@ pub struct Production {
     overlaps: Overlaps,
     hashes: Vec<BlockHash>,
     live: Vec<Option<Live>>,
+    /// Where the policy leaves it to one.
+    planner: Option<Planner>,
+    parts: Parts,
+    /// Of each engine.
+    hosts: Vec<u32>,
+    net: fleet::Links,
+    probes: usize,
 }
 
 /// The index's hash of a block. Its second half is made of the first, so distinct ids have distinct hashes.
@@ -186,7 +195,13 @@ impl Production {
             overlaps: Overlaps::default(),
             hashes: Vec::new(),
             live: Vec::new(),
+            planner: policy.gives_parts().then(Planner::new),
+            parts: Parts::default(),
+            net: fleet.links.clone(),
+            probes: 0,
+            hosts: fleet.members().iter().map(|member| member.host).collect(),
         };
+        production.probe();
         production.renew();
         Ok(production)
     }
@@ -194,6 +209,29 @@ impl Production {
     /// Every request says that it may generate so many tokens, as a live one may in its body. Without this none says anything.
     pub fn with_max_tokens(self, max_tokens: u64) -> Self {
         Self { max_tokens: Some(max_tokens), ..self }
+    }
+
+    /// Measures links of idle engines, one of each engine's in turn, as a coordinator has agents do every second.
+    fn probe(&mut self) {
+        const BYTES: u64 = 1 << 20;
+        let engines = self.members.len();
+        let idle = |at: usize| {
+            let reserved = self.members[at].load.reserved();
+            reserved.sending_bytes == 0 && reserved.receiving_bytes == 0
+        };
+        let rtt = self.net.rtt_us as f64 / 1e6;
+        for to in (0..engines).filter(|to| idle(*to)) {
+            let from = (to + 1 + self.probes % (engines - 1).max(1)) % engines;
+            if from != to && idle(from) {
+                let gbit = match self.hosts[from] == self.hosts[to] {
+                    true => self.net.local_gbit,
+                    false => self.net.gbit * self.net.efficiency,
+                };
+                let seconds = 2.0 * rtt + BYTES as f64 / (gbit * 1e9 / 8.0);
+                self.links.observe(Slot(from as u32), Slot(to as u32), BYTES, seconds, rtt);
+            }
+        }
+        self.probes += 1;
     }
 
     /// What was learnt goes into the fleet that decisions see.
@@ -210,9 +248,11 @@ impl Production {
             foreign_waiting: member.foreign_waiting,
             foreign_running: member.foreign_running,
             prefill_share: member.prefill_share,
+            part: None,
             answer_tokens: member.estimate.answer_tokens(),
         };
-        let engines = self.members.iter().map(engine).collect();
+        let mut engines: Vec<core::Engine> = self.members.iter().map(engine).collect();
+        self.parts.give(&mut engines);
         self.fleet = self.fleet.renewed(engines, self.links.clone());
     }
 
@@ -248,6 +288,14 @@ impl Production {
     fn finished(&mut self, now: Nanos, key: u32, tokens: u32) {
         let Some(live) = self.live.get_mut(key as usize).and_then(Option::take) else { return };
         let Some(first) = live.first_token else { return };
+        if let (Some(planner), Some(ticket)) = (&mut self.planner, &live.ticket) {
+            let finished = Finished {
+                tokens: u64::from(tokens),
+                ttft_seconds: seconds(first.at - live.placed),
+                itl_seconds: seconds(now - first.at) / f64::from(tokens.saturating_sub(1)).max(1.0),
+            };
+            planner.finished(ticket, &finished);
+        }
         let member = &mut self.members[live.plan.decode() as usize];
         let reserved = member.load.reserved();
         let mean = |then: u64, now: u64| (then + now) as f64 / 2.0;
@@ -298,8 +346,20 @@ impl Placer for Production {
                 chosen.transfer_bytes,
             )
         });
+        let ticket = self.planner.as_mut().map(|planner| {
+            planner.placed(&Placed {
+                now_ms,
+                model: &self.model,
+                prompt_tokens: u64::from(request.prompt_tokens),
+                hashes: &self.hashes,
+                block_size: self.block_tokens,
+                cached: (Slot(plan.prefill()), chosen.hit_tokens),
+                slo: self.slo,
+            })
+        });
         let live = Live {
             plan,
+            ticket,
             placed: now,
             alone: decision.alone,
             uncached_tokens: chosen.uncached_tokens,
@@ -348,6 +408,10 @@ impl Placer for Production {
         member.foreign_running =
             report.running.saturating_sub((reserved.sequences + reserved.prefills) as u32);
         if engine as usize + 1 == self.members.len() {
+            self.probe();
+            if let Some(planner) = &mut self.planner {
+                self.parts = planner.plan(now / MILLISECOND, &self.fleet);
+            }
             self.renew();
         }
     }

@@ -15,6 +15,10 @@ impl Policy for Adaptive {
         Aim::Best(Modes::ALL)
     }
 
+    fn gives_parts(&self) -> bool {
+        true
+    }
+
     fn reason(&self) -> &'static str {
         "the policy takes any plan"
     }

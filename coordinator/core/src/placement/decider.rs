@@ -51,6 +51,8 @@ pub(super) struct Scratch {
     pub(super) able: Vec<u32>,
     /// Those that may serve all of it.
     pub(super) whole: Vec<u32>,
+    /// Whether these do so only where no pair can.
+    pub(super) last_resort: bool,
     /// By place.
     pub(super) costs: Vec<Costs>,
 }
@@ -194,7 +196,7 @@ impl Decider {
         let engine = match aim {
             Aim::Engine(engine) => Some(engine),
             Aim::Best(modes) => {
-                if modes.whole {
+                if modes.whole && !scratch.last_resort {
                     search.best =
                         Some(Best { key: whole_key, plan: self.pricing(fleet, request).whole_plan(whole) });
                 }
@@ -228,7 +230,7 @@ impl Decider {
         if search.request.splittable.is_err() {
             return;
         }
-        if modes.pulls {
+        if modes.pulls && !search.scratch.last_resort {
             self.pulls(search);
         }
         if modes.pairs {
@@ -394,10 +396,16 @@ fn filter(fleet: &Fleet, loads: &Loads, request: &Request<'_>, scratch: &mut Scr
         };
         scratch.able.retain(room);
     }
-    let decodes = |at: &u32| hot[*at as usize].role.decodes();
-    scratch.whole.extend(scratch.able.iter().copied().filter(decodes));
+    let both = |at: &u32| matches!(hot[*at as usize].role, Role::Both | Role::Decode);
+    scratch.whole.extend(scratch.able.iter().copied().filter(both));
+    scratch.last_resort = false;
     if scratch.whole.is_empty() {
-        // Better a prefill engine that decodes than a request that fails.
+        // Better an engine that does more than its part than a request that fails.
+        let decodes = |at: &u32| hot[*at as usize].role.decodes();
+        scratch.whole.extend(scratch.able.iter().copied().filter(decodes));
+        scratch.last_resort = !scratch.whole.is_empty();
+    }
+    if scratch.whole.is_empty() {
         scratch.whole.extend_from_slice(&scratch.able);
     }
     !scratch.able.is_empty()

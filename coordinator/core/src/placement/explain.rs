@@ -141,6 +141,9 @@ impl Decider {
             late_ms: (option.late_seconds > 0.0).then(|| milliseconds(option.late_seconds)),
             why_not: (at > 0).then(|| match aimed {
                 true => passed(best, option).to_string(),
+                false if self.scratch.last_resort && !matches!(option.plan, Plan::Disaggregated { .. }) => {
+                    Passed::Policy("its engine only decodes for the time being").to_string()
+                }
                 false => Passed::Policy(policy.reason()).to_string(),
             }),
             priced: *option,
@@ -167,6 +170,9 @@ impl Decider {
         let view = View { request, pricing: &pricing, scratch: &self.scratch };
         let aim = match policy.aim(&view) {
             Aim::Best(_) if decision.fell_back => Aim::Best(Modes::WHOLE),
+            Aim::Best(modes) if self.scratch.last_resort => {
+                Aim::Best(Modes { whole: false, pulls: false, ..modes })
+            }
             aim => aim,
         };
         let hot = fleet.hot();

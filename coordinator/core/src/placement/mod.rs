@@ -174,6 +174,11 @@ pub trait Policy: Send + Sync {
     /// What it wants for the request. Must not depend on anything but the view, which has at least one candidate.
     fn aim(&self, view: &View<'_>) -> Aim;
 
+    /// Whether a [`crate::planner`] may give engines parts for it.
+    fn gives_parts(&self) -> bool {
+        false
+    }
+
     /// Why a plan that it does not aim at was passed over.
     fn reason(&self) -> &'static str;
 }

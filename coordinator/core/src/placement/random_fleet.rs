@@ -101,6 +101,7 @@ fn build(
             }
         });
         engine.healthy = kind != 9;
+        engine.part = (kind == 8).then_some([Role::DecodeOnly, Role::Prefill][usize::from(role % 2)]);
         engine.can_transfer = can_transfer;
         engine.foreign_running = foreign;
         engine.foreign_waiting = foreign / 2;

@@ -32,6 +32,7 @@ pub(crate) fn engine(n: u32) -> Engine {
         foreign_waiting: 0,
         foreign_running: 0,
         prefill_share: 0.0,
+        part: None,
         answer_tokens: None,
     }
 }

@@ -307,12 +307,16 @@ fn all_plans(case: &Case, held: &[u32], modes: Modes) -> Vec<(Key, Plan)> {
     let mut pricing =
         Pricing::new(&case.fleet, &case.loads, held, request.prompt_tokens, output, request.slo);
     pricing.longest_hit = able.iter().map(|at| pricing.hit_tokens(*at)).max().unwrap_or(0);
-    let mut whole: Vec<u32> =
-        able.iter().copied().filter(|at| engines[*at as usize].info.role.decodes()).collect();
-    if whole.is_empty() {
+    let of = |role: Role| able.iter().copied().filter(move |at| engines[*at as usize].role() == role);
+    let mut whole: Vec<u32> = of(Role::Both).chain(of(Role::Decode)).collect();
+    let last_resort = whole.is_empty() && of(Role::DecodeOnly).next().is_some();
+    if whole.is_empty() && !last_resort {
         whole = able.clone();
     }
     let mut plans = Vec::new();
+    if last_resort && modes == Modes::WHOLE {
+        plans.extend(of(Role::DecodeOnly).map(|at| pricing.whole_plan(at)));
+    }
     if modes.whole {
         plans.extend(whole.iter().map(|at| pricing.whole_plan(*at)));
     }
@@ -323,7 +327,8 @@ fn all_plans(case: &Case, held: &[u32], modes: Modes) -> Vec<(Key, Plan)> {
     for &a in able.iter().filter(|_| request.prompt_tokens > 0) {
         for &b in able.iter().filter(|b| **b != a && alike(a, **b)) {
             let (first, second) = (&engines[a as usize].info, &engines[b as usize].info);
-            if modes.pairs && first.role.prefills() && second.role.decodes() {
+            let roles = [a, b].map(|at| engines[at as usize].role());
+            if modes.pairs && roles[0].prefills() && roles[1].decodes() {
                 plans.push(Plan::Disaggregated { prefill: a, decode: b });
             }
             let can = first.can_pull_cached && second.can_pull_cached && whole.contains(&b);
