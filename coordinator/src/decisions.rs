@@ -1,11 +1,13 @@
-//! What outlives a decision: the sessions it pinned, the record of it, and how well its terms were predicted.
+//! What outlives a decision: the sessions it pinned, the record of it, how well its terms were predicted, and what the planner rehearses.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use baton_coordinator_core::accuracy::{Accuracy, TermAccuracy};
 use baton_coordinator_core::cost::Term;
+use baton_coordinator_core::fleet::Fleet;
 use baton_coordinator_core::kv_index::Slot;
+use baton_coordinator_core::planner::{Finished, Parts, Placed, Planner};
 use baton_coordinator_core::record::Recent;
 use baton_coordinator_core::sessions::Sessions;
 use tokio::time::Instant;
@@ -16,6 +18,15 @@ use crate::config::Limits;
 const MAX_SESSIONS: usize = 200_000;
 const POISON: &str = "no code that holds this lock panics";
 
+/// Notes for the planner between two plans: more of a second's requests than it looks at.
+const MOST_NOTES: usize = 20_000;
+
+/// What the planner is to know.
+enum Note {
+    Placed(u64, Placed),
+    Finished(u64, Finished),
+}
+
 /// Shared by all requests.
 pub struct Decisions {
     began: Instant,
@@ -23,6 +34,10 @@ pub struct Decisions {
     sessions: Mutex<Sessions>,
     recent: Mutex<Recent>,
     accuracy: Mutex<Accuracy>,
+    planner: Mutex<Planner>,
+    /// What it has not been told yet.
+    notes: Mutex<Vec<Note>>,
+    placed: AtomicU64,
 }
 
 impl Decisions {
@@ -34,6 +49,9 @@ impl Decisions {
             sessions: Mutex::new(Sessions::new(MAX_SESSIONS, limits.session_idle_ms)),
             recent: Mutex::new(Recent::new(limits.recent_decisions)),
             accuracy: Mutex::default(),
+            planner: Mutex::default(),
+            notes: Mutex::default(),
+            placed: AtomicU64::new(0),
         }
     }
 
@@ -70,6 +88,37 @@ impl Decisions {
     /// Runs with the last decisions.
     pub fn with_recent<T>(&self, run: impl FnOnce(&mut Recent) -> T) -> T {
         run(&mut self.recent.lock().expect(POISON))
+    }
+
+    /// A request was placed. Returns a key for [`Decisions::finished`].
+    pub fn placed(&self, placed: Placed) -> u64 {
+        let mut notes = self.notes.lock().expect(POISON);
+        // Under the lock, so that keys come in order.
+        let key = self.placed.fetch_add(1, Ordering::Relaxed);
+        if notes.len() < MOST_NOTES {
+            notes.push(Note::Placed(key, placed));
+        }
+        key
+    }
+
+    /// It was answered whole.
+    pub fn finished(&self, key: u64, finished: Finished) {
+        let mut notes = self.notes.lock().expect(POISON);
+        if notes.len() < MOST_NOTES {
+            notes.push(Note::Finished(key, finished));
+        }
+    }
+
+    /// What engines are to do from now on; see [`Planner::plan`]. Requests do not wait for it.
+    pub fn plan(&self, fleet: &Fleet) -> Parts {
+        let mut planner = self.planner.lock().expect(POISON);
+        for note in std::mem::take(&mut *self.notes.lock().expect(POISON)) {
+            match note {
+                Note::Placed(key, placed) => planner.placed(key, placed),
+                Note::Finished(key, finished) => planner.finished(key, &finished),
+            }
+        }
+        planner.plan(self.now_ms(), fleet)
     }
 
     /// A term was predicted, and then seen, in seconds. Returns how well it is predicted now.

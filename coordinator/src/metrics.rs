@@ -143,6 +143,8 @@ pub struct Metrics {
     pub engines_healthy: Gauge,
     /// Engines whose agent was not.
     pub engines_unhealthy: Gauge,
+    /// Engines that only decode for the time being, by the planner.
+    pub engines_decode_only: Gauge,
     /// Memberships in the index.
     pub index_blocks: Gauge,
     /// Memberships that the index's cap kept out.
@@ -204,6 +206,12 @@ impl Metrics {
         );
         let engines = Family::<StateLabel, Gauge>::default();
         registry.register("engines", "Registered engines by state", engines.clone());
+        let engines_decode_only = Gauge::default();
+        registry.register(
+            "engines_decode_only",
+            "Engines that only decode for the time being, because rehearsals of the last requests say so",
+            engines_decode_only.clone(),
+        );
         let index_blocks = Gauge::default();
         registry.register(
             "index_blocks",
@@ -278,6 +286,7 @@ impl Metrics {
                 .map(|mode| ttft.get_or_create(&ModeLabel { mode: mode.as_str() }).clone()),
             engines_healthy: state("healthy"),
             engines_unhealthy: state("unhealthy"),
+            engines_decode_only,
             index_blocks,
             index_dropped,
             handoff_fallbacks,

@@ -21,6 +21,8 @@ use crate::{control, http};
 const FLUSH: Duration = Duration::from_secs(1);
 /// Between two rounds of probes.
 const PROBE: Duration = Duration::from_secs(1);
+/// Between two plans of what engines are to do.
+const PLAN: Duration = Duration::from_secs(1);
 /// The longest pause after failed writes.
 const FLUSH_AT_LEAST: Duration = Duration::from_secs(10);
 
@@ -107,6 +109,7 @@ impl Server {
         }));
         tasks.push(tokio::spawn(watch_leases(coordinator.clone(), stop.clone())));
         tasks.push(tokio::spawn(probe_links(coordinator.clone(), stop.clone())));
+        tasks.push(tokio::spawn(plan_parts(coordinator.clone(), stop.clone())));
         tasks.push(tokio::spawn(keep_ownership(coordinator.clone(), stop.clone())));
         info!(%address, %control_address, "serving");
         Ok(Self { coordinator, address, control_address, stop, tasks })
@@ -150,6 +153,22 @@ async fn probe_links(coordinator: Arc<Coordinator>, stop: CancellationToken) {
     loop {
         tokio::select! {
             _ = ticks.tick() => coordinator.registry.probe(Instant::now()),
+            () = stop.cancelled() => return,
+        }
+    }
+}
+
+async fn plan_parts(coordinator: Arc<Coordinator>, stop: CancellationToken) {
+    let mut ticks = interval(PLAN);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            _ = ticks.tick() => {
+                let planning = coordinator.clone();
+                if let Err(error) = tokio::task::spawn_blocking(move || planning.plan()).await {
+                    error!(%error, "the planner ended");
+                }
+            }
             () = stop.cancelled() => return,
         }
     }

@@ -6,6 +6,8 @@ use baton_coordinator_core::cost::Term;
 use baton_coordinator_core::fleet::Fleet;
 use baton_coordinator_core::kv_index::{Holder, IndexError, KvIndex, Limits, Run, Tier, Tiers};
 use baton_coordinator_core::links::Links;
+use baton_coordinator_core::placement::Policy;
+use baton_coordinator_core::planner::Parts;
 use baton_proto::control::{FieldError, unpack_hashes, unpack_parent, v1};
 use baton_proto::{BlockHash, EngineId, Epoch};
 use tokio::sync::Semaphore;
@@ -45,6 +47,8 @@ pub struct Coordinator {
     links: RwLock<Links>,
     /// As it was last seen.
     fleet: Mutex<Arc<Fleet>>,
+    /// What engines were given to do last.
+    parts: RwLock<Arc<Parts>>,
 }
 
 /// A batch that cannot be applied; the session ends.
@@ -97,20 +101,37 @@ impl Coordinator {
             requests: Arc::new(Semaphore::new(config.limits.max_requests)),
             links: RwLock::default(),
             fleet: Mutex::default(),
+            parts: RwLock::default(),
             decisions: Decisions::new(&config.limits),
             waiting: Arc::new(WaitingRoom::new(config.limits.max_waiting)),
             config,
         }
     }
 
-    /// The fleet as a decision sees it.
-    pub fn fleet(&self) -> Arc<Fleet> {
+    /// The fleet as a decision of this policy sees it.
+    pub fn fleet(&self, policy: &dyn Policy) -> Arc<Fleet> {
         let links = self.links.read().expect(POISON).clone();
-        let engines = self.registry.snapshot(Instant::now());
+        let mut engines = self.registry.snapshot(Instant::now());
+        if policy.gives_parts() {
+            self.parts.read().expect(POISON).give(&mut engines);
+        }
         let mut last = self.fleet.lock().expect(POISON);
         let fleet = Arc::new(last.renewed(engines, links));
         *last = fleet.clone();
         fleet
+    }
+
+    /// Plans anew what engines are to do. Takes some ten milliseconds where there is much to plan.
+    pub fn plan(&self) {
+        let links = self.links.read().expect(POISON).clone();
+        let fleet = Fleet::new(self.registry.snapshot(Instant::now()), links);
+        let parts = self.decisions.plan(&fleet);
+        self.metrics.engines_decode_only.set(parts.decoding() as i64);
+        let mut last = self.parts.write().expect(POISON);
+        if **last != parts {
+            info!(decode_only = parts.decoding(), engines = fleet.engines().len(), "engines have new parts");
+            *last = Arc::new(parts);
+        }
     }
 
     /// A term of a cost was predicted, and then seen, in seconds.

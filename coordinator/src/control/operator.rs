@@ -20,7 +20,8 @@ pub(super) fn route(coordinator: &Coordinator, request: v1::RouteRequest) -> Res
     };
     let max_tokens = Some(u64::from(request.max_tokens)).filter(|tokens| *tokens > 0);
     let prompt = Prompt::of_tokens(request.token_ids, keys);
-    let fleet = coordinator.fleet();
+    let policy = coordinator.config.policy.0;
+    let fleet = coordinator.fleet(policy);
     let found = prompt.find(&fleet, &request.model, &coordinator.index);
     let wanted = placement::Request {
         max_tokens,
@@ -30,7 +31,6 @@ pub(super) fn route(coordinator: &Coordinator, request: v1::RouteRequest) -> Res
         fresh_key: found.fresh_key,
         ..placement::Request::new(&request.model, prompt.tokens(), &found.overlaps)
     };
-    let policy = coordinator.config.policy.0;
     let mut decider = Decider::new();
     let Some(decision) = decider.decide(policy, &fleet, &wanted) else {
         let reasons: Vec<String> =

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use baton_coordinator_core::cost::Term;
+use baton_coordinator_core::planner::Finished;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 
@@ -35,6 +36,11 @@ impl Account {
     /// A term of its cost was predicted, and then seen.
     pub(super) fn seen(&self, term: Term, predicted: f64, seen: f64) {
         self.coordinator.seen(term, predicted, seen);
+    }
+
+    /// The request was answered whole.
+    pub(super) fn finished(&self, key: u64, finished: Finished) {
+        self.coordinator.decisions.finished(key, finished);
     }
 
     /// The first byte of a stream goes out.

@@ -9,6 +9,7 @@ use baton_coordinator_core::kv_index::{Attention, Group, MAX_TICKS};
 use baton_coordinator_core::load::{
     DecodeReservation, EngineLoad, PrefillReservation, Reserved, TransferReservation,
 };
+use baton_coordinator_core::planner::{self, Beginnings};
 use baton_coordinator_core::speed::PrefillSample;
 use baton_proto::EngineId;
 use baton_proto::plan::Source;
@@ -95,6 +96,9 @@ pub(super) struct Placed {
     /// Until the answer's first byte: the pull is over then.
     transfer_reservation: Option<TransferReservation>,
     explanation: Option<HeaderValue>,
+    /// As the planner knows it, and since when.
+    key: u64,
+    arrived: Instant,
 }
 
 impl Placed {
@@ -207,7 +211,7 @@ impl Flow<'_> {
 
     /// Takes what a decision needs.
     fn reserve(&self, placement: Placement) -> Result<Placed, Turned> {
-        let Placement { fleet, decision, reserved, hashes, explanation, .. } = placement;
+        let Placement { fleet, decision, reserved, hashes, explanation, slo, .. } = placement;
         let priced = decision.chosen;
         let entry = |at: u32| {
             let id = &fleet.engines()[at as usize].info.id;
@@ -248,7 +252,18 @@ impl Flow<'_> {
         let transfer_reservation = holder.as_ref().map(|holder| {
             EngineLoad::reserve_transfer((holder.slot, &holder.load), &answer.load, priced.transfer_bytes)
         });
+        let info = &fleet.engines()[priced.plan.prefill() as usize].info;
+        let key = self.coordinator.decisions.placed(planner::Placed {
+            now_ms: self.coordinator.decisions.now_ms(),
+            model: info.models.first().cloned().unwrap_or_default(),
+            prompt_tokens: tokens,
+            beginnings: Beginnings::of(&hashes, info.block_size),
+            cached: (prefill.slot, priced.hit_tokens),
+            slo,
+        });
         Ok(Placed {
+            key,
+            arrived: Instant::now(),
             alone: decision.alone && self.wanted.prompt.is_known(),
             reserved,
             unaided_seconds: speed(priced.plan.decode()).prefill_seconds(tokens, 0),
@@ -398,6 +413,8 @@ impl Flow<'_> {
             prefill: placed.prefill_reservation,
             decode: placed.decode_reservation,
             itl_seconds: placed.priced.itl_seconds,
+            key: placed.key,
+            ttft_seconds: placed.arrived.elapsed().as_secs_f64(),
         };
         Response::from_parts(parts, Body::new(Relay::new(first, inner, streaming, ongoing)))
     }

@@ -112,7 +112,7 @@ impl Wanted {
         explained: Option<usize>,
         meant: bool,
     ) -> Result<Placement, Unplaced> {
-        let fleet = coordinator.fleet();
+        let fleet = coordinator.fleet(self.policy);
         let decisions = &coordinator.decisions;
         let found = self.prompt.find(&fleet, &self.model, &coordinator.index);
         let splittable =

@@ -6,6 +6,7 @@ use std::task::{Context, Poll};
 
 use baton_coordinator_core::cost::Term;
 use baton_coordinator_core::load::{DecodeReservation, PrefillReservation, Reserved};
+use baton_coordinator_core::planner::Finished;
 use baton_coordinator_core::speed::DecodeSample;
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
@@ -25,6 +26,10 @@ pub(super) struct Ongoing {
     pub(super) decode: DecodeReservation,
     /// Predicted between two tokens.
     pub(super) itl_seconds: f64,
+    /// As the planner knows the request.
+    pub(super) key: u64,
+    /// From its placement to its first token.
+    pub(super) ttft_seconds: f64,
 }
 
 /// The body of the answer.
@@ -90,6 +95,15 @@ impl Relay {
             if sample.tokens > 0 {
                 self.ongoing.account.seen(Term::Decode, predicted, sample.seconds);
             }
+            self.ongoing.account.finished(
+                self.ongoing.key,
+                Finished {
+                    // The first frame came before these.
+                    tokens: sample.tokens + 1,
+                    ttft_seconds: self.ongoing.ttft_seconds,
+                    itl_seconds: sample.seconds / (sample.tokens as f64).max(1.0),
+                },
+            );
             self.ongoing.engine.learn(|speed| speed.observe_decode(&sample));
         }
     }

@@ -153,6 +153,7 @@ impl Entry {
             healthy: live.healthy && live.suspect_until.is_none_or(|until| until <= now),
             can_transfer: live.registration.message.can_transfer && live.session.is_some(),
             speed,
+            part: None,
             answer_tokens,
             load: self.load.clone(),
             foreign_waiting: live.foreign_waiting,

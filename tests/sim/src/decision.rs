@@ -13,7 +13,7 @@ use baton_coordinator_core::load::{
     DecodeReservation, EngineLoad, PrefillReservation, PrefillShare, TransferReservation,
 };
 use baton_coordinator_core::placement::{self, Decider, POLICIES, Policy};
-use baton_coordinator_core::planner::{Finished, Parts, Placed, Planner, Ticket};
+use baton_coordinator_core::planner::{Beginnings, Finished, Parts, Placed, Planner};
 use baton_coordinator_core::sessions::Sessions;
 use baton_coordinator_core::speed::{DecodeSample, PrefillSample, Speed, SpeedEstimate};
 use baton_proto::{BlockHash, Epoch};
@@ -64,7 +64,7 @@ struct Member {
 #[derive(Debug)]
 struct Live {
     plan: Plan,
-    ticket: Option<Ticket>,
+    number: u64,
     placed: Nanos,
     alone: bool,
     uncached_tokens: u64,
@@ -288,13 +288,13 @@ impl Production {
     fn finished(&mut self, now: Nanos, key: u32, tokens: u32) {
         let Some(live) = self.live.get_mut(key as usize).and_then(Option::take) else { return };
         let Some(first) = live.first_token else { return };
-        if let (Some(planner), Some(ticket)) = (&mut self.planner, &live.ticket) {
+        if let Some(planner) = &mut self.planner {
             let finished = Finished {
                 tokens: u64::from(tokens),
                 ttft_seconds: seconds(first.at - live.placed),
                 itl_seconds: seconds(now - first.at) / f64::from(tokens.saturating_sub(1)).max(1.0),
             };
-            planner.finished(ticket, &finished);
+            planner.finished(live.number, &finished);
         }
         let member = &mut self.members[live.plan.decode() as usize];
         let reserved = member.load.reserved();
@@ -346,20 +346,20 @@ impl Placer for Production {
                 chosen.transfer_bytes,
             )
         });
-        let ticket = self.planner.as_mut().map(|planner| {
-            planner.placed(&Placed {
+        if let Some(planner) = &mut self.planner {
+            let placed = Placed {
                 now_ms,
-                model: &self.model,
+                model: self.model.clone(),
                 prompt_tokens: u64::from(request.prompt_tokens),
-                hashes: &self.hashes,
-                block_size: self.block_tokens,
+                beginnings: Beginnings::of(&self.hashes, self.block_tokens),
                 cached: (Slot(plan.prefill()), chosen.hit_tokens),
                 slo: self.slo,
-            })
-        });
+            };
+            planner.placed(request.number, placed);
+        }
         let live = Live {
             plan,
-            ticket,
+            number: request.number,
             placed: now,
             alone: decision.alone,
             uncached_tokens: chosen.uncached_tokens,

@@ -22,37 +22,31 @@ mod tests;
 
 use std::collections::BTreeMap;
 
-use baton_proto::BlockHash;
+pub use self::prefixes::Beginnings;
 
 use self::pool::Pool;
 use crate::cost::Slo;
 use crate::fleet::{Engine, Fleet, Role};
 use crate::kv_index::Slot;
 
+/// Requests in flight that are remembered; the oldest are forgotten, since some never end.
+const MOST_OPEN: usize = 100_000;
+
 /// A request that was placed.
-#[derive(Clone, Copy, Debug)]
-pub struct Placed<'a> {
+#[derive(Clone, Debug)]
+pub struct Placed {
     /// Milliseconds on a clock that does not go back.
     pub now_ms: u64,
     /// The first name under which its engine serves.
-    pub model: &'a str,
+    pub model: String,
     /// Tokens of its prompt.
     pub prompt_tokens: u64,
-    /// Of the prompt's whole blocks.
-    pub hashes: &'a [BlockHash],
-    /// Tokens of a block.
-    pub block_size: u32,
+    /// What tells it from prompts that begin otherwise.
+    pub beginnings: Beginnings,
     /// Tokens of the prompt that the engine which computes it holds, and that engine.
     pub cached: (Slot, u64),
     /// What it is to keep.
     pub slo: Slo,
-}
-
-/// A request that a [`Planner`] knows of.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Ticket {
-    model: String,
-    number: u64,
 }
 
 /// How a request went.
@@ -93,6 +87,8 @@ impl Parts {
 #[derive(Debug, Default)]
 pub struct Planner {
     pools: BTreeMap<String, Pool>,
+    /// Requests that are not over: the model, and the number in its pool.
+    open: BTreeMap<u64, (String, u64)>,
 }
 
 impl Planner {
@@ -101,19 +97,21 @@ impl Planner {
         Self::default()
     }
 
-    /// A request was placed.
-    pub fn placed(&mut self, placed: &Placed<'_>) -> Ticket {
-        if !self.pools.contains_key(placed.model) {
-            self.pools.insert(placed.model.to_owned(), Pool::default());
+    /// A request was placed. Later ones have greater keys.
+    pub fn placed(&mut self, key: u64, placed: Placed) {
+        while self.open.len() >= MOST_OPEN {
+            self.open.pop_first();
         }
-        let number = self.pools.get_mut(placed.model).map_or(0, |pool| pool.placed(placed));
-        Ticket { model: placed.model.to_owned(), number }
+        let model = placed.model.clone();
+        let number = self.pools.entry(placed.model.clone()).or_default().placed(placed);
+        self.open.insert(key, (model, number));
     }
 
     /// A request was answered whole. One that was not says nothing.
-    pub fn finished(&mut self, ticket: &Ticket, finished: &Finished) {
-        if let Some(pool) = self.pools.get_mut(&ticket.model) {
-            pool.finished(ticket.number, finished);
+    pub fn finished(&mut self, key: u64, finished: &Finished) {
+        let Some((model, number)) = self.open.remove(&key) else { return };
+        if let Some(pool) = self.pools.get_mut(&model) {
+            pool.finished(number, finished);
         }
     }
 

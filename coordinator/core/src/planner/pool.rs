@@ -2,9 +2,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use baton_proto::BlockHash;
-
-use super::prefixes::Prefixes;
+use super::prefixes::{Beginnings, Prefixes};
 use super::rehearsal::{Member, Play, Rehearsal, Roads};
 use super::{Finished, Placed};
 use crate::cost::Slo;
@@ -52,14 +50,14 @@ pub(super) struct Seen {
     /// Of its answer, if that is over.
     pub(super) tokens: Option<u64>,
     pub(super) slo: Slo,
-    checkpoints: Vec<BlockHash>,
+    beginnings: Beginnings,
 }
 
 impl Seen {
     #[cfg(test)]
     pub(super) fn new(at: f64, prompt_tokens: u64, tokens: u64, slo: Slo) -> Self {
-        let checkpoints = Vec::new();
-        Self { at, prompt_tokens, parent: None, elsewhere: None, tokens: Some(tokens), slo, checkpoints }
+        let beginnings = Beginnings::default();
+        Self { at, prompt_tokens, parent: None, elsewhere: None, tokens: Some(tokens), slo, beginnings }
     }
 
     fn kept(&self, finished: &Finished) -> bool {
@@ -105,27 +103,26 @@ pub(super) struct Pool {
 }
 
 impl Pool {
-    pub(super) fn placed(&mut self, placed: &Placed<'_>) -> u64 {
+    pub(super) fn placed(&mut self, placed: Placed) -> u64 {
         while self.window.len() >= WINDOW
             && let Some(gone) = self.window.pop_front()
         {
-            self.prefixes.forget(self.first, &gone.checkpoints);
+            self.prefixes.forget(self.first, &gone.beginnings);
             self.first += 1;
         }
         let number = self.first + self.window.len() as u64;
         let (holder, held) = placed.cached;
-        let found = self.prefixes.find(placed.hashes, placed.block_size);
-        // Between two depths it is as long as what was cached says.
-        let shared = |blocks: usize| (blocks as u64 * u64::from(placed.block_size)).max(held);
-        let checkpoints = self.prefixes.insert(number, placed.hashes, placed.block_size);
+        let found = self.prefixes.find(&placed.beginnings);
+        self.prefixes.insert(number, &placed.beginnings);
         self.window.push_back(Seen {
             at: placed.now_ms as f64 / 1e3,
             prompt_tokens: placed.prompt_tokens,
-            parent: found.map(|(parent, blocks)| (parent, shared(blocks))),
+            // Between two depths it is as long as what was cached says.
+            parent: found.map(|(parent, tokens)| (parent, tokens.max(held))),
             elsewhere: (found.is_none() && held > 0).then_some((holder, held)),
             tokens: None,
             slo: placed.slo,
-            checkpoints,
+            beginnings: placed.beginnings,
         });
         self.fresh += 1;
         number

@@ -4,7 +4,7 @@ use baton_proto::BlockHash;
 use proptest::prelude::*;
 
 use super::pool::Seen;
-use super::prefixes::Prefixes;
+use super::prefixes::{Beginnings, Prefixes};
 use super::rehearsal::{Member, Play, Rehearsal, Roads};
 use super::*;
 use crate::links::Links;
@@ -49,16 +49,15 @@ fn busy(planner: &mut Planner, requests: u64, slo: Slo, kept: bool) {
     for n in 0..requests {
         let placed = Placed {
             now_ms: n * 40,
-            model: "m",
+            model: "m".to_owned(),
             prompt_tokens: 2000,
-            hashes: &hashes(n, 125, 0),
-            block_size: 16,
+            beginnings: Beginnings::of(&hashes(n, 125, 0), 16),
             cached: (Slot(0), 0),
             slo,
         };
-        let ticket = planner.placed(&placed);
+        planner.placed(n, placed);
         let itl_seconds = if kept { 0.01 } else { 0.05 };
-        planner.finished(&ticket, &Finished { tokens: 20, ttft_seconds: 0.3, itl_seconds });
+        planner.finished(n, &Finished { tokens: 20, ttft_seconds: 0.3, itl_seconds });
     }
 }
 
@@ -123,15 +122,14 @@ fn all_do_both_again_once_that_is_clearly_better() {
     for n in 0..900u64 {
         let placed = Placed {
             now_ms: 600_000 + n * 400,
-            model: "m",
+            model: "m".to_owned(),
             prompt_tokens: 2000,
-            hashes: &hashes(1000 + n, 125, 0),
-            block_size: 16,
+            beginnings: Beginnings::of(&hashes(1000 + n, 125, 0), 16),
             cached: (Slot(0), 0),
             slo: SLO,
         };
-        let ticket = planner.placed(&placed);
-        planner.finished(&ticket, &Finished { tokens: 20, ttft_seconds: 10.0, itl_seconds: 0.01 });
+        planner.placed(1000 + n, placed);
+        planner.finished(1000 + n, &Finished { tokens: 20, ttft_seconds: 10.0, itl_seconds: 0.01 });
     }
     let slow = Fleet::new(engines(8), links(8, 1e6));
     assert_eq!(planner.plan(960_000, &slow).decoding(), 0);
@@ -144,15 +142,14 @@ fn of_many_engines_a_part_is_rehearsed_and_as_large_a_share_decodes() {
         for n in 0..800u64 {
             let placed = Placed {
                 now_ms: n * 320 / u64::from(count),
-                model: "m",
+                model: "m".to_owned(),
                 prompt_tokens: 2000,
-                hashes: &hashes(n, 125, 0),
-                block_size: 16,
+                beginnings: Beginnings::of(&hashes(n, 125, 0), 16),
                 cached: (Slot(0), 0),
                 slo: SLO,
             };
-            let ticket = planner.placed(&placed);
-            planner.finished(&ticket, &Finished { tokens: 20, ttft_seconds: 0.3, itl_seconds: 0.05 });
+            planner.placed(n, placed);
+            planner.finished(n, &Finished { tokens: 20, ttft_seconds: 0.3, itl_seconds: 0.05 });
         }
         let parts = planner.plan(60_000, &Fleet::new(engines(count), links(16, 2e10)));
         parts.decoding() as f64 / f64::from(count)
@@ -164,20 +161,21 @@ fn of_many_engines_a_part_is_rehearsed_and_as_large_a_share_decodes() {
 #[test]
 fn a_prompt_is_traced_to_the_last_request_that_began_like_it() {
     let mut prefixes = Prefixes::default();
-    let first = prefixes.insert(0, &hashes(0, 1000, 300), 16);
-    let second = prefixes.insert(1, &hashes(1, 1000, 300), 16);
-    let found = |prefixes: &Prefixes, prompt, shared| prefixes.find(&hashes(prompt, 1000, shared), 16);
-    assert_eq!(found(&prefixes, 2, 0), None);
-    let (parent, blocks) = found(&prefixes, 2, 500).unwrap();
+    let of = |prompt, shared| Beginnings::of(&hashes(prompt, 1000, shared), 16);
+    prefixes.insert(0, &of(0, 300));
+    prefixes.insert(1, &of(1, 300));
+    assert_eq!(prefixes.find(&of(2, 0)), None);
+    let (parent, tokens) = prefixes.find(&of(2, 500)).unwrap();
     assert_eq!(parent, 1);
-    assert!((240..=300).contains(&blocks), "{blocks}");
-    let (parent, blocks) = found(&prefixes, 0, 300).unwrap();
+    assert!((3840..=4800).contains(&tokens), "{tokens}");
+    let (parent, tokens) = prefixes.find(&of(0, 300)).unwrap();
     assert_eq!(parent, 0);
-    assert!(blocks > 800);
-    prefixes.forget(1, &second);
-    assert_eq!(found(&prefixes, 2, 500), None);
-    prefixes.forget(0, &first);
-    assert_eq!(found(&prefixes, 0, 300), None);
+    assert!(tokens > 12_800);
+    prefixes.forget(1, &of(1, 300));
+    assert_eq!(prefixes.find(&of(2, 500)), None);
+    prefixes.forget(0, &of(0, 300));
+    assert_eq!(prefixes.find(&of(0, 300)), None);
+    assert_eq!(Beginnings::of(&hashes(0, 0, 0), 16), Beginnings::default());
 }
 
 fn members(count: u32, speed: Speed) -> Vec<Member> {
