@@ -206,9 +206,13 @@ impl Coordinator {
         let source = sample.source.parse::<EngineId>().ok().and_then(|id| self.registry.get(&id));
         if let Some(source) = source {
             let mut links = self.links.write().expect(POISON);
+            for engine in [&source, entry] {
+                links.place(engine.slot, engine.registration().host());
+            }
             let predicted = links.alone(source.slot, entry.slot, sample.bytes);
             self.seen(Term::Transfer, predicted, sample.seconds);
-            links.observe(source.slot, entry.slot, sample.bytes, sample.seconds, sample.rtt_seconds);
+            let (now, link) = (self.decisions.now_seconds(), (source.slot, entry.slot));
+            links.observe(now, link, sample.bytes, sample.seconds, sample.rtt_seconds);
             self.registry.measured(source.slot, entry.slot, Instant::now());
         }
     }

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::cost::{Plan, Slo, Term, Terms};
 use crate::fleet::{Engine, EngineInfo, Fleet, Role};
 use crate::kv_index::{Overlap, Overlaps, Slot};
-use crate::links::Links;
+use crate::links::{Links, Widths};
 use crate::load::{LinkLoad, Loads, Reserved};
 use crate::placement::{self, Decider, Decision, Policy, Request};
 use crate::speed::Speed;
@@ -89,6 +89,7 @@ pub struct RecordedEngine {
     pub slot: u32,
     pub epoch: Epoch,
     pub host: String,
+    pub host_widths: RecordedWidths,
     pub models: Vec<String>,
     pub role: Role,
     pub block_size: u32,
@@ -105,6 +106,18 @@ pub struct RecordedEngine {
     pub prefill_share: f64,
     pub answer_tokens: Option<f64>,
     pub reserved: Reserved,
+}
+
+/// What transfers of an engine's host share, bytes per second, as far as it was measured.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RecordedWidths {
+    /// Its card, out.
+    pub out: Option<f64>,
+    /// Its card, in.
+    pub into: Option<f64>,
+    /// Between its engines.
+    pub within: Option<f64>,
 }
 
 /// A link's estimates, as far as it was measured.
@@ -319,7 +332,11 @@ impl Inputs {
             .links
             .iter()
             .map(|link| (Slot(link.source), Slot(link.destination), link.bytes_per_second, link.rtt_seconds));
-        let fleet = Fleet::new(self.engines.iter().map(engine).collect(), Links::restore(known));
+        let hosts = self.engines.iter().map(|of| {
+            let RecordedWidths { out, into, within } = of.host_widths;
+            (Slot(of.slot), of.host.as_str(), Widths { out, into, within })
+        });
+        let fleet = Fleet::new(self.engines.iter().map(engine).collect(), Links::restore(known, hosts));
         let reserved = self.engines.iter().map(|of| of.reserved).collect();
         (fleet, Loads::new(reserved, self.transfers.clone()))
     }
@@ -490,11 +507,13 @@ impl Kept {
         let reserved = self.loads.engines().iter().copied().chain(std::iter::repeat(Reserved::default()));
         let engine = |(engine, reserved): (&Engine, Reserved)| {
             let info = &engine.info;
+            let Widths { out, into, within } = self.fleet.links().widths(info.slot);
             RecordedEngine {
                 id: info.id.clone(),
                 slot: info.slot.0,
                 epoch: info.epoch,
                 host: info.host.clone(),
+                host_widths: RecordedWidths { out, into, within },
                 models: info.models.clone(),
                 role: info.role,
                 block_size: info.block_size,

@@ -187,6 +187,9 @@ impl Production {
             hashes: Vec::new(),
             live: Vec::new(),
         };
+        for member in &production.members {
+            production.links.place(member.info.slot, &member.info.host);
+        }
         production.renew();
         Ok(production)
     }
@@ -356,7 +359,8 @@ impl Placer for Production {
         match *progress {
             Progress::Prefilled => self.prefilled(now, key),
             Progress::Transferred { source, destination, bytes, seconds, rtt_seconds } => {
-                self.links.observe(Slot(source), Slot(destination), bytes, seconds, rtt_seconds);
+                let link = (Slot(source), Slot(destination));
+                self.links.observe(crate::seconds(now), link, bytes, seconds, rtt_seconds);
                 if let Some(live) = self.live.get_mut(key as usize).and_then(Option::as_mut) {
                     live.transfer = None;
                 }
