@@ -154,6 +154,7 @@ impl Links {
                 return;
             }
             self.leave(slot);
+            self.summarise();
         }
         let there = |entry: &Arc<Host>| entry.engines > 0 && !host.is_empty() && entry.name == host;
         let at = self.hosts.iter().position(there).or_else(|| self.hosts.iter().position(|h| h.engines == 0));
@@ -341,12 +342,15 @@ impl Links {
         })
     }
 
-    /// What is known of the ways of an engine's host.
-    pub(crate) fn widths(&self, slot: Slot) -> Widths {
-        self.end(slot).widths
+    /// Every engine that has a host: its slot, the host's name, and what is known of the ways there.
+    pub(crate) fn hosts(&self) -> impl Iterator<Item = (Slot, &str, Widths)> {
+        self.ends.iter().enumerate().filter_map(|(slot, end)| {
+            let host = &self.hosts[end.host? as usize];
+            Some((Slot(slot as u32), host.name.as_str(), end.widths))
+        })
     }
 
-    /// Links with these estimates, as [`Links::known`] gives them, of engines on these hosts whose [`Links::widths`] are these.
+    /// Links with these estimates, as [`Links::known`] gives them, on these hosts, as [`Links::hosts`] gives them.
     pub(crate) fn restore<'a>(
         known: impl Iterator<Item = (Slot, Slot, Option<f64>, Option<f64>)>,
         hosts: impl Iterator<Item = (Slot, &'a str, Widths)>,
@@ -438,6 +442,10 @@ mod tests {
 
     use super::*;
 
+    fn widths(links: &Links, slot: u32) -> Widths {
+        links.end(Slot(slot)).widths
+    }
+
     const GIGABYTE: u64 = 1_000_000_000;
 
     fn seconds(links: &Links, bytes: u64, queued: Queued) -> f64 {
@@ -464,8 +472,8 @@ mod tests {
         assert!(!links.get(Slot(1), Slot(0)).measured);
         links.forget(Slot(1));
         assert!(!links.get(Slot(0), Slot(1)).measured);
-        assert_eq!(links.widths(Slot(1)), Widths::default());
-        assert!(links.widths(Slot(0)).out.is_some(), "the other host is still there");
+        assert_eq!(widths(&links, 1), Widths::default());
+        assert!(widths(&links, 0).out.is_some(), "the other host is still there");
     }
 
     /// A transfer of a gigabyte at this rate, long after the last one.
@@ -516,22 +524,22 @@ mod tests {
         cross(&mut links, &mut now, (0, 2), 1e9);
         cross(&mut links, &mut now, (0, 1), 20e9);
         let near = |width: Option<f64>, expected: f64| (width.unwrap() / expected - 1.0).abs() < 1e-9;
-        let widths = links.widths(Slot(1));
-        assert_eq!(widths, links.widths(Slot(0)));
-        assert!(near(widths.out, 1e9) && near(widths.within, 20e9) && widths.into.is_none(), "{widths:?}");
-        assert!(near(links.widths(Slot(2)).into, 1e9));
-        assert_eq!(links.widths(Slot(3)), Widths::default());
+        let seen = widths(&links, 1);
+        assert_eq!(seen, widths(&links, 0));
+        assert!(near(seen.out, 1e9) && near(seen.within, 20e9) && seen.into.is_none(), "{seen:?}");
+        assert!(near(widths(&links, 2).into, 1e9));
+        assert_eq!(widths(&links, 3), Widths::default());
         let busy = HostQueue { out: GIGABYTE, into: GIGABYTE, within: 0 };
         let queued = Queued { link: 0, source: busy, destination: busy };
         assert_eq!(links.transfer(Slot(0), Slot(1), GIGABYTE, queued).wait, 0.0);
         assert!((links.transfer(Slot(1), Slot(2), GIGABYTE, queued).wait - 1.0).abs() < 1e-6);
         // The card stays as long as an engine of the host does, and is not another host's.
         links.forget(Slot(0));
-        assert!(near(links.widths(Slot(1)).out, 1e9));
+        assert!(near(widths(&links, 1).out, 1e9));
         links.place(Slot(1), "c");
-        assert_eq!(links.widths(Slot(1)), Widths::default());
+        assert_eq!(widths(&links, 1), Widths::default());
         links.place(Slot(0), "a");
-        assert_eq!(links.widths(Slot(0)), Widths::default());
+        assert_eq!(widths(&links, 0), Widths::default());
     }
 
     #[test]
@@ -545,7 +553,7 @@ mod tests {
             let now = f64::from(n) * 0.25;
             links.observe(now, (Slot(from), Slot(to)), GIGABYTE, 1.0, 1e-4);
         }
-        for width in [links.widths(Slot(3)).out, links.widths(Slot(5)).into] {
+        for width in [widths(&links, 3).out, widths(&links, 5).into] {
             assert!((width.unwrap() / 4e9 - 1.0).abs() < 0.05, "{width:?}");
         }
     }
@@ -577,10 +585,7 @@ mod tests {
                 now += passed;
                 links.observe(now, (Slot(source), Slot(destination)), bytes, seconds, rtt);
             }
-            let placed = hosts.iter().enumerate().map(|(slot, host)| {
-                (Slot(slot as u32), names[*host], links.widths(Slot(slot as u32)))
-            });
-            let copy = Links::restore(links.known(), placed);
+            let copy = Links::restore(links.known(), links.hosts());
             for source in (0..7).map(Slot) {
                 for destination in (0..7).map(Slot) {
                     if source == destination {

@@ -47,6 +47,8 @@ pub struct Inputs {
     pub engines: Vec<RecordedEngine>,
     /// Links that were measured.
     pub links: Vec<RecordedLink>,
+    /// Hosts of engines, as the links know them.
+    pub hosts: Vec<RecordedHost>,
     /// Bytes on the way.
     pub transfers: Vec<LinkLoad>,
 }
@@ -89,7 +91,6 @@ pub struct RecordedEngine {
     pub slot: u32,
     pub epoch: Epoch,
     pub host: String,
-    pub host_widths: RecordedWidths,
     pub models: Vec<String>,
     pub role: Role,
     pub block_size: u32,
@@ -108,13 +109,17 @@ pub struct RecordedEngine {
     pub reserved: Reserved,
 }
 
-/// What transfers of an engine's host share, bytes per second, as far as it was measured.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+/// An engine's host as the links know it, and what transfers share there, bytes per second, as far as it was measured.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct RecordedWidths {
-    /// Its card, out.
+pub struct RecordedHost {
+    /// The engine's.
+    pub slot: u32,
+    /// Empty where not known.
+    pub name: String,
+    /// Out of its card.
     pub out: Option<f64>,
-    /// Its card, in.
+    /// Into its card.
     pub into: Option<f64>,
     /// Between its engines.
     pub within: Option<f64>,
@@ -265,6 +270,9 @@ impl Record {
                 return wrong(format!("inputs.links[{at}]"), "slot too large");
             }
         }
+        if let Some(at) = self.inputs.hosts.iter().position(|host| host.slot >= MOST_SLOTS) {
+            return wrong(format!("inputs.hosts[{at}].slot"), "too large");
+        }
         Ok(())
     }
 }
@@ -332,9 +340,8 @@ impl Inputs {
             .links
             .iter()
             .map(|link| (Slot(link.source), Slot(link.destination), link.bytes_per_second, link.rtt_seconds));
-        let hosts = self.engines.iter().map(|of| {
-            let RecordedWidths { out, into, within } = of.host_widths;
-            (Slot(of.slot), of.host.as_str(), Widths { out, into, within })
+        let hosts = self.hosts.iter().map(|of| {
+            (Slot(of.slot), of.name.as_str(), Widths { out: of.out, into: of.into, within: of.within })
         });
         let fleet = Fleet::new(self.engines.iter().map(engine).collect(), Links::restore(known, hosts));
         let reserved = self.engines.iter().map(|of| of.reserved).collect();
@@ -507,13 +514,11 @@ impl Kept {
         let reserved = self.loads.engines().iter().copied().chain(std::iter::repeat(Reserved::default()));
         let engine = |(engine, reserved): (&Engine, Reserved)| {
             let info = &engine.info;
-            let Widths { out, into, within } = self.fleet.links().widths(info.slot);
             RecordedEngine {
                 id: info.id.clone(),
                 slot: info.slot.0,
                 epoch: info.epoch,
                 host: info.host.clone(),
-                host_widths: RecordedWidths { out, into, within },
                 models: info.models.clone(),
                 role: info.role,
                 block_size: info.block_size,
@@ -538,6 +543,13 @@ impl Kept {
             bytes_per_second,
             rtt_seconds,
         };
+        let host = |(slot, name, Widths { out, into, within }): (Slot, &str, Widths)| RecordedHost {
+            slot: slot.0,
+            name: name.to_owned(),
+            out,
+            into,
+            within,
+        };
         Record {
             version: VERSION,
             inputs: Inputs {
@@ -545,6 +557,7 @@ impl Kept {
                 request: self.request.clone(),
                 engines: self.fleet.engines().iter().zip(reserved).map(engine).collect(),
                 links: self.fleet.links().known().map(link).collect(),
+                hosts: self.fleet.links().hosts().map(host).collect(),
                 transfers: self.loads.links().to_vec(),
             },
             outcome: self.decision.as_ref().map(Outcome::from),
