@@ -65,7 +65,12 @@ impl Decisions {
         self.began.elapsed().as_millis() as u64
     }
 
-    /// The same in seconds: the clock of what the index expects.
+    /// The same as a fraction of seconds: the clock of measurements.
+    pub fn now_seconds(&self) -> f64 {
+        self.began.elapsed().as_secs_f64()
+    }
+
+    /// The same in whole seconds: the clock of what the index expects.
     pub fn tick(&self) -> u64 {
         self.began.elapsed().as_secs()
     }

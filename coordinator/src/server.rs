@@ -82,6 +82,7 @@ impl Server {
         let coordinator = Arc::new(Coordinator::new(config, client_tls, Ownership::new(store), models));
         let restored =
             coordinator.ownership.restore(&coordinator.registry, &coordinator.index, Instant::now()).await?;
+        coordinator.restored();
         coordinator.expire(Instant::now());
         info!(
             engines = restored.engines,

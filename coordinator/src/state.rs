@@ -139,6 +139,16 @@ impl Coordinator {
         self.metrics.predicted(term, &self.decisions.seen(term, predicted, seen));
     }
 
+    /// The links learn on which host an engine runs.
+    fn place(&self, entry: &Entry) {
+        self.links.write().expect(POISON).place(entry.slot, entry.registration().host());
+    }
+
+    /// As when they were stored: engines whose agents have not come back yet are in the fleet too.
+    pub fn restored(&self) {
+        self.registry.entries().iter().for_each(|entry| self.place(entry));
+    }
+
     /// Takes a session in.
     pub fn register(
         &self,
@@ -149,6 +159,7 @@ impl Coordinator {
         let groups = registration.groups.clone();
         let registered = self.registry.register(registration, commands, Instant::now())?;
         let entry = &registered.entry;
+        self.place(entry);
         let mut opened = self.index.open_groups(entry.slot, epoch, &groups);
         if registered.emptied && opened.is_ok() {
             opened = self.index.clear(entry.slot, epoch);
@@ -229,7 +240,8 @@ impl Coordinator {
             let mut links = self.links.write().expect(POISON);
             let predicted = links.alone(source.slot, entry.slot, sample.bytes);
             self.seen(Term::Transfer, predicted, sample.seconds);
-            links.observe(source.slot, entry.slot, sample.bytes, sample.seconds, sample.rtt_seconds);
+            let (now, link) = (self.decisions.now_seconds(), (source.slot, entry.slot));
+            links.observe(now, link, sample.bytes, sample.seconds, sample.rtt_seconds);
             self.registry.measured(source.slot, entry.slot, Instant::now());
         }
     }

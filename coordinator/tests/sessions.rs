@@ -155,7 +155,8 @@ async fn links_that_nothing_crosses_are_measured() {
     a0.say(Said::Link(v1::LinkSample { source: "e2".into(), bytes, seconds, rtt_seconds })).await;
     let slot = |id: &str| fleet.server.coordinator.registry.get(&id.parse().unwrap()).unwrap().slot;
     eventually("the placement counts on what was measured", async || {
-        let link = fleet.server.coordinator.fleet().links().get(slot("e2"), slot("e0"));
+        let coordinator = &fleet.server.coordinator;
+        let link = coordinator.fleet(coordinator.config.policy.0).links().get(slot("e2"), slot("e0"));
         link.measured && (link.bytes_per_second - bytes as f64 / 0.498).abs() < 1.0
     })
     .await;

@@ -138,7 +138,8 @@ fn fleet(size: &Size, random: &mut SmallRng) -> Fleet {
         for hop in 1..=PEERS {
             let bytes = 1u64 << 30;
             let seconds = bytes as f64 / random.random_range(2e9..3e9);
-            links.observe(Slot(n), Slot((n + hop) % size.engines), bytes, seconds, 1e-4);
+            let link = (Slot(n), Slot((n + hop) % size.engines));
+            links.observe(f64::from(n * PEERS + hop), link, bytes, seconds, 1e-4);
         }
     }
     Fleet::new(engines, links)

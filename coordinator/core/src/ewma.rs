@@ -2,6 +2,9 @@
 
 /// Weight of a new sample.
 const WEIGHT: f64 = 0.2;
+/// The same, of one that may be too low, below the mean and above it.
+const LOW_WEIGHT: f64 = 0.05;
+const HIGH_WEIGHT: f64 = 0.5;
 /// One sample moves the mean by at most this factor, once enough samples back it.
 const LARGEST_STEP: f64 = 4.0;
 /// Samples after which a sample counts as an outlier at [`LARGEST_STEP`].
@@ -17,6 +20,15 @@ pub(crate) struct Ewma {
 impl Ewma {
     /// Takes a sample. One that is not a positive, finite number is dropped.
     pub(crate) fn observe(&mut self, sample: f64) {
+        self.observe_weighted(sample, WEIGHT);
+    }
+
+    /// Takes a sample that others may have made lower than it would have been: one below the mean weighs less.
+    pub(crate) fn observe_upper(&mut self, sample: f64) {
+        self.observe_weighted(sample, if sample < self.mean { LOW_WEIGHT } else { HIGH_WEIGHT });
+    }
+
+    fn observe_weighted(&mut self, sample: f64, weight: f64) {
         if !(sample.is_finite() && sample > 0.0) {
             return;
         }
@@ -26,7 +38,7 @@ impl Ewma {
             _ => sample.clamp(self.mean / LARGEST_STEP, self.mean * LARGEST_STEP),
         };
         // The first samples weigh as in a plain mean, so that no prior lingers.
-        let weight = WEIGHT.max(1.0 / (f64::from(self.samples) + 1.0));
+        let weight = weight.max(1.0 / (f64::from(self.samples) + 1.0));
         self.mean += weight * (sample - self.mean);
         self.samples = self.samples.saturating_add(1);
     }

@@ -154,8 +154,11 @@ pub struct Fleet {
 }
 
 impl Fleet {
-    /// A fleet of these engines.
-    pub fn new(mut engines: Vec<Engine>, links: Links) -> Self {
+    /// A fleet of these engines. The links are told their hosts.
+    pub fn new(mut engines: Vec<Engine>, mut links: Links) -> Self {
+        for engine in &engines {
+            links.place(engine.info.slot, &engine.info.host);
+        }
         engines.sort_by(|a, b| a.info.id.cmp(&b.info.id));
         let mut layouts: Vec<&str> = engines.iter().map(|engine| engine.info.layout.as_str()).collect();
         layouts.sort_unstable();

@@ -1,15 +1,22 @@
-//! What each directed link between two engines' agents was seen to carry.
+//! What each directed link between two engines' agents was seen to carry, and what the hosts' network cards carry.
 //!
 //! # Formula
-//! Bytes that are queued before a transfer go first. On link `s → d` with `Q` bytes queued on the link, `Qs` on the
-//! source's NIC in all and `Qd` on the destination's, `x` bytes take
-//! `2·RTT + max((Q + x) / W, (Qs + x) / Ws, (Qd + x) / Wd)` seconds: store and forward through the slowest of the link and its two
-//! ends. `W` is the link's bandwidth as measured; an end is as fast as the fastest link that was measured at it.
-//! Two round trips are a pull's request and its confirmation. A link that was never measured is taken for the slower of its
-//! two ends, or for the stated prior where nothing is known of them.
+//! Bytes that are queued before a transfer go first. On link `s → d` with `Q` bytes queued on the link, `Qs` on the way to other hosts
+//! from all engines of the source's host and `Qd` from other hosts to all of the destination's, `x` bytes take
+//! `2·RTT + max((Q + x) / W, (Qs + x) / Ws, (Qd + x) / Wd)` seconds: store and forward through the slowest of the link and the two
+//! cards. Between engines of one host no card is crossed: `Qs` and `Qd` are what is on the way between any of them, and `Ws` and `Wd`
+//! what was carried there.
+//!
+//! `W` is what transfers over the link reached where little else was on the way: what they reach beside others is less, and is
+//! what the cards are counted for. Of a card `way` tells how its width is learnt. Two round trips are a pull's request and its confirmation.
+//! A link that was never measured is taken for the narrower of its two cards, or for the stated prior where nothing is known of
+//! them; a card that was never measured, for as wide as the link.
+
+mod way;
 
 use std::sync::Arc;
 
+use self::way::Way;
 use crate::ewma::Ewma;
 use crate::kv_index::Slot;
 
@@ -33,15 +40,37 @@ pub struct Link {
     pub measured: bool,
 }
 
+/// Bytes on the way over what transfers share at a host.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct HostQueue {
+    /// Out of its card.
+    pub(crate) out: u64,
+    /// Into its card.
+    pub(crate) into: u64,
+    /// Between its engines.
+    pub(crate) within: u64,
+}
+
 /// Bytes that were queued before a transfer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Queued {
     /// On the link.
     pub(crate) link: u64,
-    /// At the source, to anywhere.
-    pub(crate) source: u64,
-    /// At the destination, from anywhere.
-    pub(crate) destination: u64,
+    /// At the source's host.
+    pub(crate) source: HostQueue,
+    /// At the destination's.
+    pub(crate) destination: HostQueue,
+}
+
+/// How wide the ways are that transfers of a host share, in bytes per second, as far as they were measured.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(crate) struct Widths {
+    /// Out of its card.
+    pub(crate) out: Option<f64>,
+    /// Into its card.
+    pub(crate) into: Option<f64>,
+    /// Between its engines.
+    pub(crate) within: Option<f64>,
 }
 
 /// What a transfer takes, in seconds.
@@ -65,14 +94,39 @@ struct Row {
     /// The links into it, in order of source.
     from: Vec<(Slot, Estimate)>,
     /// Of these.
+    fastest: Option<f64>,
     shortest_rtt: Option<f64>,
 }
 
-/// The fastest link into an engine and out of it, bytes per second.
+/// A host that has engines.
+#[derive(Clone, Debug, Default)]
+struct Host {
+    /// Empty where not known; it has one engine then.
+    name: String,
+    engines: u32,
+    out: Way,
+    into: Way,
+    within: Way,
+}
+
+impl Host {
+    fn widths(&self) -> Widths {
+        Widths {
+            out: self.out.bytes_per_second(),
+            into: self.into.bytes_per_second(),
+            within: self.within.bytes_per_second(),
+        }
+    }
+}
+
+/// What decisions read of an engine's host.
 #[derive(Clone, Copy, Debug, Default)]
-struct Ends {
-    into: Option<f64>,
-    out: Option<f64>,
+struct End {
+    /// `None` where nobody told yet.
+    host: Option<u32>,
+    /// Whether it has other engines.
+    shared: bool,
+    widths: Widths,
 }
 
 /// All links. At most one entry for each ordered pair of engines that ever exchanged blocks. A clone shares what
@@ -82,15 +136,62 @@ pub struct Links {
     /// By slot.
     rows: Vec<Arc<Row>>,
     /// By slot, as many: side by side, since decisions read those of every engine.
-    ends: Vec<Ends>,
-    /// The fastest of all, and the shortest round trip.
+    ends: Vec<End>,
+    /// Those without engines are used again.
+    hosts: Vec<Arc<Host>>,
+    /// The fastest link or way of all, and the shortest round trip.
     fastest: Option<f64>,
     shortest_rtt: Option<f64>,
 }
 
 impl Links {
-    /// One transfer from `source` to `destination` took this long. Samples that are not positive are dropped.
-    pub fn observe(&mut self, source: Slot, destination: Slot, bytes: u64, seconds: f64, rtt_seconds: f64) {
+    /// The engine of this slot runs on a host of this name, whose card it shares with the others there; a host of its own where
+    /// the name is empty, and where nobody tells.
+    pub fn place(&mut self, slot: Slot, host: &str) {
+        self.grow(slot);
+        if let Some(at) = self.ends[slot.0 as usize].host {
+            if self.hosts[at as usize].name == host {
+                return;
+            }
+            self.leave(slot);
+            self.summarise();
+        }
+        let there = |entry: &Arc<Host>| entry.engines > 0 && !host.is_empty() && entry.name == host;
+        let at = self.hosts.iter().position(there).or_else(|| self.hosts.iter().position(|h| h.engines == 0));
+        let at = at.unwrap_or_else(|| {
+            self.hosts.push(Arc::default());
+            self.hosts.len() - 1
+        });
+        let entry = Arc::make_mut(&mut self.hosts[at]);
+        entry.engines += 1;
+        if entry.engines == 1 {
+            host.clone_into(&mut entry.name);
+        }
+        self.ends[slot.0 as usize].host = Some(at as u32);
+        self.summarise_host(at as u32);
+    }
+
+    fn leave(&mut self, slot: Slot) {
+        let Some(end) = self.ends.get_mut(slot.0 as usize) else { return };
+        let Some(at) = std::mem::take(end).host else { return };
+        let host = Arc::make_mut(&mut self.hosts[at as usize]);
+        host.engines -= 1;
+        if host.engines == 0 {
+            *host = Host::default();
+        }
+        self.summarise_host(at);
+    }
+
+    /// One transfer from `source` to `destination` took this long. It ended now, in seconds on any clock that does not run backwards.
+    /// Samples that are not positive are dropped.
+    pub fn observe(
+        &mut self,
+        now: f64,
+        (source, destination): (Slot, Slot),
+        bytes: u64,
+        seconds: f64,
+        rtt_seconds: f64,
+    ) {
         let row = self.row(destination);
         let at = match row.from.binary_search_by_key(&source, |entry| entry.0) {
             Ok(at) => at,
@@ -100,22 +201,25 @@ impl Links {
             }
         };
         let estimate = &mut row.from[at].1;
-        let before = estimate.bytes_per_second.mean();
         estimate.rtt_seconds.observe(rtt_seconds);
         let rtt = estimate.rtt_seconds.mean().unwrap_or(PRIOR_RTT_SECONDS);
-        if bytes >= SMALLEST_BANDWIDTH_SAMPLE {
-            // Never charge more than half the time to round trips: the smoothed RTT may lag behind.
-            let streaming = (seconds - ROUND_TRIPS * rtt).max(seconds / 2.0);
-            estimate.bytes_per_second.observe(bytes as f64 / streaming);
+        // Never charge more than half the time to round trips: the smoothed RTT may lag behind.
+        let streaming = (seconds - ROUND_TRIPS * rtt).max(seconds / 2.0);
+        let says_bandwidth = bytes >= SMALLEST_BANDWIDTH_SAMPLE && streaming.is_finite() && streaming > 0.0;
+        if says_bandwidth {
+            estimate.bytes_per_second.observe_upper(bytes as f64 / streaming);
         }
-        let after = estimate.bytes_per_second.mean();
-        self.summarise_in(destination);
-        self.grow(source);
-        let fastest = self.fastest_out(source);
-        if before == fastest {
-            self.summarise_out(source);
-        } else if after > fastest {
-            self.ends[source.0 as usize].out = after;
+        self.summarise_row(destination);
+        if says_bandwidth {
+            let (from, to) = (self.host(source), self.host(destination));
+            if from == to {
+                self.host_mut(from).within.observe(now, streaming, bytes);
+            } else {
+                self.host_mut(from).out.observe(now, streaming, bytes);
+                self.host_mut(to).into.observe(now, streaming, bytes);
+                self.summarise_host(to);
+            }
+            self.summarise_host(from);
         }
         self.summarise();
     }
@@ -130,13 +234,13 @@ impl Links {
         });
         let estimate = estimate.unwrap_or_default();
         let measured = estimate.bytes_per_second.mean();
-        let ends = || match (self.fastest_out(source), self.fastest_in(destination)) {
-            (Some(out), Some(into)) => out.min(into),
-            (Some(end), None) | (None, Some(end)) => end,
-            (None, None) => PRIOR_BYTES_PER_SECOND,
+        let prior = || match self.ways(source, destination, Queued::default()).map(|(_, width)| width) {
+            [Some(a), Some(b)] => a.min(b),
+            [Some(way), None] | [None, Some(way)] => way,
+            [None, None] => PRIOR_BYTES_PER_SECOND,
         };
         Link {
-            bytes_per_second: measured.unwrap_or_else(ends),
+            bytes_per_second: measured.unwrap_or_else(prior),
             rtt_seconds: estimate.rtt_seconds.mean().unwrap_or(PRIOR_RTT_SECONDS),
             measured: measured.is_some(),
         }
@@ -157,52 +261,75 @@ impl Links {
         queued: Queued,
     ) -> TransferSeconds {
         let link = self.get(source, destination);
-        let width = link.bytes_per_second;
-        let out = self.fastest_out(source).map_or(width, |end| end.max(width));
-        let into = self.fastest_in(destination).map_or(width, |end| end.max(width));
-        let alone = bytes as f64 / width;
-        let behind = ((queued.link + bytes) as f64 / width)
-            .max((queued.source + bytes) as f64 / out)
-            .max((queued.destination + bytes) as f64 / into);
+        let mut narrowest = link.bytes_per_second;
+        let mut behind = (queued.link + bytes) as f64 / narrowest;
+        for (before, width) in self.ways(source, destination, queued) {
+            let width = width.unwrap_or(link.bytes_per_second);
+            narrowest = narrowest.min(width);
+            behind = behind.max((before + bytes) as f64 / width);
+        }
+        let alone = bytes as f64 / narrowest;
         TransferSeconds { wait: (behind - alone).max(0.0), transfer: ROUND_TRIPS * link.rtt_seconds + alone }
     }
 
-    /// No transfer to this engine with which so many bytes are on the way to it is predicted to take less, waiting
-    /// included.
+    /// What a transfer shares with others of its hosts: what is queued there, and how wide it is.
     #[inline]
-    pub(crate) fn at_least_into(&self, destination: Slot, bytes: u64) -> f64 {
-        let (fixed, width) = self.at_best(self.fastest_in(destination));
-        fixed + bytes as f64 / width
+    fn ways(&self, source: Slot, destination: Slot, queued: Queued) -> [(u64, Option<f64>); 2] {
+        let (from, to) = (self.end(source), self.end(destination));
+        match from.host.is_some() && from.host == to.host {
+            true => [(queued.source.within, from.widths.within); 2],
+            false => [(queued.source.out, from.widths.out), (queued.destination.into, to.widths.into)],
+        }
     }
 
-    /// No transfer from this engine is predicted to take less than the first number of seconds, and the second one for
-    /// each byte that is on the way from it by then, waiting included.
+    /// No transfer to this engine with which so many bytes are on the way, behind those queued at its host, is predicted to take less,
+    /// waiting included.
     #[inline]
-    pub(crate) fn at_least_out_of(&self, source: Slot) -> (f64, f64) {
-        let (fixed, width) = self.at_best(self.fastest_out(source));
-        (fixed, 1.0 / width)
+    pub(crate) fn at_least_into(&self, destination: Slot, bytes: u64, queued: HostQueue) -> f64 {
+        let end = self.end(destination);
+        let over = |before: u64, width| {
+            let (fixed, width) = self.at_best(width);
+            fixed + (before.saturating_add(bytes)) as f64 / width
+        };
+        let across = over(queued.into, end.widths.into);
+        match end.shared {
+            true => across.min(over(queued.within, end.widths.within)),
+            false => across,
+        }
     }
 
-    /// Round trips, and the bandwidth of an end.
+    /// No transfer from this engine to another host is predicted to take less than the first number of seconds, and the second one for
+    /// each byte, waiting behind what is queued at its host included; and the same within its host.
     #[inline]
-    fn at_best(&self, end: Option<f64>) -> (f64, f64) {
+    pub(crate) fn at_least_out_of(&self, source: Slot, queued: HostQueue) -> [(f64, f64); 2] {
+        let end = self.end(source);
+        [(queued.out, end.widths.out), (queued.within, end.widths.within)].map(|(before, width)| {
+            let (fixed, width) = self.at_best(width);
+            (fixed + before as f64 / width, 1.0 / width)
+        })
+    }
+
+    /// Round trips, and the bandwidth of a way.
+    #[inline]
+    fn at_best(&self, width: Option<f64>) -> (f64, f64) {
         let rtt = self.shortest_rtt.map_or(PRIOR_RTT_SECONDS, |rtt| rtt.min(PRIOR_RTT_SECONDS));
         let fastest = || self.fastest.map_or(PRIOR_BYTES_PER_SECOND, |f| f.max(PRIOR_BYTES_PER_SECOND));
-        (ROUND_TRIPS * rtt, end.unwrap_or_else(fastest))
+        (ROUND_TRIPS * rtt, width.unwrap_or_else(fastest))
     }
 
-    /// Drops what is known of an engine's links: its slot may go to another one.
+    /// Drops what is known of an engine's links, and of its host's card where it was the last one there: its slot may go to another one.
     pub fn forget(&mut self, slot: Slot) {
         if let Some(row) = self.rows.get_mut(slot.0 as usize) {
             *row = Arc::default();
-            self.ends[slot.0 as usize] = Ends::default();
         }
         for at in 0..self.rows.len() {
             if self.rows[at].from.binary_search_by_key(&slot, |entry| entry.0).is_ok() {
                 Arc::make_mut(&mut self.rows[at]).from.retain(|entry| entry.0 != slot);
+                self.summarise_row(Slot(at as u32));
             }
         }
-        self.summarise_all();
+        self.leave(slot);
+        self.summarise();
     }
 
     /// Every link that was measured: source, destination, its estimates as seconds per byte would be recorded.
@@ -215,8 +342,19 @@ impl Links {
         })
     }
 
-    /// Links with these estimates, as [`Links::known`] gives them.
-    pub(crate) fn restore(known: impl Iterator<Item = (Slot, Slot, Option<f64>, Option<f64>)>) -> Self {
+    /// Every engine that has a host: its slot, the host's name, and what is known of the ways there.
+    pub(crate) fn hosts(&self) -> impl Iterator<Item = (Slot, &str, Widths)> {
+        self.ends.iter().enumerate().filter_map(|(slot, end)| {
+            let host = &self.hosts[end.host? as usize];
+            Some((Slot(slot as u32), host.name.as_str(), end.widths))
+        })
+    }
+
+    /// Links with these estimates, as [`Links::known`] gives them, on these hosts, as [`Links::hosts`] gives them.
+    pub(crate) fn restore<'a>(
+        known: impl Iterator<Item = (Slot, Slot, Option<f64>, Option<f64>)>,
+        hosts: impl Iterator<Item = (Slot, &'a str, Widths)>,
+    ) -> Self {
         let mut links = Links::default();
         for (source, destination, bytes_per_second, rtt_seconds) in known {
             links.grow(source);
@@ -229,8 +367,18 @@ impl Links {
                 Ok(at) => row.from[at].1 = estimate,
                 Err(at) => row.from.insert(at, (source, estimate)),
             }
+            links.summarise_row(destination);
         }
-        links.summarise_all();
+        for (slot, name, widths) in hosts {
+            links.place(slot, name);
+            let at = links.host(slot);
+            let host = links.host_mut(at);
+            host.out = Way::of(widths.out);
+            host.into = Way::of(widths.into);
+            host.within = Way::of(widths.within);
+            links.summarise_host(at);
+        }
+        links.summarise();
         links
     }
 
@@ -238,7 +386,7 @@ impl Links {
         let entries = slot.0 as usize + 1;
         if self.rows.len() < entries {
             self.rows.resize_with(entries, Arc::default);
-            self.ends.resize(entries, Ends::default());
+            self.ends.resize(entries, End::default());
         }
     }
 
@@ -248,44 +396,43 @@ impl Links {
     }
 
     #[inline]
-    fn fastest_out(&self, slot: Slot) -> Option<f64> {
-        self.ends.get(slot.0 as usize)?.out
+    fn end(&self, slot: Slot) -> End {
+        self.ends.get(slot.0 as usize).copied().unwrap_or_default()
     }
 
-    #[inline]
-    fn fastest_in(&self, slot: Slot) -> Option<f64> {
-        self.ends.get(slot.0 as usize)?.into
+    /// The place of an engine's host.
+    fn host(&mut self, slot: Slot) -> u32 {
+        if self.end(slot).host.is_none() {
+            self.place(slot, "");
+        }
+        self.end(slot).host.expect("it was placed")
     }
 
-    fn summarise_in(&mut self, slot: Slot) {
+    fn host_mut(&mut self, at: u32) -> &mut Host {
+        Arc::make_mut(&mut self.hosts[at as usize])
+    }
+
+    fn summarise_row(&mut self, slot: Slot) {
         let row = self.row(slot);
         let estimates = || row.from.iter().map(|(_, estimate)| estimate);
-        let fastest = estimates().filter_map(|e| e.bytes_per_second.mean()).reduce(f64::max);
-        let shortest = estimates().filter_map(|e| e.rtt_seconds.mean()).reduce(f64::min);
-        row.shortest_rtt = shortest;
-        self.ends[slot.0 as usize].into = fastest;
+        row.fastest = estimates().filter_map(|e| e.bytes_per_second.mean()).reduce(f64::max);
+        row.shortest_rtt = estimates().filter_map(|e| e.rtt_seconds.mean()).reduce(f64::min);
     }
 
-    fn summarise_out(&mut self, slot: Slot) {
-        let mean = |row: &Arc<Row>| {
-            let at = row.from.binary_search_by_key(&slot, |entry| entry.0).ok()?;
-            row.from[at].1.bytes_per_second.mean()
-        };
-        let fastest = self.rows.iter().filter_map(mean).reduce(f64::max);
-        self.ends[slot.0 as usize].out = fastest;
+    fn summarise_host(&mut self, at: u32) {
+        let host = &self.hosts[at as usize];
+        let (widths, shared) = (host.widths(), host.engines > 1);
+        for end in self.ends.iter_mut().filter(|end| end.host == Some(at)) {
+            (end.widths, end.shared) = (widths, shared);
+        }
     }
 
     fn summarise(&mut self) {
-        self.fastest = self.ends.iter().filter_map(|ends| ends.into).reduce(f64::max);
+        let of_links = self.rows.iter().filter_map(|row| row.fastest);
+        let widths = self.ends.iter().map(|end| end.widths);
+        let of_ways = widths.flat_map(|widths| [widths.out, widths.into, widths.within]).flatten();
+        self.fastest = of_links.chain(of_ways).reduce(f64::max);
         self.shortest_rtt = self.rows.iter().filter_map(|row| row.shortest_rtt).reduce(f64::min);
-    }
-
-    fn summarise_all(&mut self) {
-        for slot in (0..self.rows.len() as u32).map(Slot) {
-            self.summarise_in(slot);
-            self.summarise_out(slot);
-        }
-        self.summarise();
     }
 }
 
@@ -294,6 +441,12 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    fn widths(links: &Links, slot: u32) -> Widths {
+        links.end(Slot(slot)).widths
+    }
+
+    const GIGABYTE: u64 = 1_000_000_000;
 
     fn seconds(links: &Links, bytes: u64, queued: Queued) -> f64 {
         let TransferSeconds { wait, transfer } = links.transfer(Slot(0), Slot(1), bytes, queued);
@@ -310,76 +463,153 @@ mod tests {
     #[test]
     fn bandwidth_is_learned_per_direction_and_from_large_transfers_only() {
         let mut links = Links::default();
-        links.observe(Slot(0), Slot(1), 1024, 1.0, 1e-4);
+        links.observe(0.0, (Slot(0), Slot(1)), 1024, 1.0, 1e-4);
         assert!(!links.get(Slot(0), Slot(1)).measured);
         assert_eq!(links.get(Slot(0), Slot(1)).rtt_seconds, 1e-4);
-        links.observe(Slot(0), Slot(1), 100_000_000, 0.1 + 2e-4, 1e-4);
+        links.observe(1.0, (Slot(0), Slot(1)), 100_000_000, 0.1 + 2e-4, 1e-4);
         let link = links.get(Slot(0), Slot(1));
         assert!((link.bytes_per_second - 1e9).abs() < 1e3, "{link:?}");
         assert!(!links.get(Slot(1), Slot(0)).measured);
         links.forget(Slot(1));
         assert!(!links.get(Slot(0), Slot(1)).measured);
-        assert_eq!(links.fastest_out(Slot(0)), None);
+        assert_eq!(widths(&links, 1), Widths::default());
+        assert!(widths(&links, 0).out.is_some(), "the other host is still there");
+    }
+
+    /// A transfer of a gigabyte at this rate, long after the last one.
+    fn cross(links: &mut Links, now: &mut f64, link: (u32, u32), bytes_per_second: f64) {
+        *now += 1e3;
+        let link = (Slot(link.0), Slot(link.1));
+        links.observe(*now, link, GIGABYTE, GIGABYTE as f64 / bytes_per_second + 2e-4, 1e-4);
     }
 
     #[test]
-    fn an_unmeasured_link_is_as_fast_as_its_slower_end() {
-        let mut links = Links::default();
-        links.observe(Slot(0), Slot(2), 1 << 30, (1u64 << 30) as f64 / 4e9 + 2e-4, 1e-4);
-        links.observe(Slot(3), Slot(1), 1 << 30, (1u64 << 30) as f64 / 2e9 + 2e-4, 1e-4);
+    fn an_unmeasured_link_is_as_fast_as_the_narrower_card() {
+        let (mut links, mut now) = (Links::default(), 0.0);
+        cross(&mut links, &mut now, (0, 2), 4e9);
+        cross(&mut links, &mut now, (3, 1), 2e9);
         let link = links.get(Slot(0), Slot(1));
         assert!(!link.measured && (link.bytes_per_second - 2e9).abs() < 1e3, "{link:?}");
     }
 
     #[test]
-    fn what_is_queued_on_the_link_or_at_an_end_goes_first() {
-        let mut links = Links::default();
-        let gigabyte = 1_000_000_000;
-        for (source, width) in [(0, 1e9), (2, 4e9)] {
-            links.observe(Slot(source), Slot(1), gigabyte, 1e9 / width + 2e-4, 1e-4);
-        }
-        let with = |link, source, destination| {
+    fn what_is_queued_on_the_link_or_at_a_card_goes_first() {
+        let (mut links, mut now) = (Links::default(), 0.0);
+        cross(&mut links, &mut now, (0, 1), 1e9);
+        cross(&mut links, &mut now, (2, 1), 4e9);
+        let with = |link, out, into| {
+            let source = HostQueue { out, into: 1 << 40, within: 1 << 40 };
+            let destination = HostQueue { out: 1 << 40, into, within: 1 << 40 };
             let TransferSeconds { wait, transfer } =
-                links.transfer(Slot(0), Slot(1), gigabyte, Queued { link, source, destination });
+                links.transfer(Slot(0), Slot(1), GIGABYTE, Queued { link, source, destination });
             assert!((transfer - 1.0 - 2e-4).abs() < 1e-6);
             wait
         };
         assert_eq!(with(0, 0, 0), 0.0);
-        assert!((with(gigabyte, gigabyte, gigabyte) - 1.0).abs() < 1e-6);
-        assert!((with(0, gigabyte, 0) - 1.0).abs() < 1e-6, "no faster link out of the source is known");
-        assert_eq!(with(0, 0, gigabyte), 0.0, "the destination takes four times what the link carries");
-        assert!((with(0, 0, 7 * gigabyte) - 1.0).abs() < 1e-6);
+        assert!((with(GIGABYTE, GIGABYTE, GIGABYTE) - 1.0).abs() < 1e-6);
+        assert!(
+            (with(0, GIGABYTE, 0) - 1.0).abs() < 1e-6,
+            "nothing faster out of the source's host is known"
+        );
+        assert_eq!(with(0, 0, GIGABYTE), 0.0, "the destination takes four times what the link carries");
+        assert!((with(0, 0, 7 * GIGABYTE) - 1.0).abs() < 1e-6);
+    }
+
+    #[test]
+    fn engines_of_a_host_share_its_card_and_bypass_it_between_them() {
+        let (mut links, mut now) = (Links::default(), 0.0);
+        for (slot, host) in [(0, "a"), (1, "a"), (2, "b"), (3, "")] {
+            links.place(Slot(slot), host);
+        }
+        cross(&mut links, &mut now, (0, 2), 1e9);
+        cross(&mut links, &mut now, (0, 1), 20e9);
+        let near = |width: Option<f64>, expected: f64| (width.unwrap() / expected - 1.0).abs() < 1e-9;
+        let seen = widths(&links, 1);
+        assert_eq!(seen, widths(&links, 0));
+        assert!(near(seen.out, 1e9) && near(seen.within, 20e9) && seen.into.is_none(), "{seen:?}");
+        assert!(near(widths(&links, 2).into, 1e9));
+        assert_eq!(widths(&links, 3), Widths::default());
+        let busy = HostQueue { out: GIGABYTE, into: GIGABYTE, within: 0 };
+        let queued = Queued { link: 0, source: busy, destination: busy };
+        assert_eq!(links.transfer(Slot(0), Slot(1), GIGABYTE, queued).wait, 0.0);
+        assert!((links.transfer(Slot(1), Slot(2), GIGABYTE, queued).wait - 1.0).abs() < 1e-6);
+        // The card stays as long as an engine of the host does, and is not another host's.
+        links.forget(Slot(0));
+        assert!(near(widths(&links, 1).out, 1e9));
+        links.place(Slot(1), "c");
+        assert_eq!(widths(&links, 1), Widths::default());
+        links.place(Slot(0), "a");
+        assert_eq!(widths(&links, 0), Widths::default());
+    }
+
+    #[test]
+    fn a_card_that_many_transfers_share_is_as_wide_as_all_of_them_together() {
+        let mut links = Links::default();
+        for slot in 0..8 {
+            links.place(Slot(slot), if slot < 4 { "a" } else { "b" });
+        }
+        for n in 0..200 {
+            let (from, to) = (n % 4, 4 + n / 4 % 4);
+            let now = f64::from(n) * 0.25;
+            links.observe(now, (Slot(from), Slot(to)), GIGABYTE, 1.0, 1e-4);
+        }
+        for width in [widths(&links, 3).out, widths(&links, 5).into] {
+            assert!((width.unwrap() / 4e9 - 1.0).abs() < 0.05, "{width:?}");
+        }
+    }
+
+    fn queue() -> impl Strategy<Value = HostQueue> {
+        (0u64..1 << 35, 0u64..1 << 35, 0u64..1 << 35).prop_map(|(out, into, within)| HostQueue {
+            out,
+            into,
+            within,
+        })
     }
 
     proptest! {
         #[test]
-        fn the_bound_is_one_and_a_restored_copy_is_equal_to_the_bit(
+        fn the_bounds_are_some_and_a_restored_copy_is_equal_to_the_bit(
+            hosts in prop::collection::vec(0usize..4, 6),
             samples in prop::collection::vec(
-                (0u32..6, 0u32..6, 1u64..1 << 32, 1e-5f64..10.0, 1e-6f64..1e-2), 0..40),
-            bytes in 0u64..1 << 34,
-            queued in (0u64..1 << 34, 0u64..1 << 34, 0u64..1 << 34),
+                (0.0f64..0.3, 0u32..6, 0u32..6, 1u64..1 << 32, 1e-3f64..2.0, 1e-5f64..1e-2), 0..60),
+            bytes in 0u64..1 << 33,
+            link in 0u64..1 << 33,
+            ends in (queue(), queue()),
         ) {
-            let mut links = Links::default();
-            for (source, destination, bytes, seconds, rtt) in samples {
-                links.observe(Slot(source), Slot(destination), bytes, seconds, rtt);
+            let names = ["", "a", "b", "c"];
+            let (mut links, mut now) = (Links::default(), 0.0);
+            for (slot, host) in hosts.iter().enumerate() {
+                links.place(Slot(slot as u32), names[*host]);
             }
-            let copy = Links::restore(links.known());
-            let queued = Queued { link: queued.0, source: queued.0 + queued.1, destination: queued.0 + queued.2 };
+            for (passed, source, destination, bytes, seconds, rtt) in samples {
+                now += passed;
+                links.observe(now, (Slot(source), Slot(destination)), bytes, seconds, rtt);
+            }
+            let copy = Links::restore(links.known(), links.hosts());
             for source in (0..7).map(Slot) {
                 for destination in (0..7).map(Slot) {
+                    if source == destination {
+                        continue;
+                    }
+                    let queued = Queued { link, source: ends.0, destination: ends.1 };
                     let TransferSeconds { wait, transfer } =
                         links.transfer(source, destination, bytes, queued);
                     prop_assert!(wait >= 0.0 && transfer.is_finite());
                     let all = (wait + transfer) * (1.0 + 1e-12);
-                    prop_assert!(links.at_least_into(destination, bytes) <= transfer * (1.0 + 1e-12));
-                    prop_assert!(links.at_least_into(destination, bytes + queued.destination) <= all);
-                    let (fixed, byte) = links.at_least_out_of(source);
-                    prop_assert!(fixed + byte * (bytes + queued.source) as f64 <= all);
+                    let none = HostQueue::default();
+                    prop_assert!(links.at_least_into(destination, bytes, none) <= transfer * (1.0 + 1e-12));
+                    let [a, b] = [source, destination].map(|slot| hosts.get(slot.0 as usize).copied());
+                    let within = a == b && a.is_some_and(|host| host > 0);
+                    // At the two ends of a transfer within a host the same is queued.
+                    let [from, to] = if within { [ends.0; 2] } else { [ends.0, ends.1] };
+                    prop_assert!(links.at_least_into(destination, bytes, to) <= all);
+                    let (fixed, byte) = links.at_least_out_of(source, from)[usize::from(within)];
+                    prop_assert!(fixed + byte * bytes as f64 <= all);
                     prop_assert_eq!(
                         copy.transfer(source, destination, bytes, queued), TransferSeconds { wait, transfer });
                     prop_assert_eq!(
-                        copy.at_least_into(destination, bytes).to_bits(),
-                        links.at_least_into(destination, bytes).to_bits());
+                        copy.at_least_into(destination, bytes, to).to_bits(),
+                        links.at_least_into(destination, bytes, to).to_bits());
                 }
             }
         }

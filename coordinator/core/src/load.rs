@@ -8,7 +8,9 @@ use std::sync::{Arc, Mutex};
 
 use serde::{Deserialize, Serialize};
 
+use crate::fleet::Fleet;
 use crate::kv_index::Slot;
+use crate::links::HostQueue;
 
 /// Longest prefill that is reserved, so that sums stay far from overflow: about a day.
 const LONGEST_SECONDS: f64 = 1e5;
@@ -145,13 +147,15 @@ pub struct Loads {
     pub(crate) engines: Vec<Reserved>,
     /// In order of destination and source.
     pub(crate) links: Vec<LinkLoad>,
+    /// The same by the engines' hosts, by their numbers in the fleet; empty where nothing is on the way.
+    hosts: Vec<HostQueue>,
 }
 
 impl Loads {
     /// Loads as given: one entry for each engine, in the fleet's order.
     pub fn new(engines: Vec<Reserved>, mut links: Vec<LinkLoad>) -> Self {
         links.sort_unstable();
-        Self { engines, links }
+        Self { engines, links, hosts: Vec::new() }
     }
 
     /// Reads the counters of these engines. Allocates only where it never held so many before.
@@ -181,6 +185,33 @@ impl Loads {
     /// What is on the way.
     pub fn links(&self) -> &[LinkLoad] {
         &self.links
+    }
+
+    /// Sums up what is on the way by the hosts of a fleet. Allocates only where it never saw so many before.
+    pub(crate) fn sum_by_host(&mut self, fleet: &Fleet) {
+        self.hosts.clear();
+        let hot = fleet.hot();
+        for link in &self.links {
+            let host = |slot| fleet.place_of(Slot(slot)).map(|at| hot[at as usize].host as usize);
+            let (source, destination) = (host(link.source), host(link.destination));
+            // There are no more hosts than engines.
+            self.hosts.resize(hot.len(), HostQueue::default());
+            if let Some(host) = source {
+                let queue = &mut self.hosts[host];
+                let bytes = if source == destination { &mut queue.within } else { &mut queue.out };
+                *bytes = bytes.saturating_add(link.bytes);
+            }
+            if let Some(host) = destination.filter(|_| source != destination) {
+                let into = &mut self.hosts[host].into;
+                *into = into.saturating_add(link.bytes);
+            }
+        }
+    }
+
+    /// What is on the way at a host, as last summed up.
+    #[inline]
+    pub(crate) fn at_host(&self, host: u32) -> HostQueue {
+        self.hosts.get(host as usize).copied().unwrap_or_default()
     }
 
     /// Bytes on the way from one engine to another.
@@ -310,6 +341,8 @@ impl PrefillShare {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::links::Links;
+    use crate::placement::testing::{engine, with};
 
     #[test]
     fn reservations_end_on_every_way_out() {
@@ -341,6 +374,28 @@ mod tests {
         assert_eq!((load.reserved(), other.reserved()), (Reserved::default(), Reserved::default()));
         loads.read([(Slot(3), &*other), (Slot(5), &*load)].into_iter());
         assert_eq!(loads.links(), []);
+    }
+
+    #[test]
+    fn what_is_on_the_way_is_summed_up_by_hosts() {
+        let on = |n, host: &str| with(engine(n), |info| info.host = host.to_owned());
+        let fleet =
+            Fleet::new(vec![on(0, "a"), on(1, "b"), on(2, "a"), on(3, ""), on(4, "")], Links::default());
+        let link = |source, destination, bytes| LinkLoad { destination, source, bytes };
+        // Nobody has slot 9 any more.
+        let links =
+            vec![link(0, 1, 1), link(2, 1, 2), link(0, 2, 4), link(3, 4, 8), link(1, 0, 16), link(9, 0, 32)];
+        let mut loads = Loads::new(vec![Reserved::default(); 5], links);
+        loads.sum_by_host(&fleet);
+        let of = |at: usize| loads.at_host(fleet.hot()[at].host);
+        assert_eq!(of(0), HostQueue { out: 3, into: 48, within: 4 });
+        assert_eq!(of(2), of(0));
+        assert_eq!(of(1), HostQueue { out: 16, into: 3, within: 0 });
+        assert_eq!(of(3), HostQueue { out: 8, into: 0, within: 0 });
+        assert_eq!(of(4), HostQueue { out: 0, into: 8, within: 0 });
+        loads.links.clear();
+        loads.sum_by_host(&fleet);
+        assert_eq!(loads.at_host(0), HostQueue::default());
     }
 
     #[test]

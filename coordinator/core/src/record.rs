@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::cost::{Plan, Slo, Term, Terms};
 use crate::fleet::{Engine, EngineInfo, Fleet, Role};
 use crate::kv_index::{Overlap, Overlaps, Slot};
-use crate::links::Links;
+use crate::links::{Links, Widths};
 use crate::load::{LinkLoad, Loads, Reserved};
 use crate::placement::{self, Decider, Decision, Policy, Request};
 use crate::speed::Speed;
@@ -47,6 +47,8 @@ pub struct Inputs {
     pub engines: Vec<RecordedEngine>,
     /// Links that were measured.
     pub links: Vec<RecordedLink>,
+    /// Hosts of engines, as the links know them.
+    pub hosts: Vec<RecordedHost>,
     /// Bytes on the way.
     pub transfers: Vec<LinkLoad>,
 }
@@ -105,6 +107,22 @@ pub struct RecordedEngine {
     pub prefill_share: f64,
     pub answer_tokens: Option<f64>,
     pub reserved: Reserved,
+}
+
+/// An engine's host as the links know it, and what transfers share there, bytes per second, as far as it was measured.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RecordedHost {
+    /// The engine's.
+    pub slot: u32,
+    /// Empty where not known.
+    pub name: String,
+    /// Out of its card.
+    pub out: Option<f64>,
+    /// Into its card.
+    pub into: Option<f64>,
+    /// Between its engines.
+    pub within: Option<f64>,
 }
 
 /// A link's estimates, as far as it was measured.
@@ -252,6 +270,9 @@ impl Record {
                 return wrong(format!("inputs.links[{at}]"), "slot too large");
             }
         }
+        if let Some(at) = self.inputs.hosts.iter().position(|host| host.slot >= MOST_SLOTS) {
+            return wrong(format!("inputs.hosts[{at}].slot"), "too large");
+        }
         Ok(())
     }
 }
@@ -320,7 +341,10 @@ impl Inputs {
             .links
             .iter()
             .map(|link| (Slot(link.source), Slot(link.destination), link.bytes_per_second, link.rtt_seconds));
-        let fleet = Fleet::new(self.engines.iter().map(engine).collect(), Links::restore(known));
+        let hosts = self.hosts.iter().map(|of| {
+            (Slot(of.slot), of.name.as_str(), Widths { out: of.out, into: of.into, within: of.within })
+        });
+        let fleet = Fleet::new(self.engines.iter().map(engine).collect(), Links::restore(known, hosts));
         let reserved = self.engines.iter().map(|of| of.reserved).collect();
         (fleet, Loads::new(reserved, self.transfers.clone()))
     }
@@ -520,6 +544,13 @@ impl Kept {
             bytes_per_second,
             rtt_seconds,
         };
+        let host = |(slot, name, Widths { out, into, within }): (Slot, &str, Widths)| RecordedHost {
+            slot: slot.0,
+            name: name.to_owned(),
+            out,
+            into,
+            within,
+        };
         Record {
             version: VERSION,
             inputs: Inputs {
@@ -527,6 +558,7 @@ impl Kept {
                 request: self.request.clone(),
                 engines: self.fleet.engines().iter().zip(reserved).map(engine).collect(),
                 links: self.fleet.links().known().map(link).collect(),
+                hosts: self.fleet.links().hosts().map(host).collect(),
                 transfers: self.loads.links().to_vec(),
             },
             outcome: self.decision.as_ref().map(Outcome::from),

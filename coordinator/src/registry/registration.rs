@@ -143,13 +143,18 @@ impl Registration {
         Ok(Self { engine_id, epoch: Epoch(message.epoch), url, groups, role, message })
     }
 
+    /// The host of its agent, by the address of its transfers; empty where that names none.
+    pub fn host(&self) -> &str {
+        self.message.transfer_address.rsplit_once(':').map_or("", |(host, _)| host)
+    }
+
     /// What the decision reads of it.
     pub fn info(&self, slot: Slot) -> Arc<EngineInfo> {
         Arc::new(EngineInfo {
             slot,
             id: self.engine_id.clone(),
             epoch: self.epoch,
-            host: host(&self.message.transfer_address).to_owned(),
+            host: self.host().to_owned(),
             // The first names the namespace, also for the adapters.
             models: self.message.models.iter().chain(&self.message.adapters).cloned().collect(),
             role: self.role,
@@ -162,11 +167,6 @@ impl Registration {
             can_pull_cached: true,
         })
     }
-}
-
-/// Of `host:port`; nothing of anything else.
-fn host(address: &str) -> &str {
-    address.rsplit_once(':').map_or("", |(host, _)| host)
 }
 
 /// The cache groups as the index counts them.

@@ -201,7 +201,10 @@ impl Production {
             probes: 0,
             hosts: fleet.members().iter().map(|member| member.host).collect(),
         };
-        production.probe();
+        for member in &production.members {
+            production.links.place(member.info.slot, &member.info.host);
+        }
+        production.probe(0);
         production.renew();
         Ok(production)
     }
@@ -212,7 +215,7 @@ impl Production {
     }
 
     /// Measures links of idle engines, one of each engine's in turn, as a coordinator has agents do every second.
-    fn probe(&mut self) {
+    fn probe(&mut self, now: Nanos) {
         const BYTES: u64 = 1 << 20;
         let engines = self.members.len();
         let idle = |at: usize| {
@@ -228,7 +231,8 @@ impl Production {
                     false => self.net.gbit * self.net.efficiency,
                 };
                 let seconds = 2.0 * rtt + BYTES as f64 / (gbit * 1e9 / 8.0);
-                self.links.observe(Slot(from as u32), Slot(to as u32), BYTES, seconds, rtt);
+                let link = (Slot(from as u32), Slot(to as u32));
+                self.links.observe(crate::seconds(now), link, BYTES, seconds, rtt);
             }
         }
         self.probes += 1;
@@ -408,7 +412,7 @@ impl Placer for Production {
         member.foreign_running =
             report.running.saturating_sub((reserved.sequences + reserved.prefills) as u32);
         if engine as usize + 1 == self.members.len() {
-            self.probe();
+            self.probe(now);
             if let Some(planner) = &mut self.planner {
                 self.parts = planner.plan(now / MILLISECOND, &self.fleet);
             }
@@ -420,7 +424,8 @@ impl Placer for Production {
         match *progress {
             Progress::Prefilled => self.prefilled(now, key),
             Progress::Transferred { source, destination, bytes, seconds, rtt_seconds } => {
-                self.links.observe(Slot(source), Slot(destination), bytes, seconds, rtt_seconds);
+                let link = (Slot(source), Slot(destination));
+                self.links.observe(crate::seconds(now), link, bytes, seconds, rtt_seconds);
                 if let Some(live) = self.live.get_mut(key as usize).and_then(Option::as_mut) {
                     live.transfer = None;
                 }

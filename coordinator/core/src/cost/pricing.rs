@@ -5,7 +5,7 @@
 
 use super::{MOST_SECOND_COPY_SECONDS, Plan, Priced, SHARERS, SPREAD, Slo, Term, Terms};
 use crate::fleet::{Fleet, Hot};
-use crate::links::{Queued, TransferSeconds};
+use crate::links::{HostQueue, Queued, TransferSeconds};
 use crate::load::{Loads, Reserved};
 use crate::speed::CHUNK_TOKENS;
 
@@ -78,16 +78,17 @@ pub(crate) struct DecodeSums {
 /// What its end of the links makes of handoffs from an engine, waiting included.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Sender {
-    fixed: f64,
-    /// Seconds.
-    byte: f64,
+    host: u32,
+    /// Seconds, and seconds for each byte: to other hosts, and to its own.
+    ways: [(f64, f64); 2],
 }
 
 impl Sender {
-    /// No handoff of so many bytes is predicted to take less.
+    /// No handoff of so many bytes to this host is predicted to take less.
     #[inline]
-    pub(crate) fn at_least(&self, bytes: f64) -> f64 {
-        self.fixed + self.byte * bytes
+    pub(crate) fn at_least(&self, bytes: f64, host: u32) -> f64 {
+        let (fixed, byte) = self.ways[usize::from(host == self.host)];
+        fixed + byte * bytes
     }
 }
 
@@ -338,12 +339,10 @@ impl<'a> Pricing<'a> {
     pub(crate) fn handoff_at_least(&self, decode: u32) -> f64 {
         let hot = self.hot(decode);
         let bytes = self.handoff_blocks(decode).saturating_mul(hot.block_bytes);
+        let links = self.fleet.links();
         match self.fleet.streamed_layers() {
-            0 | 1 => {
-                let before = self.loads.engines[decode as usize].receiving_bytes;
-                self.fleet.links().at_least_into(hot.slot, bytes.saturating_add(before))
-            }
-            layers => self.fleet.links().at_least_into(hot.slot, bytes) / f64::from(layers),
+            0 | 1 => links.at_least_into(hot.slot, bytes, self.loads.at_host(hot.host)),
+            layers => links.at_least_into(hot.slot, bytes, HostQueue::default()) / f64::from(layers),
         }
     }
 
@@ -356,26 +355,28 @@ impl<'a> Pricing<'a> {
     /// The end of all links out of an engine.
     pub(crate) fn sender(&self, prefill: u32) -> Sender {
         let hot = self.hot(prefill);
-        let (fixed, byte) = self.fleet.links().at_least_out_of(hot.slot);
-        match hot.streamed_layers {
-            0 | 1 => {
-                let before = self.loads.engines[prefill as usize].sending_bytes as f64;
-                Sender { fixed: fixed + byte * before, byte }
+        let links = self.fleet.links();
+        let ways = match hot.streamed_layers {
+            0 | 1 => links.at_least_out_of(hot.slot, self.loads.at_host(hot.host)),
+            layers => {
+                let layers = f64::from(layers);
+                let whole = links.at_least_out_of(hot.slot, HostQueue::default());
+                whole.map(|(fixed, byte)| (fixed / layers, byte / layers))
             }
-            layers => Sender { fixed: fixed / f64::from(layers), byte: byte / f64::from(layers) },
-        }
+        };
+        Sender { host: hot.host, ways }
     }
 
     /// What a transfer takes behind what is queued.
     #[inline]
     pub(crate) fn transfer(&self, source: u32, destination: u32, bytes: u64) -> TransferSeconds {
-        let (from, to) = (self.hot(source).slot, self.hot(destination).slot);
+        let (from, to) = (self.hot(source), self.hot(destination));
         let queued = Queued {
-            link: self.loads.on_link(from, to),
-            source: self.loads.engines[source as usize].sending_bytes,
-            destination: self.loads.engines[destination as usize].receiving_bytes,
+            link: self.loads.on_link(from.slot, to.slot),
+            source: self.loads.at_host(from.host),
+            destination: self.loads.at_host(to.host),
         };
-        self.fleet.links().transfer(from, to, bytes, queued)
+        self.fleet.links().transfer(from.slot, to.slot, bytes, queued)
     }
 
     /// What a handoff's transfer takes after the prefill.

@@ -135,6 +135,7 @@ impl Decider {
         fleet: &Fleet,
         request: &Request<'_>,
     ) -> Option<Decision> {
+        self.loads.sum_by_host(fleet);
         self.sources.clear();
         self.held.clear();
         self.held.resize(fleet.engines().len(), 0);
@@ -333,7 +334,7 @@ impl Decider {
                 sender = (from, pricing.sender(from));
             }
             let (bytes, least) = moving[to as usize];
-            let moves = sender.1.at_least(bytes).max(least);
+            let moves = sender.1.at_least(bytes, hot[to as usize].host).max(least);
             let (prefill, decode) =
                 (&search.scratch.costs[from as usize].prefill, &search.scratch.costs[to as usize].decode);
             // Of the risk the sum has the ITL's part only.

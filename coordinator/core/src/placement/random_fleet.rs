@@ -77,19 +77,26 @@ pub(crate) fn fixed() -> Case {
     build((vec![member; 3], vec![(0, 1, 1e9, 1e-4)], 3000, Slo::default(), 1))
 }
 
+fn host(role: u8) -> &'static str {
+    ["", "a", "b", "a"][usize::from(role)]
+}
+
 fn build(
     (members, samples, prompt_tokens, slo, seed): (Vec<Member>, Vec<LinkSample>, u64, Slo, u64),
 ) -> Case {
     let mut links = Links::default();
-    for (source, destination, width, rtt) in samples {
+    for (n, member) in members.iter().enumerate() {
+        links.place(Slot(n as u32), host(member.1));
+    }
+    for (n, (source, destination, width, rtt)) in samples.into_iter().enumerate() {
         let bytes = 1 << 28;
         let seconds = bytes as f64 / width + 2.0 * rtt;
-        links.observe(Slot(source), Slot(destination), bytes, seconds, rtt);
+        links.observe(n as f64 / 10.0, (Slot(source), Slot(destination)), bytes, seconds, rtt);
     }
     let (mut engines, mut loads, mut overlaps) = (Vec::new(), Vec::new(), Vec::new());
     for (n, (kind, role, speed, can_transfer, foreign, reserved, blocks)) in members.into_iter().enumerate() {
         let mut engine = with(engine(n as u32), |info| {
-            info.host = ["", "a", "b", "a"][usize::from(role)].into();
+            info.host = host(role).into();
             info.role = [Role::Both, Role::Prefill, Role::Decode, Role::Both][usize::from(role)];
             match kind {
                 1 => info.layout = "other".into(),

@@ -75,7 +75,7 @@ fn a_long_prefill_is_split_off_where_many_sequences_decode() {
 fn an_itl_slo_moves_a_prefill_away_that_seconds_alone_would_not() {
     // Two sequences decode; a slow link makes the handoff dearer than their stall.
     let mut links = Links::default();
-    links.observe(Slot(1), Slot(0), 1 << 30, (1u64 << 30) as f64 / 3e7, 1e-4);
+    links.observe(0.0, (Slot(1), Slot(0)), 1 << 30, (1u64 << 30) as f64 / 3e7, 1e-4);
     let decoder = with(engine(0), |info| info.role = Role::Decode);
     let prefiller = with(engine(1), |info| info.role = Role::Prefill);
     let fleet = Fleet::new(vec![decoder, prefiller], links);

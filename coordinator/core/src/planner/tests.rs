@@ -39,7 +39,7 @@ fn engines(count: u32) -> Vec<Engine> {
 fn links(count: u32, bytes_per_second: f64) -> Links {
     let mut links = Links::default();
     for (from, to) in (0..count).flat_map(|from| (0..count).map(move |to| (from, to))) {
-        links.observe(Slot(from), Slot(to), 1 << 30, (1u64 << 30) as f64 / bytes_per_second, 1e-4);
+        links.observe(0.0, (Slot(from), Slot(to)), 1 << 30, (1u64 << 30) as f64 / bytes_per_second, 1e-4);
     }
     links
 }
