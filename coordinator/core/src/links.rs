@@ -205,9 +205,10 @@ impl Links {
         let rtt = estimate.rtt_seconds.mean().unwrap_or(PRIOR_RTT_SECONDS);
         // Never charge more than half the time to round trips: the smoothed RTT may lag behind.
         let streaming = (seconds - ROUND_TRIPS * rtt).max(seconds / 2.0);
-        let says_bandwidth = bytes >= SMALLEST_BANDWIDTH_SAMPLE && streaming.is_finite() && streaming > 0.0;
+        let speed = bytes as f64 / streaming;
+        let says_bandwidth = bytes >= SMALLEST_BANDWIDTH_SAMPLE && speed.is_finite() && speed > 0.0;
         if says_bandwidth {
-            estimate.bytes_per_second.observe_upper(bytes as f64 / streaming);
+            estimate.bytes_per_second.observe_upper(speed);
         }
         self.summarise_row(destination);
         if says_bandwidth {

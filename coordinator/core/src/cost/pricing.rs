@@ -521,6 +521,7 @@ fn queue_seconds(hot: &Hot, reserved: &Reserved) -> f64 {
 mod tests {
     use super::*;
     use crate::links::Links;
+    use crate::load::LinkLoad;
     use crate::placement::testing::{engine, fleet, with};
 
     fn pricing<'a>(fleet: &'a Fleet, loads: &'a Loads, held: &'a [u32], prompt_tokens: u64) -> Pricing<'a> {
@@ -668,6 +669,30 @@ mod tests {
         let transfer = after.terms.get(Term::Transfer);
         assert!((streamed.terms.get(Term::Transfer) - transfer / 32.0).abs() < 1e-12);
         sum_is_total(&streamed);
+    }
+
+    #[test]
+    fn a_transfer_waits_for_what_other_engines_of_its_hosts_exchange_with_other_hosts() {
+        let on = |n, host: &str| with(engine(n), |info| info.host = host.to_owned());
+        let fleet =
+            Fleet::new(vec![on(0, "a"), on(1, "a"), on(2, "b"), on(3, "b"), on(4, "c")], Links::default());
+        let link = LinkLoad { destination: 3, source: 1, bytes: 1_000_000_000 };
+        let mut loads = Loads::new(vec![Reserved::default(); 5], vec![link]);
+        loads.sum_by_host(&fleet);
+        let pricing = pricing(&fleet, &loads, &[0; 5], 1000);
+        let wait = |prefill, decode| {
+            let priced = pricing.price(Plan::Disaggregated { prefill, decode });
+            sum_is_total(&priced);
+            let own = pricing.transfer(prefill, decode, 0).wait;
+            let terms = priced.terms.get(Term::TransferWait);
+            assert!((own - terms).abs() < 1e-9);
+            terms
+        };
+        for (prefill, decode, seconds) in
+            [(0, 2, 1.0), (0, 4, 1.0), (4, 2, 1.0), (0, 1, 0.0), (2, 0, 0.0), (4, 0, 0.0)]
+        {
+            assert!((wait(prefill, decode) - seconds).abs() < 1e-9, "{prefill} to {decode}");
+        }
     }
 
     #[test]

@@ -127,12 +127,8 @@ fn build(
     let on_links = (1..engines.len() as u32)
         .map(|n| LinkLoad { destination: n, source: n - 1, bytes: u64::from(n) * 10_000_000 })
         .collect();
-    Case {
-        fleet: Arc::new(Fleet::new(engines, links)),
-        loads: Loads::new(loads, on_links),
-        overlaps: overlaps.into_iter().collect(),
-        prompt_tokens,
-        slo,
-        seed,
-    }
+    let fleet = Arc::new(Fleet::new(engines, links));
+    let mut loads = Loads::new(loads, on_links);
+    loads.sum_by_host(&fleet);
+    Case { fleet, loads, overlaps: overlaps.into_iter().collect(), prompt_tokens, slo, seed }
 }
