@@ -120,8 +120,7 @@ fn closed_loop(requests: u64) -> (Fleet, Workload) {
 fn a_closed_loop_has_a_capacity_that_the_recording_s_length_does_not_change() {
     let found = |requests| {
         let (fleet, workload) = closed_loop(requests);
-        let found =
-            capacity(&bench(1), &fleet, &Mode::COLOCATED, &workload, 0.2, 0.02).expect("it runs");
+        let found = capacity(&bench(1), &fleet, &Mode::COLOCATED, &workload, 0.2, 0.02).expect("it runs");
         let most = workload.bound(&fleet, found.rate).expect("generated").most_goodput(ATTAINMENT);
         assert!(found.goodput() > 0.3 * most && found.goodput() < most, "{} {most}", found.goodput());
         // What is offered comes, and is served as fast: the state is steady.
@@ -148,7 +147,10 @@ fn a_window_counts_who_arrives_in_it() {
     })
     .report;
     assert!(arrived.iter().all(|at| (window.from..window.until).contains(at)));
-    assert_eq!((report.requests, report.finished, report.unfinished), (arrived.len() as u64, arrived.len() as u64, 0));
+    assert_eq!(
+        (report.requests, report.finished, report.unfinished),
+        (arrived.len() as u64, arrived.len() as u64, 0)
+    );
     assert!((report.requests as f64 / workload.requests().expect("recorded") as f64 - 1.0).abs() < 0.2);
     assert_eq!(report.measured_seconds, (window.until - window.from) as f64 / 1e9);
     assert!(Workload::named("documents", 64, 1).expect("generated").steady(1.0, &slo).is_none());

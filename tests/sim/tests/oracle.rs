@@ -29,28 +29,45 @@ fn fleets() -> impl Strategy<Value = Fleet> {
     let kind = (gpu(), 2..5u32, 1..3u32, 4..80u32, 9..14u32, any::<bool>(), 17..20u32);
     let slo = (50.0..5000.0f64, 8.0..100.0f64);
     let links = (prop_oneof![Just(1.0), Just(25.0), Just(400.0)], 10.0..1000.0f64);
-    (proptest::collection::vec(kind, 1..3), slo, links).prop_map(|(kinds, (ttft_ms, tpot_ms), (gbit, rtt_us))| {
-        let mut fleet = example().with_gbit(gbit);
-        fleet.links.rtt_us = rtt_us;
-        fleet.slo = Some(Slo { ttft_ms, tpot_ms });
-        let like = fleet.engines[0].clone();
-        let kind = |(gpu, count, per_host, seqs, batched, chunked, kv): (&str, u32, u32, u32, u32, bool, u32)| {
-            let mut kind = like.clone();
-            (kind.gpu, kind.count, kind.per_host) = (gpu.to_owned(), count, per_host);
-            (kind.max_num_seqs, kind.chunked_prefill) = (seqs, chunked);
-            // Without chunks whole prompts must fit into a step.
-            kind.max_num_batched_tokens = if chunked { 1 << batched } else { 1 << 15 };
-            kind.kv_tokens = 1 << kv;
-            kind
-        };
-        fleet.engines = kinds.into_iter().map(kind).collect();
-        fleet.check().expect("it is consistent");
-        fleet
-    })
+    (proptest::collection::vec(kind, 1..3), slo, links).prop_map(
+        |(kinds, (ttft_ms, tpot_ms), (gbit, rtt_us))| {
+            let mut fleet = example().with_gbit(gbit);
+            fleet.links.rtt_us = rtt_us;
+            fleet.slo = Some(Slo { ttft_ms, tpot_ms });
+            let like = fleet.engines[0].clone();
+            let kind = |(gpu, count, per_host, seqs, batched, chunked, kv): (
+                &str,
+                u32,
+                u32,
+                u32,
+                u32,
+                bool,
+                u32,
+            )| {
+                let mut kind = like.clone();
+                (kind.gpu, kind.count, kind.per_host) = (gpu.to_owned(), count, per_host);
+                (kind.max_num_seqs, kind.chunked_prefill) = (seqs, chunked);
+                // Without chunks whole prompts must fit into a step.
+                kind.max_num_batched_tokens = if chunked { 1 << batched } else { 1 << 15 };
+                kind.kv_tokens = 1 << kv;
+                kind
+            };
+            fleet.engines = kinds.into_iter().map(kind).collect();
+            fleet.check().expect("it is consistent");
+            fleet
+        },
+    )
 }
 
 fn shapes() -> impl Strategy<Value = Shape> {
-    let length = |most: u32| (1.0..f64::from(most), 0.0..1.0f64).prop_map(move |(mean, sigma)| Length { mean, sigma, least: 1, most });
+    let length = |most: u32| {
+        (1.0..f64::from(most), 0.0..1.0f64).prop_map(move |(mean, sigma)| Length {
+            mean,
+            sigma,
+            least: 1,
+            most,
+        })
+    };
     (0..6u64, length(4000), length(6000), length(800), length(300), 1..8u32, 0.0..5.0f64).prop_map(
         |(prefixes, prefix, first, later, output, turns, pause_seconds)| Shape {
             prefixes,

@@ -143,7 +143,8 @@ fn a_pull_brings_what_the_source_has_cached() {
     // Nothing else runs: two dispatches, the source's step of one token, the transfer, the prefill of the rest.
     let speed = known("8B", "H100").expect("a row of the table");
     let step = (speed.d + speed.c * pulled as f64) / 1e3;
-    let expected = 2.0 * fleet.control.dispatch_us / 1e6 + step + seconds + speed.prefill_seconds(rest, pulled);
+    let expected =
+        2.0 * fleet.control.dispatch_us / 1e6 + step + seconds + speed.prefill_seconds(rest, pulled);
     let ttft = outcomes[1].ttft as f64 / 1e9;
     assert!((ttft / expected - 1.0).abs() < 1e-4, "{ttft} {expected}");
 }

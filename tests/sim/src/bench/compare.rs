@@ -266,7 +266,9 @@ impl CellRegret {
 pub fn show_oracle(page: &mut Page, regrets: &[CellRegret]) {
     page.section("The oracle");
     if !regrets.is_empty() {
-        page.text("Goodput at capacity of each mode below the bound, which is the same for links of any width:");
+        page.text(
+            "Goodput at capacity of each mode below the bound, which is the same for links of any width:",
+        );
         page.table(&CellRegret::HEAD, &regrets.iter().map(CellRegret::row).collect::<Vec<_>>());
     }
     page.text(

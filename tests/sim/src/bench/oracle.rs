@@ -159,7 +159,8 @@ pub fn bound_after(
         let ways = [(speed.a.min(speed.d), speed.b * new as f64), (speed.d, 0.0)];
         for (way, (common, prefill)) in ways.into_iter().enumerate() {
             // Where nothing is left of the SLO, the request is hopeless, or has no such steps.
-            let by_step = if steps > 0.0 { steps * common * least_step / (slo.tpot_ms - common) } else { 0.0 };
+            let by_step =
+                if steps > 0.0 { steps * common * least_step / (slo.tpot_ms - common) } else { 0.0 };
             for (share, add) in [steps * common / least.sequences, by_step].into_iter().enumerate() {
                 let work = if hopeless { f64::INFINITY } else { (prefill + beside + add) / 1e3 };
                 bound.work[2 * way + share].push(work);

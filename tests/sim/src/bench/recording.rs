@@ -259,7 +259,8 @@ mod tests {
     #[test]
     fn copies_share_what_sessions_share() {
         let shape = Shape { prefixes: 2, ..Shape::agent() };
-        let recording = Arc::new(Recording::read(&mut First::new(Generator::new(vec![shape], 1.0, 16, 3), 300), 300));
+        let recording =
+            Arc::new(Recording::read(&mut First::new(Generator::new(vec![shape], 1.0, 16, 3), 300), 300));
         assert!(recording.is_closed_loop());
         let ids = |copies| -> std::collections::HashSet<u64> {
             all(&mut recording.replay(copies)).iter().flat_map(|arrival| arrival.blocks.to_vec()).collect()
@@ -279,7 +280,9 @@ mod tests {
             let mut laps = recording.laps(copies, before);
             let mut opens = Vec::new();
             while opens.len() < 1000 {
-                opens.extend(laps.open().map(|arrival| (arrival.when, arrival.session, arrival.prompt_tokens)));
+                opens.extend(
+                    laps.open().map(|arrival| (arrival.when, arrival.session, arrival.prompt_tokens)),
+                );
             }
             opens
         };
@@ -288,7 +291,8 @@ mod tests {
         };
         let whole = first_of(2, 0);
         assert!(whole.iter().map(|opening| at(opening.0)).is_sorted());
-        let sessions: std::collections::HashSet<Option<u64>> = whole.iter().map(|opening| opening.1).collect();
+        let sessions: std::collections::HashSet<Option<u64>> =
+            whole.iter().map(|opening| opening.1).collect();
         assert_eq!(sessions.len(), 1000);
         for before in [span / 3, 2 * span + 7] {
             let later = first_of(2, before);

@@ -12,6 +12,7 @@ use super::page::Page;
 use super::run::{Bench, BenchError};
 use super::workload::Workload;
 use crate::fleet::{Fleet, Slo};
+use crate::sim::Report;
 use crate::trace::{Length, Shape};
 
 /// What is compared.
@@ -53,6 +54,12 @@ pub struct Way {
     pub handed_off: f64,
     /// Tokens found, of all tokens of prompts.
     pub hit_rate: f64,
+    /// Of all requests, the share whose first token came too late at that rate.
+    pub late: f64,
+    /// And the share whose other tokens came too slowly: the larger of the two is what limits the rate.
+    pub slow: f64,
+    /// Mean share of their time that engines computed.
+    pub utilisation: f64,
 }
 
 /// What a set-up comes to.
@@ -184,6 +191,11 @@ fn append(fleet: &Fleet, block_tokens: u32, seed: u64) -> Scenario {
     }
 }
 
+/// A part of a run's requests, as a share.
+fn part(report: &Report, requests: u64) -> f64 {
+    requests as f64 / report.requests.max(1) as f64
+}
+
 impl Scenario {
     /// Ways to run it.
     pub fn ways(&self) -> usize {
@@ -195,23 +207,37 @@ impl Scenario {
     /// # Errors
     /// See [`BenchError`].
     pub fn run(&self, bench: &Bench<'_>, done: &(dyn Fn() + Sync)) -> Result<Option<Outcome>, BenchError> {
+        let workload = self
+            .workload
+            .clone()
+            .recorded()
+            .map_err(|error| BenchError::Workload { workload: self.workload.to_string(), error })?;
         let work = |(name, fleet, mode): &(String, Fleet, Mode)| {
             let (value, run) = match self.measure {
                 Measure::Goodput(guess) => {
-                    let found = capacity(bench, fleet, mode, &self.workload, guess, PRECISION)?;
+                    let found = capacity(bench, fleet, mode, &workload, guess, PRECISION)?;
                     (found.goodput(), found.run)
                 }
                 Measure::LaterTtft(rate) => {
-                    let run = bench.run(fleet, mode, &self.workload, rate)?;
+                    let run = bench.run(fleet, mode, &workload, rate)?;
                     (run.later_ttft.mean_seconds() * 1e3, Some(run))
                 }
             };
             let report = run.map(|run| run.report);
-            let handed_off = report
-                .as_ref()
-                .map_or(0.0, |report| report.plans.disaggregated as f64 / report.finished.max(1) as f64);
-            let hit_rate = report.map_or(0.0, |report| report.hit_rate);
-            Ok::<Way, BenchError>(Way { name: name.clone(), value, over_base: 0.0, handed_off, hit_rate })
+            let of = |figure: fn(&Report) -> f64| report.as_ref().map_or(0.0, figure);
+            Ok::<Way, BenchError>(Way {
+                name: name.clone(),
+                value,
+                over_base: 0.0,
+                handed_off: of(|report| part(report, report.plans.disaggregated)),
+                hit_rate: of(|report| report.hit_rate),
+                late: of(|report| part(report, report.late_first_token)),
+                slow: of(|report| part(report, report.slow_tokens)),
+                utilisation: of(|report| {
+                    let all = report.engines.iter().map(|engine| engine.utilisation);
+                    all.sum::<f64>() / report.engines.len() as f64
+                }),
+            })
         };
         let found: Option<Vec<Way>> = bench.all(&self.ways, work, &|_| done())?.into_iter().collect();
         let Some(mut ways) = found else { return Ok(None) };
@@ -247,9 +273,16 @@ pub fn show(page: &mut Page, outcomes: &[Outcome]) {
                     format!("{:.2}x", way.over_base),
                     format!("{:.1} %", 100.0 * way.hit_rate),
                     format!("{:.0} %", 100.0 * way.handed_off),
+                    format!("{:.1} %", 100.0 * way.late),
+                    format!("{:.1} %", 100.0 * way.slow),
+                    format!("{:.0} %", 100.0 * way.utilisation),
                 ]
             })
             .collect();
-        page.table(&["way", outcome.unit, "over the base", "hit rate", "handed off"], &rows);
+        page.table(
+            &["way", outcome.unit, "over the base", "hit rate", "handed off", "late", "slow", "busy"],
+            &rows,
+        );
+        page.note("Late: first tokens that missed their SLO there; slow: requests whose other tokens did; busy: the share of their time that engines computed.");
     }
 }

@@ -409,7 +409,9 @@ impl<'a> Simulation<'a> {
         let first = match flight.plan {
             _ if flight.second => None,
             Plan::Colocated { .. } => None,
-            Plan::Disaggregated { prefill, .. } => Some((prefill, flight.prompt_tokens, flight.prompt_tokens)),
+            Plan::Disaggregated { prefill, .. } => {
+                Some((prefill, flight.prompt_tokens, flight.prompt_tokens))
+            }
             Plan::Pull { source, .. } => {
                 let engine = &self.engines[source as usize];
                 let findable = ((flight.prompt_tokens - 1) / self.block_tokens) as usize;
@@ -597,9 +599,8 @@ impl<'a> Simulation<'a> {
     }
 
     fn expire(&mut self, key: u32, number: u64, observer: &mut dyn FnMut(&Outcome) -> ControlFlow<()>) {
-        let waits = |flight: &Flight| {
-            flight.number == number && flight.fetching == 0 && flight.held.is_some()
-        };
+        let waits =
+            |flight: &Flight| flight.number == number && flight.fetching == 0 && flight.held.is_some();
         if let Some(flight) = self.flights[key as usize].as_ref().filter(|flight| waits(flight)) {
             self.metrics.expired_holds += u64::from(flight.measured);
             let released = self.let_go(key);
