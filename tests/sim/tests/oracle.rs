@@ -12,11 +12,11 @@ static RUNNING: AtomicBool = AtomicBool::new(false);
 
 fn run(fleet: &Fleet, mode: &Mode, workload: &Workload, rate: f64) -> Run {
     let bench = Bench { speeds: Speeds::Learned, threads: 1, stop: &RUNNING, progress: &|_| () };
-    bench.run(fleet, mode, workload, rate).expect("it runs")
+    bench.replay(fleet, mode, workload, rate).expect("it runs")
 }
 
 fn bound(fleet: &Fleet, workload: &Workload, rate: f64) -> oracle::Bound {
-    workload.bound(fleet, rate).expect("nothing is read from a disk")
+    oracle::bound(fleet, workload.block_tokens(), &mut *workload.open(rate).expect("it is in memory"))
 }
 
 fn example() -> Fleet {
@@ -98,7 +98,8 @@ proptest! {
         // A split of half and half.
         let half = fleet.len() as u32 / 2;
         let mode: Mode = mode.replace("1P1D", &format!("{half}P{}D", fleet.len() as u32 - half)).parse().expect("a mode");
-        let workload = Workload::generated("random", shapes, 64, seed).with_requests(150);
+        // Recorded: which requests come does not depend on how fast earlier ones are served.
+        let workload = Workload::generated("random", shapes, 64, seed).with_requests(150).recorded().expect("generated");
         let report = run(&fleet, &mode, &workload, rate).report;
         prop_assert_eq!(report.finished, report.requests);
         let bound = bound(&fleet, &workload, rate);
