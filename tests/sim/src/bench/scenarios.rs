@@ -6,7 +6,7 @@
 
 use serde::Serialize;
 
-use super::capacity::{PRECISION, capacity};
+use super::capacity::{ATTAINMENT, PRECISION, capacity};
 use super::mode::Mode;
 use super::page::Page;
 use super::run::{Bench, BenchError};
@@ -73,6 +73,8 @@ pub struct Outcome {
     pub published: &'static str,
     /// What values are.
     pub unit: &'static str,
+    /// What no policy can exceed, over the base's value.
+    pub most_over_base: Option<f64>,
     /// All ways; the base has an `over_base` of 1.
     pub ways: Vec<Way>,
 }
@@ -134,7 +136,8 @@ fn tight(fleet: &Fleet, block_tokens: u32, seed: u64) -> Scenario {
         Length { mean: 4000.0, sigma: 0.4, least: 500, most: 12_000 },
         Length { mean: 100.0, sigma: 0.5, least: 20, most: 400 },
     );
-    let fleet = with_slo(fleet, 400.0, 10.0);
+    // At 100 Gbit/s the one card between prefill and decode engines is the limit, whatever the split.
+    let fleet = with_slo(fleet, 400.0, 10.0).with_gbit(400.0);
     let with_chunks = |tokens: u32, chunked_prefill: bool| {
         let mut changed = fleet.clone();
         for kind in &mut changed.engines {
@@ -153,7 +156,7 @@ fn tight(fleet: &Fleet, block_tokens: u32, seed: u64) -> Scenario {
     ways.push(way(&fleet, Mode::ADAPTIVE));
     Scenario {
         name: "tight joint SLO, without and with chunked prefill",
-        what: "Single requests of 4,000 tokens in and 100 out on average, nothing in common. First token within 400 ms, 10 ms a token, 90 %. The base is \
+        what: "Single requests of 4,000 tokens in and 100 out on average, nothing in common, 400 Gbit/s. First token within 400 ms, 10 ms a token, 90 %. The base is \
                co-location without chunked prefill; co-location with it stands beside.",
         published: "DistServe: 4.48x goodput over engines without chunked prefill at a tight joint SLO and 90 % attainment; against chunked prefill 1.1x to 1.6x is to be expected",
         measure: Measure::Goodput(10.0),
@@ -184,7 +187,7 @@ fn append(fleet: &Fleet, block_tokens: u32, seed: u64) -> Scenario {
         what: "Conversations of 4 to 8 turns on 6,000 tokens, 25 Gbit/s. Half of the engines prefill, half decode. The base hands every turn off; adaptive on the same split may \
                compute a later turn's new tokens where the conversation decodes. Mean time to first token of later turns.",
         published: "PPD: 68 % lower time to first token of later turns",
-        measure: Measure::LaterTtft(4.0),
+        measure: Measure::LaterTtft(1.0),
         workload: Workload::generated("conversations", vec![shape], block_tokens, seed).with_requests(4000),
         ways: vec![way(&fleet, split), way(&fleet, appends), way(&fleet, Mode::ADAPTIVE)],
         bases: 1,
@@ -249,7 +252,41 @@ impl Scenario {
         for way in &mut ways {
             way.over_base = if base > 0.0 { way.value / base } else { 0.0 };
         }
-        Ok(Some(Outcome { name: self.name, what: self.what, published: self.published, unit, ways }))
+        let most_over_base = match (self.measure, self.ways.last()) {
+            (Measure::Goodput(_), Some((_, fleet, _))) if base > 0.0 => {
+                let bound = workload
+                    .bound(fleet, 1.0)
+                    .map_err(|error| BenchError::Workload { workload: workload.to_string(), error })?;
+                Some(bound.most_goodput(ATTAINMENT) / base)
+            }
+            _ => None,
+        };
+        let (name, what, published) = (self.name, self.what, self.published);
+        Ok(Some(Outcome { name, what, published, unit, most_over_base, ways }))
+    }
+}
+
+impl Outcome {
+    /// What limits the base and the best way, and how much there was to gain.
+    pub fn limits(&self) -> String {
+        let limit = |way: &Way| {
+            let missed = format!("{:.1} % late, {:.1} % slow", 100.0 * way.late, 100.0 * way.slow);
+            format!("{} ({missed}, {:.0} % busy)", way.name, 100.0 * way.utilisation)
+        };
+        let is_less_better = self.most_over_base.is_none();
+        let rank = |way: &&Way| if is_less_better { -way.over_base } else { way.over_base };
+        let base = self.ways.iter().find(|way| way.over_base == 1.0);
+        let best = self.ways.iter().max_by(|a, b| rank(a).total_cmp(&rank(b)));
+        let (Some(base), Some(best)) = (base, best) else { return String::new() };
+        let most = self.most_over_base.map_or_else(String::new, |most| {
+            format!(" On these requests no policy can come above {most:.2}x (the oracle's bound).")
+        });
+        format!(
+            "Here: the base is {}, the best {} at {:.2}x.{most}",
+            limit(base),
+            limit(best),
+            best.over_base
+        )
     }
 }
 
@@ -283,6 +320,7 @@ pub fn show(page: &mut Page, outcomes: &[Outcome]) {
             &["way", outcome.unit, "over the base", "hit rate", "handed off", "late", "slow", "busy"],
             &rows,
         );
+        page.text(&outcome.limits());
         page.note("Late: first tokens that missed their SLO there; slow: requests whose other tokens did; busy: the share of their time that engines computed.");
     }
 }
