@@ -72,6 +72,8 @@ struct Live {
     /// Sequences that decoded on the prefill engine when it was placed, and their tokens of context.
     beside: (u64, u64),
     prefill: Option<PrefillReservation>,
+    /// At the source of a pull, until the blocks are there.
+    hold: Option<PrefillReservation>,
     /// Ends with the request.
     _decode: DecodeReservation,
     transfer: Option<TransferReservation>,
@@ -265,6 +267,8 @@ impl Production {
         let Some(live) = self.live.get_mut(key as usize).and_then(Option::as_mut) else { return };
         let Some(reservation) = live.prefill.take() else { return };
         reservation.computed();
+        // What was gone at the source was not pulled.
+        live.hold = None;
         // A time with a transfer in it says little about the engine.
         if live.alone && !matches!(live.plan, Plan::Pull { .. }) {
             self.members[live.plan.prefill() as usize].estimate.observe_prefill(&PrefillSample {
@@ -361,6 +365,13 @@ impl Placer for Production {
             };
             planner.placed(request.number, placed);
         }
+        let hold = match plan {
+            Plan::Pull { source, .. } => {
+                let speed = &self.fleet.engines()[source as usize].speed;
+                Some(load(source).reserve_prefill(1, speed.prefill_seconds(1, chosen.hit_tokens)))
+            }
+            _ => None,
+        };
         let live = Live {
             plan,
             number: request.number,
@@ -372,6 +383,7 @@ impl Placer for Production {
             prefill: Some(
                 load(plan.prefill()).reserve_prefill(chosen.uncached_tokens, chosen.prefill_seconds),
             ),
+            hold,
             _decode: load(plan.decode()).reserve_decode(u64::from(request.prompt_tokens)),
             transfer,
             first_token: None,
@@ -427,7 +439,7 @@ impl Placer for Production {
                 let link = (Slot(source), Slot(destination));
                 self.links.observe(crate::seconds(now), link, bytes, seconds, rtt_seconds);
                 if let Some(live) = self.live.get_mut(key as usize).and_then(Option::as_mut) {
-                    live.transfer = None;
+                    (live.transfer, live.hold) = (None, None);
                 }
             }
             Progress::FirstToken => {

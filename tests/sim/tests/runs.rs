@@ -4,13 +4,11 @@ mod support;
 
 use std::ops::ControlFlow;
 
-use baton_sim::engine::speed::{Speed, known};
-use baton_sim::engine::{Engine, Job, Output, Settings};
+use baton_sim::engine::speed::known;
 use baton_sim::fleet::Fleet;
-use baton_sim::sim::{LoadReport, Outcome, Placer, Plan, Progress, Request, run, run_observed};
+use baton_sim::sim::{LoadReport, Outcome, Placer, Plan, Progress, Request, Window, run, run_observed};
 use baton_sim::trace::{First, Generator, Length, Scaled, Shape};
 use baton_sim::{Nanos, SECOND};
-use proptest::prelude::*;
 use support::{FirstBlock, FixedSplit, RoundRobin, plain_fleet};
 
 fn example() -> Fleet {
@@ -24,7 +22,7 @@ fn workload(requests: u64, seed: u64) -> First<Scaled<Generator>> {
 fn outcomes(fleet: &Fleet, placer: &mut dyn Placer, requests: u64, seed: u64) -> (Vec<Outcome>, String) {
     let mut outcomes = Vec::new();
     let mut source = workload(requests, seed);
-    let results = run_observed(fleet, 64, &mut source, placer, &mut |outcome| {
+    let results = run_observed(fleet, 64, &mut source, placer, Window::ALL, &mut |outcome| {
         outcomes.push(*outcome);
         ControlFlow::Continue(())
     });
@@ -98,19 +96,19 @@ fn a_handoff_takes_the_time_of_its_parts() {
 }
 
 /// The second request pulls what the first one left elsewhere.
-struct Puller(Vec<Progress>);
+struct Puller(Vec<(Nanos, Progress)>);
 
 impl Placer for Puller {
     fn place(&mut self, _now: Nanos, request: &Request<'_>) -> Option<Plan> {
         Some(match request.number {
             0 => Plan::Colocated { engine: 0 },
             2.. => Plan::Colocated { engine: 2 },
-            1 => Plan::Pull { source: 0, engine: 1 },
+            1 => Plan::Pull { source: 0, engine: 7 },
         })
     }
 
-    fn progress(&mut self, _now: Nanos, _key: u32, progress: &Progress) {
-        self.0.push(*progress);
+    fn progress(&mut self, now: Nanos, _key: u32, progress: &Progress) {
+        self.0.push((now, *progress));
     }
 }
 
@@ -122,15 +120,42 @@ fn a_pull_brings_what_the_source_has_cached() {
     // The session that opens next is counted too, but it does so long afterwards.
     let mut source = First::new(Generator::new(vec![shape], 1e-4, 16, 1), 3);
     let mut placer = Puller(Vec::new());
-    let report = run(&example(), 16, &mut source, &mut placer).report;
+    let fleet = example().with_gbit(10.0);
+    let mut outcomes = Vec::new();
+    let report = run_observed(&fleet, 16, &mut source, &mut placer, Window::ALL, &mut |outcome| {
+        outcomes.push(*outcome);
+        ControlFlow::Continue(())
+    })
+    .report;
     // All blocks of the first turn but what its last token, which was never computed on, leaves unfinished.
-    assert_eq!((report.fetched_tokens, report.plans.pull), (4080, 1));
-    assert_eq!(report.engines[1].prefill_tokens, 4000 + 96 + 500 - 4080);
-    let sent = placer.0.iter().find_map(|progress| match progress {
-        Progress::Transferred { source: 0, destination: 1, bytes, .. } => Some(*bytes),
+    let pulled = 4080;
+    assert_eq!((report.fetched_tokens, report.plans.pull), (pulled, 1));
+    // The source computes one token behind them to hold them.
+    assert_eq!(report.engines[0].prefill_tokens, 4000 + 1);
+    let rest = 4000 + 96 + 500 - pulled;
+    assert_eq!(report.engines[7].prefill_tokens, rest);
+    let sent = placer.0.iter().find_map(|progress| match progress.1 {
+        Progress::Transferred { source: 0, destination: 7, bytes, seconds, .. } => Some((bytes, seconds)),
         _ => None,
     });
-    assert_eq!(sent, Some(4080 * 128 * 1024));
+    let (bytes, seconds) = sent.expect("they were sent");
+    assert_eq!(bytes, pulled * 128 * 1024);
+    // Nothing else runs: two dispatches, the source's step of one token, the transfer, the prefill of the rest.
+    let speed = known("8B", "H100").expect("a row of the table");
+    let step = (speed.d + speed.c * pulled as f64) / 1e3;
+    let expected =
+        2.0 * fleet.control.dispatch_us / 1e6 + step + seconds + speed.prefill_seconds(rest, pulled);
+    let ttft = outcomes[1].ttft as f64 / 1e9;
+    assert!((ttft / expected - 1.0).abs() < 1e-4, "{ttft} {expected}");
+}
+
+#[test]
+fn a_pull_of_what_is_gone_is_computed() {
+    let shape = Shape::single(Length::fixed(4000), Length::fixed(96));
+    let mut source = First::new(Generator::new(vec![shape], 1e-4, 16, 1), 2);
+    let report = run(&example(), 16, &mut source, &mut Puller(Vec::new())).report;
+    assert_eq!((report.finished, report.fetched_tokens, report.transfers), (2, 0, 0));
+    assert_eq!((report.engines[0].prefill_tokens, report.engines[7].prefill_tokens), (4000, 4000));
 }
 
 #[test]
@@ -173,146 +198,14 @@ fn chunked_prefill_spares_those_who_decode() {
     assert!(chunked.itl_ms.max < whole.itl_ms.max / 2.0, "{} {}", chunked.itl_ms.max, whole.itl_ms.max);
 }
 
-fn settings(blocks: u32) -> Settings {
-    // Every step takes whole nanoseconds, so that a run of them, which is rounded once, ends where its steps do.
-    let row = known("8B", "H100").expect("a row of the table");
-    Settings {
-        speed: Speed { c: 2e-6, f: 4.2e-5, ..row },
-        block_tokens: 16,
-        blocks,
-        max_num_seqs: 16,
-        max_num_batched_tokens: 512,
-        chunked_prefill: true,
-        kv_events: true,
-    }
-}
-
-/// All that an engine says to these jobs, each with its arrival. `single`: every step by itself.
-fn transcript(blocks: u32, jobs: &[(Nanos, u32, u32)], single: bool) -> (Vec<(Nanos, Output)>, u64, u128) {
-    let mut engine = Engine::new(settings(blocks));
-    let mut jobs = jobs.iter().enumerate().peekable();
-    let (mut said, mut outputs, mut gaps) = (Vec::new(), Vec::new(), 0);
-    loop {
-        let arrival = jobs.peek().map(|(_, job)| job.0);
-        let next = engine.next().map(|next| next.0);
-        let now = match (arrival, next) {
-            (Some(at), next) if next.is_none_or(|next| at < next) => {
-                let (key, job) = jobs.next().expect("it was peeked");
-                // Half of the prompts begin alike. No two generate the same block at the same time: in a run of steps, the
-                // order in which they would come to the pool is another one.
-                let shared = |at: u64| key % 2 == 0 && at < u64::from(job.1 / 16);
-                let id = |at| if shared(at) { 1000 + at } else { 100_000 * (key as u64 + 1) + at };
-                let ids = (0..u64::from((job.1 + job.2) / 16)).map(id).collect();
-                let (prompt_tokens, output_tokens) = (job.1, job.2);
-                let key = key as u32;
-                engine.submit(
-                    at,
-                    Job { key, ids, prompt_tokens, output_tokens, remote_tokens: 0, hold: false },
-                );
-                at
-            }
-            (_, Some(next)) => {
-                engine.wake(next);
-                next
-            }
-            (_, None) => break,
-        };
-        if single {
-            // Nothing is given back, but the run in hand is cut at its first step.
-            engine.give_back(now, &[]);
-        }
-        engine.take_outputs(&mut outputs);
-        for output in outputs.drain(..) {
-            match output {
-                Output::Gaps { gap, count } => gaps += u128::from(gap) * u128::from(count),
-                output => said.push((now, output)),
-            }
-        }
-    }
-    assert_eq!(engine.load().free_blocks, blocks);
-    (said, engine.totals().preemptions, gaps)
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(64))]
-    #[test]
-    fn runs_of_steps_are_exact(
-        blocks in 40..400u32,
-        jobs in proptest::collection::vec((0..3 * SECOND, 1..500u32, 1..120u32), 1..40),
-    ) {
-        let mut jobs = jobs;
-        jobs.sort();
-        let (coarse, coarse_preemptions, coarse_gaps) = transcript(blocks, &jobs, false);
-        let (single, single_preemptions, single_gaps) = transcript(blocks, &jobs, true);
-        prop_assert_eq!(coarse.len(), single.len());
-        let ends = |output: &Output| matches!(output, Output::Finished { .. });
-        prop_assert_eq!(coarse.iter().filter(|said| ends(&said.1)).count(), jobs.len());
-        prop_assert_eq!(coarse_preemptions, single_preemptions);
-        for (coarse, single) in coarse.iter().zip(&single) {
-            prop_assert_eq!(coarse, single);
-        }
-        prop_assert!((coarse_gaps as f64 - single_gaps as f64).abs() <= 1e-5 * single_gaps as f64 + 1e6);
-    }
-}
-
-#[test]
-fn a_full_pool_preempts_and_still_serves_everyone() {
-    let jobs: Vec<(Nanos, u32, u32)> = (0..12).map(|at| (at, 100, 300)).collect();
-    let (said, preemptions, _) = transcript(60, &jobs, false);
-    assert!(preemptions > 0);
-    assert_eq!(said.iter().filter(|said| matches!(said.1, Output::Finished { .. })).count(), 12);
-}
-
 #[test]
 fn an_observer_stops_a_run() {
     let mut seen = 0;
     let mut source = workload(500, 1);
-    let results = run_observed(&example(), 64, &mut source, &mut RoundRobin(8), &mut |_| {
+    let results = run_observed(&example(), 64, &mut source, &mut RoundRobin(8), Window::ALL, &mut |_| {
         seen += 1;
         if seen == 100 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     });
     assert_eq!(results.report.finished, 100);
     assert!(results.report.unfinished > 0);
-}
-
-#[test]
-fn lending_leaves_the_step_in_hand_its_blocks() {
-    // A prompt of 20 blocks stays cached; then the answers of four others grow into what is left, in runs of many steps.
-    for lent_after in 0..40u64 {
-        let mut engine = Engine::new(settings(64));
-        let job = |key: u32, prompt_tokens, output_tokens| {
-            let ids = (0..64).map(|at| u64::from(key + 1) * 1000 + at).collect();
-            Job { key, ids, prompt_tokens, output_tokens, remote_tokens: 0, hold: false }
-        };
-        engine.submit(0, job(0, 320, 1));
-        let mut now = 0;
-        while let Some((next, _)) = engine.next() {
-            now = next;
-            engine.wake(now);
-        }
-        for key in 1..5 {
-            engine.submit(now, job(key, 40, 300));
-        }
-        for _ in 0..2 {
-            now = engine.next().expect("prompts are computed").0;
-            engine.wake(now);
-        }
-        let end = engine.next().expect("they decode").0;
-        let lent = engine.lend(now + (end - now) * lent_after / 40, &job(0, 320, 1).ids[..20]);
-        assert!(lent.len() <= 20);
-        while let Some((next, _)) = engine.next() {
-            now = next;
-            engine.wake(now);
-        }
-        engine.give_back(now, &lent);
-        while let Some((next, _)) = engine.next() {
-            now = next;
-            engine.wake(now);
-        }
-        assert_eq!(
-            (engine.load().free_blocks, engine.totals().output_tokens),
-            (64, 1 + 4 * 300),
-            "{lent_after}"
-        );
-    }
 }

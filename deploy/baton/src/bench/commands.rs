@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 
 use anyhow::Context as _;
-use baton_sim::bench::compare::{self, Compared, Regret};
+use baton_sim::bench::compare::{self, CellRegret, Compared, Regret};
 use baton_sim::bench::{Bench, Mode, Workload, capacity as search, grid as grids, oracle, sweep as sweeps};
 use baton_sim::fleet::Fleet;
 use baton_sim::sim::Report;
@@ -133,8 +133,7 @@ pub(super) fn say_bad_rows(rows: &Rows) {
 }
 
 pub(super) fn bound_of(fleet: &Fleet, workload: &Workload, rate: f64) -> anyhow::Result<oracle::Bound> {
-    let mut source = workload.open(rate).with_context(|| workload.to_string())?;
-    Ok(oracle::bound(fleet, workload.block_tokens(), &mut *source))
+    workload.bound(fleet, rate).with_context(|| workload.to_string())
 }
 
 pub(super) fn replay(arguments: &Replay, stop: &AtomicBool) -> anyhow::Result<()> {
@@ -161,7 +160,7 @@ pub(super) fn replay(arguments: &Replay, stop: &AtomicBool) -> anyhow::Result<()
     compare::describe(&mut page, &fleet, &workload.to_string(), &bound);
     let unit = format!("a rate of {rate} {}", workload.rate_unit());
     compare::show(&mut page, &unit, &[Compared { mode: *policy, run }], &bound);
-    compare::show_oracle(&mut page);
+    compare::show_oracle(&mut page, &[]);
     output.finish(page)
 }
 
@@ -234,7 +233,7 @@ pub(super) fn compare(arguments: &Compare, stop: &AtomicBool) -> anyhow::Result<
     if rates.len() > 1 {
         compare::show_rates(&mut page, workload.rate_unit(), &all);
     }
-    compare::show_oracle(&mut page);
+    compare::show_oracle(&mut page, &[]);
     output.finish(page)
 }
 
@@ -296,7 +295,7 @@ pub(super) fn capacity(arguments: &Capacity, stop: &AtomicBool) -> anyhow::Resul
     let mut page = output.page("Baton: capacity");
     compare::describe(&mut page, &fleet, &workload.to_string(), &bound);
     compare::show_capacities(&mut page, workload.rate_unit(), &found, &bound);
-    compare::show_oracle(&mut page);
+    compare::show_oracle(&mut page, &[]);
     output.finish(page)
 }
 
@@ -353,6 +352,19 @@ pub(super) fn sweep(arguments: &Sweep, stop: &AtomicBool) -> anyhow::Result<()> 
     output.finish(page)
 }
 
+/// How far each cell is from its bound.
+pub(super) fn regrets(cells: &[grids::Cell], grid: &grids::Grid) -> anyhow::Result<Vec<CellRegret>> {
+    let mut regrets = Vec::new();
+    for cell in cells {
+        let workload = grid.workloads.iter().find(|workload| workload.to_string() == cell.workload);
+        let fleet = grid.fleets.iter().find(|fleet| fleet.name == cell.fleet);
+        if let (Some(workload), Some(fleet)) = (workload, fleet) {
+            regrets.push(CellRegret::of(cell, &bound_of(fleet, workload, 1.0)?));
+        }
+    }
+    Ok(regrets)
+}
+
 impl Grid {
     fn workload(&self, text: &str) -> anyhow::Result<Workload> {
         let mut parts = text.split('=');
@@ -401,10 +413,13 @@ pub(super) fn grid(arguments: &Grid, stop: &AtomicBool) -> anyhow::Result<()> {
         grids::LOST,
         score.lost
     ));
+    let regrets = regrets(&cells, &grid)?;
+    output.say(table(&CellRegret::HEAD, regrets.iter().map(CellRegret::row).collect()));
     output.put("score", score)?;
+    output.put("regret", &regrets)?;
     output.put("results", &cells)?;
     let mut page = output.page("Baton: adaptive beside the best static mode");
     grids::Grid::show(&mut page, &cells);
-    compare::show_oracle(&mut page);
+    compare::show_oracle(&mut page, &regrets);
     output.finish(page)
 }

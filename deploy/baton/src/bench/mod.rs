@@ -29,7 +29,7 @@ pub(crate) enum Command {
     Replay(commands::Replay),
     /// Run policies and splits side by side at the same rates
     Compare(commands::Compare),
-    /// Find the highest rate at which 90 % of requests are within both SLOs
+    /// Find the highest rate at which 90 % of requests are within both SLOs; closed-loop sessions repeat until they are in a steady state
     Capacity(commands::Capacity),
     /// Map which mode wins where, over prompt length, hit rate and link speed
     Sweep(commands::Sweep),

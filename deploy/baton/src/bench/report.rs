@@ -8,7 +8,7 @@ use baton_sim::bench::{Mode, Workload, capacity, compare, grid, scenarios, sweep
 use baton_sim::fleet::Fleet;
 use serde_json::json;
 
-use super::commands::{bound_of, capacities, runs, say_bad_rows};
+use super::commands::{bound_of, capacities, regrets, runs, say_bad_rows};
 use super::load::{self, Place, Shown, Trace};
 use super::{Output, progress, slo, table};
 
@@ -45,7 +45,7 @@ pub(super) fn run(arguments: &Arguments, stop: &AtomicBool) -> anyhow::Result<()
 
     // The trace: capacities, then all modes around the best static one's.
     let bound = bound_of(&fleet, &workload, 1.0)?;
-    let guess = 0.4 * bound.most_goodput(capacity::ATTAINMENT) * bound.seconds / bound.requests.max(1) as f64;
+    let guess = 0.4 * bound.most_goodput(capacity::ATTAINMENT) / workload.offered_per_second().unwrap_or(1.0);
     compare::describe(&mut page, &fleet, &workload.to_string(), &bound);
     let found = capacities(&bench, &fleet, &modes, &workload, guess)?;
     compare::show_capacities(&mut page, workload.rate_unit(), &found, &bound);
@@ -77,10 +77,11 @@ pub(super) fn run(arguments: &Arguments, stop: &AtomicBool) -> anyhow::Result<()
         output.say(table(&compare::HEAD, first.iter().map(row).collect()));
     }
 
-    let cells = cells(&output, place, &fleet, trace.seed)?;
+    let (cells, regrets) = cells(&output, place, &fleet, trace.seed)?;
     grid::Grid::show(&mut page, &cells);
     output.say(table(&grid::HEAD, cells.iter().map(grid::row).collect()));
     output.put("grid", &cells)?;
+    output.put("regret", &regrets)?;
 
     let map = sweep::Sweep {
         tokens: vec![1000, 4000, 16_000, 64_000],
@@ -114,13 +115,16 @@ pub(super) fn run(arguments: &Arguments, stop: &AtomicBool) -> anyhow::Result<()
         output.say(table(&["way", "value", "over the base"], outcome.ways.iter().map(row).collect()));
     }
     output.put("set_ups", &outcomes)?;
-    compare::show_oracle(&mut page);
+    compare::show_oracle(&mut page, &regrets);
     output.finish(page)
 }
 
+/// Cells of a grid, and how far each is from its bound.
+type Cells = (Vec<grid::Cell>, Vec<compare::CellRegret>);
+
 /// The grid in a short form: generated sessions, the narrowest and the widest links but one.
-fn cells(output: &Output<'_>, place: &Place, fleet: &Fleet, seed: u64) -> anyhow::Result<Vec<grid::Cell>> {
-    let generated = |name: &&str| Some(Workload::named(name, 64, seed)?.with_requests(1500));
+fn cells(output: &Output<'_>, place: &Place, fleet: &Fleet, seed: u64) -> anyhow::Result<Cells> {
+    let generated = |name: &&str| Workload::named(name, 64, seed)?.with_requests(1500).recorded().ok();
     let mut fleet = fleet.clone();
     fleet.links.choices = vec![10.0, 100.0];
     let grid = grid::Grid {
@@ -130,5 +134,6 @@ fn cells(output: &Output<'_>, place: &Place, fleet: &Fleet, seed: u64) -> anyhow
     let bar = progress(grid.len() as u64, "grid");
     let cells = grid.run(&output.bench(place.speeds()), &|| bar.inc(1))?;
     bar.finish_and_clear();
-    Ok(cells)
+    let regrets = regrets(&cells, &grid)?;
+    Ok((cells, regrets))
 }

@@ -2,7 +2,7 @@
 //!
 //! By bisection on the rate's logarithm: from a guess, rates are doubled or halved until one keeps the SLOs and twice it does not, then the interval
 //! is halved until its ends differ by at most [`PRECISION`]. All rates are of one seed, so a request is the same at all of them. A
-//! rate that misses is given up as soon as it has missed too often.
+//! rate that misses is given up as soon as it has missed too often. What is in a closed loop is measured in a [steady state](Workload::steady).
 
 use serde::Serialize;
 
@@ -45,15 +45,19 @@ pub struct Capacity {
 }
 
 impl Capacity {
-    /// Requests within both SLOs at that rate, per second of the time in which sessions begin: what is offered at that rate, times the share within.
+    /// Requests within both SLOs at that rate, per second of the time in which sessions begin: what is offered at that rate, times the share within. In
+    /// a steady state as many requests come per second.
     pub fn goodput(&self) -> f64 {
         self.run.as_ref().map_or(0.0, |run| self.rate * self.offered_per_second * run.report.attainment)
     }
 }
 
-/// Requests of the workload that may miss.
+/// When more than so many requests miss, the rate is given up. In a steady state about as many are measured as the workload has, so
+/// a quarter more may miss before nothing can mend it.
 fn may_miss(workload: &Workload) -> u64 {
-    workload.requests().map_or(u64::MAX, |requests| (requests as f64 * (1.0 - ATTAINMENT)).floor() as u64)
+    let part = if workload.is_closed_loop() { 1.25 } else { 1.0 };
+    let most = |requests: u64| (requests as f64 * (1.0 - ATTAINMENT) * part).floor() as u64;
+    workload.requests().map_or(u64::MAX, most)
 }
 
 /// Finds it, from a guess at the rate. `precision`: [`PRECISION`], or coarser.

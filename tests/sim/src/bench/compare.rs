@@ -4,6 +4,7 @@ use serde::Serialize;
 
 use super::capacity::{ATTAINMENT, Capacity};
 use super::chart::{Axis, Bars, Chart, Scale};
+use super::grid::Cell;
 use super::mode::Mode;
 use super::oracle::Bound;
 use super::page::Page;
@@ -32,9 +33,9 @@ pub struct Regret {
 }
 
 impl Regret {
-    /// Of a run that served all of the requests that the bound is for; of one that did not, nothing can be said.
+    /// Of a run that served all of its requests, which are those that the bound is for; of one that did not, nothing can be said.
     pub fn of(report: &Report, bound: &Bound) -> Option<Self> {
-        (report.finished == bound.requests).then_some(Self {
+        (report.finished == report.requests).then_some(Self {
             ttft_ms: report.ttft_ms.mean - bound.ttft_ms,
             e2e_ms: report.e2e_ms.mean - bound.e2e_ms,
             hit_rate: bound.hit_rate - report.hit_rate,
@@ -199,14 +200,82 @@ pub fn show_rates(page: &mut Page, unit: &str, runs: &[(Mode, Vec<(f64, Report)>
     ]);
 }
 
-/// What the bounds are.
-pub fn show_oracle(page: &mut Page) {
+/// How far the modes of a grid's cell stay below what no policy can do better than, at their capacities.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct CellRegret {
+    /// The trace.
+    pub workload: String,
+    /// The fleet.
+    pub fleet: String,
+    /// Width of hosts' cards.
+    pub gbit: f64,
+    /// No policy that keeps the SLOs for [`ATTAINMENT`] serves more requests per second within them.
+    pub most_goodput: f64,
+    /// By mode, what its goodput lacks of that, as a share.
+    pub below: Vec<(String, f64)>,
+    best_static: String,
+}
+
+impl CellRegret {
+    /// The head of [`CellRegret::row`]s.
+    pub const HEAD: [&str; 8] = [
+        "trace",
+        "<fleet",
+        "Gbit/s",
+        "bound, requests/s",
+        "co-located below it",
+        "<best static",
+        "below it",
+        "adaptive below it",
+    ];
+
+    /// Of a cell whose trace and fleet have this bound.
+    pub fn of(cell: &Cell, bound: &Bound) -> Self {
+        let most = bound.most_goodput(ATTAINMENT);
+        let below = |(mode, goodput): &(String, f64)| (mode.clone(), 1.0 - goodput / most);
+        Self {
+            workload: cell.workload.clone(),
+            fleet: cell.fleet.clone(),
+            gbit: cell.gbit,
+            most_goodput: most,
+            below: cell.goodput.iter().map(below).collect(),
+            best_static: cell.best_static.clone(),
+        }
+    }
+
+    /// As a row of a table.
+    pub fn row(&self) -> Vec<String> {
+        let of = |name: &str| {
+            let found = self.below.iter().find(|(mode, _)| mode == name);
+            found.map_or_else(|| "–".to_owned(), |(_, below)| format!("{:.1} %", 100.0 * below))
+        };
+        vec![
+            self.workload.clone(),
+            self.fleet.clone(),
+            format!("{}", self.gbit),
+            format!("{:.2}", self.most_goodput),
+            of(&Mode::COLOCATED.to_string()),
+            self.best_static.clone(),
+            of(&self.best_static),
+            of(&Mode::ADAPTIVE.to_string()),
+        ]
+    }
+}
+
+/// What the bounds are, and how far from them the cells of a grid are.
+pub fn show_oracle(page: &mut Page, regrets: &[CellRegret]) {
     page.section("The oracle");
+    if !regrets.is_empty() {
+        page.text(
+            "Goodput at capacity of each mode below the bound, which is the same for links of any width:",
+        );
+        page.table(&CellRegret::HEAD, &regrets.iter().map(CellRegret::row).collect::<Vec<_>>());
+    }
     page.text(
         "Bounds come from a clairvoyant with one endless cache for all: a block is found as soon as any request that has it arrived, transfers take no time, nobody \
          waits for anybody, and each step costs the least that any engine takes for it. Each distinct block is computed at least once by somebody, at a cost that does not depend on \
          who does it, so the mean TTFT and the mean time to the last token cannot be lower, nor the hit rate higher. For goodput, every request takes engines some least time in whatever \
-         company (its new tokens, its attention, its share of a step in the fullest batch); where 90 % of requests are served, the least of these times, summed, are worked off by no more \
+         company (its new tokens, its attention, its share of what each step takes, in the fullest batch that the SLO for its tokens allows); where 90 % of requests are served, the least of these times, summed, are worked off by no more \
          than all engines all of the time. The bounds hold for every policy; they are not tight.",
     );
 }

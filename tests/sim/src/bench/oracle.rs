@@ -12,17 +12,22 @@
 //! requests of `a + b·n + c·pairs`, `n` counted where a block comes first, is least, whoever computes what; and so is the mean time to first
 //! token. A decode step of a sequence takes `d + e + f·context` or more.
 //!
-//! For goodput, work counts: a step that computes `n` tokens of prompts beside `B` sequences takes `max(a + b·n, d) + c·pairs + e·B + f·Σctx`, and has
-//! `n ≤ max_num_batched_tokens`, `B ≤ max_num_seqs`. As `max(x, y)` is no less than either, a request takes engines no less than
-//! each of
-//! - `n·(b + a/max_num_batched_tokens) + c·pairs + (T-1)·e + f·Σctx`,
-//! - `c·pairs + (T-1)·(d/max_num_seqs + e) + f·Σctx`,
+//! For goodput, work counts. A step that computes `n` tokens of prompts beside `B` sequences takes `max(a + b·n, d) + c·pairs + Σw`, where a sequence's
+//! `w` is `e + f·context`; and `B ≤ max_num_seqs`. So it takes no less than each of
+//! - `min(a, d) + b·n + c·pairs + Σw`,
+//! - `d + c·pairs + Σw`.
 //!
-//! in whatever company. When `k` of `N` requests are within the SLOs, engines worked for at least the sum of the `k` least of these; all of
-//! them work for no more than their number times the time until the end. So goodput, `k` over that time, is at most `k · engines / sum`, which falls
-//! with `k`. Decoding in full batches beside every prefill is more than any schedule reaches, so the bound is not tight.
+//! Be `g` what stands there first, which no request causes alone. Shared out over the sequences that decode, in whichever of two ways, it adds to each of them
+//! - the same: at least `g/max_num_seqs` in each of its steps,
+//! - by `w`: `g·w/Σw`, which is at least `g·w/(t - g)` in a step that takes `t`. A request that keeps the SLO for its tokens has steps that take `s` or less on
+//!   average, `s` being that SLO; so this is at least `g·w/(s - g)` a step, with the least of its `w`, because `1/(t - g)` is convex.
 //!
-//! Memory: 8 bytes for each distinct block, 16 for each request.
+//! That is four ways to count the least time that a request takes engines, in whatever company. When `k` of `N` requests are within the SLOs, engines
+//! worked for at least the sum of the `k` least of these, counted one way; all of them work for no more than their number times the time until the end. So
+//! goodput, `k` over that time, is at most `k · engines / sum`, which falls with `k`. A request that would miss an SLO all alone is never within them. Prompts whose
+//! pieces fit beside every batch without a pause are more than any schedule reaches, so the bound is not tight.
+//!
+//! Memory: 8 bytes for each distinct block, 32 for each request.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashSet};
@@ -30,7 +35,7 @@ use std::collections::{BinaryHeap, HashSet};
 use serde::Serialize;
 
 use crate::engine::speed::{Speed, pairs};
-use crate::fleet::Fleet;
+use crate::fleet::{Fleet, Slo};
 use crate::trace::{Arrival, Source, When};
 use crate::{Nanos, nanos, seconds};
 
@@ -48,9 +53,9 @@ pub struct Bound {
     /// When the last request would end, seconds.
     pub seconds: f64,
     engines: u64,
-    /// Least work of each request, seconds, both ways to count; ascending.
+    /// Least work of each request, seconds, in all ways to count; ascending. Infinite where it cannot be within the SLOs.
     #[serde(skip)]
-    work: [Vec<f64>; 2],
+    work: [Vec<f64>; 4],
 }
 
 impl Bound {
@@ -61,14 +66,13 @@ impl Bound {
             let sum: f64 = work.iter().take(served).sum();
             served as f64 * self.engines as f64 / sum.max(f64::MIN_POSITIVE)
         };
-        most(&self.work[0]).min(most(&self.work[1]))
+        self.work.iter().map(most).fold(f64::INFINITY, f64::min)
     }
 }
 
 /// The least of each constant over a fleet.
 struct Least {
     speed: Speed,
-    batched_tokens: f64,
     sequences: f64,
 }
 
@@ -78,7 +82,7 @@ impl Least {
         let least = |of: fn(&Speed) -> f64| {
             members.iter().map(|member| of(&member.speed)).fold(f64::INFINITY, f64::min)
         };
-        let most = |of: fn(&crate::fleet::Kind) -> u32| members.iter().map(|member| of(member.kind)).max();
+        let sequences = members.iter().map(|member| member.kind.max_num_seqs).max();
         Self {
             speed: Speed {
                 a: least(|speed| speed.a),
@@ -89,18 +93,27 @@ impl Least {
                 f: least(|speed| speed.f),
                 kv_kib: members[0].speed.kv_kib,
             },
-            batched_tokens: f64::from(most(|kind| kind.max_num_batched_tokens).unwrap_or(1)),
-            sequences: f64::from(most(|kind| kind.max_num_seqs).unwrap_or(1)),
+            sequences: f64::from(sequences.unwrap_or(1)),
         }
     }
 }
 
 /// Bounds for a workload on a fleet, in whatever mode.
 pub fn bound(fleet: &Fleet, block_tokens: u32, source: &mut dyn Source) -> Bound {
+    bound_after(fleet, block_tokens, HashSet::new(), source)
+}
+
+/// The same, where these blocks were computed before.
+pub fn bound_after(
+    fleet: &Fleet,
+    block_tokens: u32,
+    mut seen: HashSet<u64>,
+    source: &mut dyn Source,
+) -> Bound {
     let least = Least::of(fleet);
     let speed = &least.speed;
+    let slo = fleet.slo.unwrap_or(Slo { ttft_ms: f64::INFINITY, tpot_ms: f64::INFINITY });
     let dispatch = fleet.control.dispatch_us / 1e6;
-    let mut seen: HashSet<u64> = HashSet::new();
     let mut follows: BinaryHeap<Reverse<(Nanos, u64)>> = BinaryHeap::new();
     let mut waiting: std::collections::HashMap<u64, Arrival> = Default::default();
     let mut bound = Bound { engines: fleet.len() as u64, ..Bound::default() };
@@ -135,11 +148,24 @@ pub fn bound(fleet: &Fleet, block_tokens: u32, source: &mut dyn Source) -> Bound
         // Contexts of tokens+1, tokens+2, ...
         let contexts = steps * tokens as f64 + steps * (steps + 1.0) / 2.0;
         let first = dispatch + speed.prefill_seconds(new, cached);
-        let all = first + (steps * (speed.d + speed.e) + speed.f * contexts) / 1e3;
+        let decode = steps * (speed.d + speed.e) + speed.f * contexts;
+        let all = first + decode / 1e3;
+        // Before a later turn comes, others may compute in a run what nobody has here.
+        let late = arrival.turn == 0 && first * 1e3 > slo.ttft_ms;
+        let hopeless = late || decode > steps * slo.tpot_ms;
         let attention = speed.c * pairs(new, cached);
         let beside = attention + steps * speed.e + speed.f * contexts;
-        bound.work[0].push((new as f64 * (speed.b + speed.a / least.batched_tokens) + beside) / 1e3);
-        bound.work[1].push((steps * speed.d / least.sequences + beside) / 1e3);
+        let least_step = speed.e + speed.f * (tokens + 1) as f64;
+        let ways = [(speed.a.min(speed.d), speed.b * new as f64), (speed.d, 0.0)];
+        for (way, (common, prefill)) in ways.into_iter().enumerate() {
+            // Where nothing is left of the SLO, the request is hopeless, or has no such steps.
+            let by_step =
+                if steps > 0.0 { steps * common * least_step / (slo.tpot_ms - common) } else { 0.0 };
+            for (share, add) in [steps * common / least.sequences, by_step].into_iter().enumerate() {
+                let work = if hopeless { f64::INFINITY } else { (prefill + beside + add) / 1e3 };
+                bound.work[2 * way + share].push(work);
+            }
+        }
         (ttft, e2e) = (ttft + first, e2e + all);
         (prompt, hit) = (prompt + tokens, hit + cached);
         bound.requests += 1;

@@ -8,7 +8,8 @@ use super::mode::{Mode, ModeError};
 use super::workload::Workload;
 use crate::decision::Speeds;
 use crate::fleet::Fleet;
-use crate::sim::{self, Distributions, Durations, Report};
+use crate::sim::{self, Distributions, Durations, Report, Window};
+use crate::trace::Source;
 
 /// Requests after which a run looks whether it is to stop.
 const PATIENCE: u64 = 64;
@@ -61,7 +62,7 @@ pub struct Bench<'a> {
 }
 
 impl Bench<'_> {
-    /// Runs a workload to its end.
+    /// Runs a workload to its end, or in a [steady state](Workload::steady) where it has one and the fleet has SLOs.
     ///
     /// # Errors
     /// See [`BenchError`].
@@ -69,7 +70,7 @@ impl Bench<'_> {
         self.run_within(fleet, mode, workload, rate, u64::MAX)
     }
 
-    /// Runs a workload to its end, or until the bench is stopped: the run so far then.
+    /// Runs a workload once from its beginning to its end, or until the bench is stopped: the run so far then.
     ///
     /// # Errors
     /// See [`BenchError`].
@@ -80,10 +81,11 @@ impl Bench<'_> {
         workload: &Workload,
         rate: f64,
     ) -> Result<Run, BenchError> {
-        self.simulate(fleet, mode, workload, rate, u64::MAX)
+        let source = Self::whole(workload, rate)?;
+        self.simulate(fleet, mode, workload.block_tokens(), source, u64::MAX)
     }
 
-    /// Runs a workload to its end, or until more than so many requests have missed the SLOs.
+    /// As [`Bench::run`], or until more than so many requests have missed the SLOs.
     ///
     /// # Errors
     /// See [`BenchError`].
@@ -95,27 +97,33 @@ impl Bench<'_> {
         rate: f64,
         most_missed: u64,
     ) -> Result<Run, BenchError> {
-        let run = self.simulate(fleet, mode, workload, rate, most_missed)?;
+        let source = match fleet.slo.and_then(|slo| workload.steady(rate, &slo)) {
+            Some(steady) => steady,
+            None => Self::whole(workload, rate)?,
+        };
+        let run = self.simulate(fleet, mode, workload.block_tokens(), source, most_missed)?;
         if self.stopped() { Err(BenchError::Stopped) } else { Ok(run) }
+    }
+
+    fn whole(workload: &Workload, rate: f64) -> Result<(Box<dyn Source>, Window), BenchError> {
+        let unreadable = |error| BenchError::Workload { workload: workload.to_string(), error };
+        Ok((workload.open(rate).map_err(unreadable)?, Window::ALL))
     }
 
     fn simulate(
         &self,
         fleet: &Fleet,
         mode: &Mode,
-        workload: &Workload,
-        rate: f64,
+        block_tokens: u32,
+        (mut source, window): (Box<dyn Source>, Window),
         most_missed: u64,
     ) -> Result<Run, BenchError> {
         let of_mode = |error| BenchError::Mode { mode: *mode, error };
         let shaped = mode.fleet(fleet).map_err(of_mode)?;
-        let mut placer = mode.placer(&shaped, workload.block_tokens(), self.speeds).map_err(of_mode)?;
-        let mut source = workload
-            .open(rate)
-            .map_err(|error| BenchError::Workload { workload: workload.to_string(), error })?;
+        let mut placer = mode.placer(&shaped, block_tokens, self.speeds).map_err(of_mode)?;
         let (mut later_ttft, mut missed, mut seen) = (Durations::default(), 0, 0u64);
         let results =
-            sim::run_observed(&shaped, workload.block_tokens(), &mut source, &mut *placer, &mut |outcome| {
+            sim::run_observed(&shaped, block_tokens, &mut *source, &mut *placer, window, &mut |outcome| {
                 if outcome.turn > 0 {
                     later_ttft.record(outcome.ttft);
                 }

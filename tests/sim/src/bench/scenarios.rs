@@ -6,12 +6,13 @@
 
 use serde::Serialize;
 
-use super::capacity::{PRECISION, capacity};
+use super::capacity::{ATTAINMENT, PRECISION, capacity};
 use super::mode::Mode;
 use super::page::Page;
 use super::run::{Bench, BenchError};
 use super::workload::Workload;
 use crate::fleet::{Fleet, Slo};
+use crate::sim::Report;
 use crate::trace::{Length, Shape};
 
 /// What is compared.
@@ -53,6 +54,12 @@ pub struct Way {
     pub handed_off: f64,
     /// Tokens found, of all tokens of prompts.
     pub hit_rate: f64,
+    /// Of all requests, the share whose first token came too late at that rate.
+    pub late: f64,
+    /// And the share whose other tokens came too slowly: the larger of the two is what limits the rate.
+    pub slow: f64,
+    /// Mean share of their time that engines computed.
+    pub utilisation: f64,
 }
 
 /// What a set-up comes to.
@@ -66,6 +73,8 @@ pub struct Outcome {
     pub published: &'static str,
     /// What values are.
     pub unit: &'static str,
+    /// What no policy can exceed, over the base's value.
+    pub most_over_base: Option<f64>,
     /// All ways; the base has an `over_base` of 1.
     pub ways: Vec<Way>,
 }
@@ -127,7 +136,8 @@ fn tight(fleet: &Fleet, block_tokens: u32, seed: u64) -> Scenario {
         Length { mean: 4000.0, sigma: 0.4, least: 500, most: 12_000 },
         Length { mean: 100.0, sigma: 0.5, least: 20, most: 400 },
     );
-    let fleet = with_slo(fleet, 400.0, 10.0);
+    // At 100 Gbit/s the one card between prefill and decode engines is the limit, whatever the split.
+    let fleet = with_slo(fleet, 400.0, 10.0).with_gbit(400.0);
     let with_chunks = |tokens: u32, chunked_prefill: bool| {
         let mut changed = fleet.clone();
         for kind in &mut changed.engines {
@@ -146,7 +156,7 @@ fn tight(fleet: &Fleet, block_tokens: u32, seed: u64) -> Scenario {
     ways.push(way(&fleet, Mode::ADAPTIVE));
     Scenario {
         name: "tight joint SLO, without and with chunked prefill",
-        what: "Single requests of 4,000 tokens in and 100 out on average, nothing in common. First token within 400 ms, 10 ms a token, 90 %. The base is \
+        what: "Single requests of 4,000 tokens in and 100 out on average, nothing in common, 400 Gbit/s. First token within 400 ms, 10 ms a token, 90 %. The base is \
                co-location without chunked prefill; co-location with it stands beside.",
         published: "DistServe: 4.48x goodput over engines without chunked prefill at a tight joint SLO and 90 % attainment; against chunked prefill 1.1x to 1.6x is to be expected",
         measure: Measure::Goodput(10.0),
@@ -177,11 +187,16 @@ fn append(fleet: &Fleet, block_tokens: u32, seed: u64) -> Scenario {
         what: "Conversations of 4 to 8 turns on 6,000 tokens, 25 Gbit/s. Half of the engines prefill, half decode. The base hands every turn off; adaptive on the same split may \
                compute a later turn's new tokens where the conversation decodes. Mean time to first token of later turns.",
         published: "PPD: 68 % lower time to first token of later turns",
-        measure: Measure::LaterTtft(4.0),
+        measure: Measure::LaterTtft(1.0),
         workload: Workload::generated("conversations", vec![shape], block_tokens, seed).with_requests(4000),
         ways: vec![way(&fleet, split), way(&fleet, appends), way(&fleet, Mode::ADAPTIVE)],
         bases: 1,
     }
+}
+
+/// A part of a run's requests, as a share.
+fn part(report: &Report, requests: u64) -> f64 {
+    requests as f64 / report.requests.max(1) as f64
 }
 
 impl Scenario {
@@ -195,23 +210,37 @@ impl Scenario {
     /// # Errors
     /// See [`BenchError`].
     pub fn run(&self, bench: &Bench<'_>, done: &(dyn Fn() + Sync)) -> Result<Option<Outcome>, BenchError> {
+        let workload = self
+            .workload
+            .clone()
+            .recorded()
+            .map_err(|error| BenchError::Workload { workload: self.workload.to_string(), error })?;
         let work = |(name, fleet, mode): &(String, Fleet, Mode)| {
             let (value, run) = match self.measure {
                 Measure::Goodput(guess) => {
-                    let found = capacity(bench, fleet, mode, &self.workload, guess, PRECISION)?;
+                    let found = capacity(bench, fleet, mode, &workload, guess, PRECISION)?;
                     (found.goodput(), found.run)
                 }
                 Measure::LaterTtft(rate) => {
-                    let run = bench.run(fleet, mode, &self.workload, rate)?;
+                    let run = bench.run(fleet, mode, &workload, rate)?;
                     (run.later_ttft.mean_seconds() * 1e3, Some(run))
                 }
             };
             let report = run.map(|run| run.report);
-            let handed_off = report
-                .as_ref()
-                .map_or(0.0, |report| report.plans.disaggregated as f64 / report.finished.max(1) as f64);
-            let hit_rate = report.map_or(0.0, |report| report.hit_rate);
-            Ok::<Way, BenchError>(Way { name: name.clone(), value, over_base: 0.0, handed_off, hit_rate })
+            let of = |figure: fn(&Report) -> f64| report.as_ref().map_or(0.0, figure);
+            Ok::<Way, BenchError>(Way {
+                name: name.clone(),
+                value,
+                over_base: 0.0,
+                handed_off: of(|report| part(report, report.plans.disaggregated)),
+                hit_rate: of(|report| report.hit_rate),
+                late: of(|report| part(report, report.late_first_token)),
+                slow: of(|report| part(report, report.slow_tokens)),
+                utilisation: of(|report| {
+                    let all = report.engines.iter().map(|engine| engine.utilisation);
+                    all.sum::<f64>() / report.engines.len() as f64
+                }),
+            })
         };
         let found: Option<Vec<Way>> = bench.all(&self.ways, work, &|_| done())?.into_iter().collect();
         let Some(mut ways) = found else { return Ok(None) };
@@ -223,7 +252,41 @@ impl Scenario {
         for way in &mut ways {
             way.over_base = if base > 0.0 { way.value / base } else { 0.0 };
         }
-        Ok(Some(Outcome { name: self.name, what: self.what, published: self.published, unit, ways }))
+        let most_over_base = match (self.measure, self.ways.last()) {
+            (Measure::Goodput(_), Some((_, fleet, _))) if base > 0.0 => {
+                let bound = workload
+                    .bound(fleet, 1.0)
+                    .map_err(|error| BenchError::Workload { workload: workload.to_string(), error })?;
+                Some(bound.most_goodput(ATTAINMENT) / base)
+            }
+            _ => None,
+        };
+        let (name, what, published) = (self.name, self.what, self.published);
+        Ok(Some(Outcome { name, what, published, unit, most_over_base, ways }))
+    }
+}
+
+impl Outcome {
+    /// What limits the base and the best way, and how much there was to gain.
+    pub fn limits(&self) -> String {
+        let limit = |way: &Way| {
+            let missed = format!("{:.1} % late, {:.1} % slow", 100.0 * way.late, 100.0 * way.slow);
+            format!("{} ({missed}, {:.0} % busy)", way.name, 100.0 * way.utilisation)
+        };
+        let is_less_better = self.most_over_base.is_none();
+        let rank = |way: &&Way| if is_less_better { -way.over_base } else { way.over_base };
+        let base = self.ways.iter().find(|way| way.over_base == 1.0);
+        let best = self.ways.iter().max_by(|a, b| rank(a).total_cmp(&rank(b)));
+        let (Some(base), Some(best)) = (base, best) else { return String::new() };
+        let most = self.most_over_base.map_or_else(String::new, |most| {
+            format!(" On these requests no policy can come above {most:.2}x (the oracle's bound).")
+        });
+        format!(
+            "Here: the base is {}, the best {} at {:.2}x.{most}",
+            limit(base),
+            limit(best),
+            best.over_base
+        )
     }
 }
 
@@ -247,9 +310,17 @@ pub fn show(page: &mut Page, outcomes: &[Outcome]) {
                     format!("{:.2}x", way.over_base),
                     format!("{:.1} %", 100.0 * way.hit_rate),
                     format!("{:.0} %", 100.0 * way.handed_off),
+                    format!("{:.1} %", 100.0 * way.late),
+                    format!("{:.1} %", 100.0 * way.slow),
+                    format!("{:.0} %", 100.0 * way.utilisation),
                 ]
             })
             .collect();
-        page.table(&["way", outcome.unit, "over the base", "hit rate", "handed off"], &rows);
+        page.table(
+            &["way", outcome.unit, "over the base", "hit rate", "handed off", "late", "slow", "busy"],
+            &rows,
+        );
+        page.text(&outcome.limits());
+        page.note("Late: first tokens that missed their SLO there; slow: requests whose other tokens did; busy: the share of their time that engines computed.");
     }
 }

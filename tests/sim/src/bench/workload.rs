@@ -1,12 +1,17 @@
 //! What arrives: a trace by path, or generated sessions.
 
+use std::collections::HashSet;
 use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
 
+use super::oracle::{self, Bound};
 use super::recording::Recording;
+use crate::Nanos;
+use crate::fleet::{Fleet, Slo};
+use crate::sim::Window;
 use crate::trace::{
     Approximate, Azure, Conversations, First, Generator, Mooncake, MultiTurn, MultiTurnOptions, Scaled,
     Sessions, SessionsOptions, Shape, Source,
@@ -78,6 +83,8 @@ pub struct Workload {
 
 /// Requests of a generated workload where nobody says how many.
 pub const GENERATED_REQUESTS: u64 = 5000;
+/// A closed-loop trace in memory comes in as many copies as fit into so many requests, where nobody wants fewer.
+const CLOSED_LOOP_REQUESTS: u64 = 2000;
 
 impl Workload {
     /// Names of generated workloads.
@@ -135,7 +142,7 @@ impl Workload {
     }
 
     /// The same in memory, so that it need not be read again for each run. What is limited to a number of requests then ends with the session
-    /// that reaches it: all sessions are whole, and whatever the rate, the requests are the same.
+    /// that reaches it: all sessions are whole, and whatever the rate, the requests are the same. A closed-loop trace of few requests is repeated.
     ///
     /// # Errors
     /// The file cannot be read.
@@ -150,9 +157,18 @@ impl Workload {
             }
         };
         self.rate_unit = self.rate_unit();
+        if recording.is_closed_loop() && matches!(self.origin, Origin::File(..)) {
+            let wanted = most.min(CLOSED_LOOP_REQUESTS);
+            self.copies = self.copies.max((wanted / recording.requests().max(1)) as u32);
+        }
         self.origin = Origin::Recorded(Arc::new(recording));
         self.requests = None;
         Ok(self)
+    }
+
+    /// Whether it is [recorded](Workload::recorded) and its requests wait for others.
+    pub fn is_closed_loop(&self) -> bool {
+        matches!(&self.origin, Origin::Recorded(recording) if recording.is_closed_loop())
     }
 
     /// Requests per second that it offers at a rate of 1: of the time in which its sessions begin. Of one that is not
@@ -222,6 +238,40 @@ impl Workload {
             Some(requests) => Box::new(First::new(source, requests)),
             None => source,
         })
+    }
+
+    /// The same in a steady state, where the workload is [recorded](Workload::recorded), in a closed loop, and not all of it begins at once: sessions begin
+    /// at this rate without end, and what is measured begins when as many of them overlap as will ever do.
+    ///
+    /// In a closed loop only sessions begin at a rate; their later turns take their time. A recording that is run once from its beginning to its end is over
+    /// before its sessions overlap, however high the rate: no rate would break an SLO. So it is repeated. The time before the window is what a
+    /// session takes on average where each of its turns takes all the time that the SLOs allow, which few sessions exceed as long as the SLOs are kept. The
+    /// window is one lap: the time in which all sessions of the recording begin once. As many requests arrive in it as the recording has, those of earlier
+    /// laps' sessions standing for those of its own that come later.
+    pub fn steady(&self, rate: f64, slo: &Slo) -> Option<(Box<dyn Source>, Window)> {
+        let Origin::Recorded(recording) = &self.origin else { return None };
+        if !self.is_closed_loop() || recording.span() == 0 {
+            return None;
+        }
+        // In the recording's time and in the run's.
+        let recorded = |time: Nanos| (time as f64 * rate).round() as Nanos;
+        let run = |time: Nanos| (time as f64 / rate).round() as Nanos;
+        let before = recording.session_within(slo);
+        let source = Scaled::new(recording.laps(self.copies, recorded(before)), rate);
+        Some((Box::new(source), Window { from: before, until: before + run(recording.span()) }))
+    }
+
+    /// Bounds for it on a fleet, whatever the mode. In a [steady state](Workload::steady) the blocks that several sessions have are there already; the
+    /// bounds are those of a lap.
+    ///
+    /// # Errors
+    /// The file cannot be read.
+    pub fn bound(&self, fleet: &Fleet, rate: f64) -> io::Result<Bound> {
+        let there = match &self.origin {
+            Origin::Recorded(recording) if self.is_closed_loop() => recording.common().collect(),
+            _ => HashSet::new(),
+        };
+        Ok(oracle::bound_after(fleet, self.block_tokens, there, &mut *self.open(rate)?))
     }
 
     /// The same as sessions, each of them whole, and with their text where the trace has it and is not [recorded](Workload::recorded).

@@ -23,6 +23,8 @@ pub mod events;
 pub mod pool;
 mod schedule;
 pub mod speed;
+#[cfg(test)]
+mod tests;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -263,6 +265,11 @@ impl Engine {
         chunk && tokens.div_ceil(u64::from(self.settings.block_tokens)) <= u64::from(self.pool.len())
     }
 
+    /// Leading tokens of a prompt that are cached.
+    pub fn cached(&self, ids: &[u64]) -> u32 {
+        self.pool.hits(ids) as u32 * self.settings.block_tokens
+    }
+
     /// When [`Engine::wake`] is to be called, and the version of this answer: a call with another version comes too early or too late, and
     /// is to be left out.
     pub fn next(&self) -> Option<(Nanos, u64)> {
@@ -330,31 +337,6 @@ impl Engine {
     pub fn release(&mut self, now: Nanos, handle: Handle) {
         debug_assert_eq!(self.sequences[handle.0 as usize].state, State::Held);
         self.vacate(handle.0);
-        self.interrupt(now);
-    }
-
-    /// Uses the leading blocks of a prompt that are cached, so that they stay: somebody copies them. Returns them, as far as the step in
-    /// hand needs none of them for its tokens; they are to be given to [`Engine::give_back`]. The next step comes earlier than
-    /// [`Engine::next`] said before.
-    pub fn lend(&mut self, now: Nanos, ids: &[u64]) -> Vec<u32> {
-        // Later steps find out themselves what is left.
-        self.interrupt(now);
-        let needed = self.work.as_ref().map_or(0, |work| self.blocks_needed(work.steps));
-        let spare = u64::from(self.pool.free()).saturating_sub(needed);
-        let mut taken = 0;
-        let lendable = ids[..self.pool.hits(ids)].iter().take_while(|id| {
-            taken += u64::from(self.pool.free_among(std::slice::from_ref(*id)));
-            taken <= spare
-        });
-        let count = lendable.count();
-        let mut blocks = Vec::new();
-        self.pool.share(&ids[..count], &mut blocks);
-        blocks
-    }
-
-    /// The copy is made.
-    pub fn give_back(&mut self, now: Nanos, blocks: &[u32]) {
-        self.pool.release(blocks);
         self.interrupt(now);
     }
 

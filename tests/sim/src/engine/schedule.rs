@@ -179,7 +179,7 @@ impl Engine {
     }
 
     /// Blocks that running sequences lack for the tokens of so many steps.
-    pub(super) fn blocks_needed(&self, steps: u32) -> u64 {
+    fn blocks_needed(&self, steps: u32) -> u64 {
         let need = |at: &u32| {
             let sequence = &self.sequences[*at as usize];
             let blocks = (sequence.computed + steps).div_ceil(self.settings.block_tokens);

@@ -220,7 +220,7 @@ pub struct Plans {
 pub struct Distributions {
     /// Time to first token.
     pub ttft: Durations,
-    /// Time between two tokens, each by itself.
+    /// Time between two tokens, each by itself: of all sequences, as far as they came in the window.
     pub itl: Durations,
     /// Time between two tokens, mean of each request.
     pub tpot: Durations,
@@ -251,8 +251,20 @@ impl Metrics {
         }
     }
 
-    pub(super) fn results(self, engines: Vec<EngineReport>, bytes_moved: f64, rows: Rows) -> Results {
-        let span = seconds(self.end);
+    /// Requests under way.
+    pub(super) fn unfinished(&self) -> u64 {
+        self.requests - self.finished - self.refused - self.too_long
+    }
+
+    /// `measured`: the time in which requests were measured.
+    pub(super) fn results(
+        self,
+        measured: Nanos,
+        kv_bytes_per_token: f64,
+        engines: Vec<EngineReport>,
+        rows: Rows,
+    ) -> Results {
+        let span = seconds(measured);
         let per_second = |count: u64| if span > 0.0 { count as f64 / span } else { 0.0 };
         let share = |part: u64, whole: u64| if whole > 0 { part as f64 / whole as f64 } else { 0.0 };
         let report = Report {
@@ -260,8 +272,9 @@ impl Metrics {
             finished: self.finished,
             refused: self.refused,
             too_long: self.too_long,
-            unfinished: self.requests - self.finished - self.refused - self.too_long,
-            seconds: span,
+            unfinished: self.unfinished(),
+            seconds: seconds(self.end),
+            measured_seconds: span,
             requests_per_second: per_second(self.finished),
             goodput_per_second: per_second(self.within),
             attainment: share(self.within, self.requests),
@@ -274,7 +287,7 @@ impl Metrics {
             output_tokens: self.output_tokens,
             transfers: self.transfers,
             expired_holds: self.expired_holds,
-            bytes_moved: bytes_moved.round() as u64,
+            bytes_moved: (self.fetched_tokens as f64 * kv_bytes_per_token).round() as u64,
             plans: self.plans,
             ttft_ms: self.distributions.ttft.summary(),
             itl_ms: self.distributions.itl.summary(),
@@ -305,7 +318,8 @@ pub struct EngineReport {
     pub preemptions: u64,
 }
 
-/// A run in figures. Equal runs are equal to the byte when written as JSON.
+/// A run in figures, of the requests that were measured; what engines did and the timeline are of all the run. Equal runs are equal to the byte when
+/// written as JSON.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Report {
     /// Requests that arrived.
@@ -320,9 +334,11 @@ pub struct Report {
     pub unfinished: u64,
     /// When the last request ended.
     pub seconds: f64,
-    /// Requests served, over that time.
+    /// The time in which requests were measured: the window's, or until the last one ended.
+    pub measured_seconds: f64,
+    /// Requests served, over the measured time.
     pub requests_per_second: f64,
-    /// Requests served within both SLOs, over that time; all that were served where there are none.
+    /// Requests served within both SLOs, over the measured time; all that were served where there are none.
     pub goodput_per_second: f64,
     /// Requests served within both SLOs, as a share of those that arrived.
     pub attainment: f64,
@@ -344,7 +360,7 @@ pub struct Report {
     pub transfers: u64,
     /// Held blocks that were freed because nobody fetched them in time.
     pub expired_holds: u64,
-    /// Bytes that transfers moved.
+    /// Bytes that their transfers moved.
     pub bytes_moved: u64,
     /// How requests were served.
     pub plans: Plans,

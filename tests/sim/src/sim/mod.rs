@@ -4,10 +4,16 @@
 //! - *Co-located*: after the time of a dispatch it is submitted to its engine.
 //! - *Disaggregated*: first to the prefill engine, with one token of output and a hold; when that has ended and after another dispatch, to the decode engine, which fetches
 //!   what it has not cached itself of the prompt's KV, computes the prompt's last token and answers. A request of one token of output is not split.
-//! - *Pull*: to its engine; what the source has cached of the prompt at that time is kept there until the engine has fetched what it lacks of it.
+//! - *Pull*: first to the source, as a request for one token behind what it has cached of the prompt when that arrives there, with a hold; when that has ended and after
+//!   another dispatch, to its engine, which fetches what it has not cached itself of that prefix, computes the rest and answers. Where the source has nothing cached any more, the
+//!   request goes straight to its engine. (A coordinator asks for the prefix that it believes to be there, and has the source compute what is not.)
 //!
 //! A transfer takes a round trip before its first byte and one after its last. A hold that nobody has begun to fetch from in time is freed;
 //! the decode engine then computes the prompt.
+//!
+//! # What is measured
+//! All requests, or those that arrive in a [`Window`]: others are served too, so that there is a load before and behind, but nobody
+//! counts them.
 
 mod metrics;
 mod placer;
@@ -29,21 +35,40 @@ use crate::link::Network;
 use crate::trace::{Arrival, Source, When};
 use crate::{Nanos, nanos, seconds};
 
-/// Runs a trace to its end.
-pub fn run(fleet: &Fleet, block_tokens: u32, source: &mut dyn Source, placer: &mut dyn Placer) -> Results {
-    run_observed(fleet, block_tokens, source, placer, &mut |_| ControlFlow::Continue(()))
+/// Which requests are measured: those that arrive from `from` on and before `until`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Window {
+    /// Its beginning.
+    pub from: Nanos,
+    /// Its end.
+    pub until: Nanos,
 }
 
-/// Runs a trace to its end, or until the observer, who sees each request that ended, breaks. `block_tokens` is the engines' block size, which
-/// must be the one that the source cuts its requests by.
+impl Window {
+    /// All requests.
+    pub const ALL: Window = Window { from: 0, until: Nanos::MAX };
+
+    fn has(&self, at: Nanos) -> bool {
+        (self.from..self.until).contains(&at)
+    }
+}
+
+/// Runs a trace to its end.
+pub fn run(fleet: &Fleet, block_tokens: u32, source: &mut dyn Source, placer: &mut dyn Placer) -> Results {
+    run_observed(fleet, block_tokens, source, placer, Window::ALL, &mut |_| ControlFlow::Continue(()))
+}
+
+/// Runs a trace until all requests of the window have ended, or the observer, who sees each of those that ended, breaks. `block_tokens` is the
+/// engines' block size, which must be the one that the source cuts its requests by. A source that does not end needs a window that does.
 pub fn run_observed(
     fleet: &Fleet,
     block_tokens: u32,
     source: &mut dyn Source,
     placer: &mut dyn Placer,
+    window: Window,
     observer: &mut dyn FnMut(&Outcome) -> ControlFlow<()>,
 ) -> Results {
-    let mut simulation = Simulation::new(fleet, block_tokens, source, placer);
+    let mut simulation = Simulation::new(fleet, block_tokens, source, placer, window);
     simulation.run(observer);
     simulation.results()
 }
@@ -91,16 +116,6 @@ impl Ord for Entry {
     }
 }
 
-/// What a request's transfer comes from.
-#[derive(Debug)]
-enum Held {
-    Nothing,
-    /// Of its own first part.
-    Hold(Handle),
-    /// Cached blocks of another engine.
-    Loan(Vec<u32>),
-}
-
 /// A request under way.
 #[derive(Debug)]
 struct Flight {
@@ -111,11 +126,15 @@ struct Flight {
     prompt_tokens: u32,
     output_tokens: u32,
     arrived: Nanos,
+    measured: bool,
     plan: Plan,
-    /// Whether it is at its decode engine.
+    /// Whether it is at the engine that answers.
     second: bool,
     handle: Option<Handle>,
-    held: Held,
+    /// The ended first part, while its engine keeps its blocks.
+    held: Option<Handle>,
+    /// Tokens of the prompt whose KV the first part holds.
+    held_tokens: u32,
     first_token: Option<Nanos>,
     hit_tokens: Option<u32>,
     fetched_tokens: u32,
@@ -126,6 +145,7 @@ struct Flight {
 struct Simulation<'a> {
     source: &'a mut dyn Source,
     placer: &'a mut dyn Placer,
+    window: Window,
     slo: Option<Slo>,
     block_tokens: u32,
     engines: Vec<Engine>,
@@ -140,6 +160,8 @@ struct Simulation<'a> {
     now: Nanos,
     heap: BinaryHeap<Reverse<Entry>>,
     sequence: u64,
+    /// Requests so far, measured or not.
+    arrived: u64,
     next_open: Option<Arrival>,
     /// Versions for which an event lies in the heap.
     awaited: Vec<u64>,
@@ -154,7 +176,13 @@ struct Simulation<'a> {
 }
 
 impl<'a> Simulation<'a> {
-    fn new(fleet: &Fleet, block_tokens: u32, source: &'a mut dyn Source, placer: &'a mut dyn Placer) -> Self {
+    fn new(
+        fleet: &Fleet,
+        block_tokens: u32,
+        source: &'a mut dyn Source,
+        placer: &'a mut dyn Placer,
+        window: Window,
+    ) -> Self {
         let block_tokens = block_tokens.max(1);
         let wants_kv_events = placer.wants_kv_events();
         let members = fleet.members();
@@ -171,6 +199,7 @@ impl<'a> Simulation<'a> {
         let mut simulation = Self {
             source,
             placer,
+            window,
             slo: fleet.slo,
             block_tokens,
             engines: members.iter().map(|member| Engine::new(settings(member))).collect(),
@@ -185,6 +214,7 @@ impl<'a> Simulation<'a> {
             now: 0,
             heap: BinaryHeap::new(),
             sequence: 0,
+            arrived: 0,
             next_open,
             awaited: vec![0; members.len()],
             awaited_transfers: 0,
@@ -205,7 +235,7 @@ impl<'a> Simulation<'a> {
     }
 
     fn run(&mut self, observer: &mut dyn FnMut(&Outcome) -> ControlFlow<()>) {
-        while !self.stop {
+        while !self.stop && (self.now < self.window.until || self.metrics.unfinished() > 0) {
             let opens_at = self.next_open.as_ref().map(|arrival| match arrival.when {
                 When::At(at) | When::After(at) => at,
             });
@@ -231,9 +261,8 @@ impl<'a> Simulation<'a> {
         match event {
             Event::Arrive(arrival) => self.arrive(*arrival),
             Event::Submit(key) => {
-                let (engine, lender) = self.submit(key);
+                let engine = self.submit(key);
                 self.attend(engine, observer);
-                lender.into_iter().for_each(|lender| self.attend(lender, observer));
             }
             Event::Wake { engine, version } => {
                 let at = engine as usize;
@@ -306,8 +335,9 @@ impl<'a> Simulation<'a> {
 
     fn arrive(&mut self, arrival: Arrival) {
         self.deliver_kv_events();
-        let number = self.metrics.requests;
-        self.metrics.requests += 1;
+        let (number, measured) = (self.arrived, self.window.has(self.now));
+        self.arrived += 1;
+        self.metrics.requests += u64::from(measured);
         let whole = (arrival.prompt_tokens / self.block_tokens) as usize;
         let key = self.vacant.last().copied().unwrap_or(self.flights.len() as u32);
         let request = Request {
@@ -321,7 +351,7 @@ impl<'a> Simulation<'a> {
         };
         let plan = self.placer.place(self.now, &request);
         let Some(plan) = plan else {
-            self.metrics.refused += 1;
+            self.metrics.refused += u64::from(measured);
             arrival.session.into_iter().for_each(|session| self.source.abandon(session));
             return;
         };
@@ -336,7 +366,7 @@ impl<'a> Simulation<'a> {
         let fits =
             |engine: u32| self.engines[engine as usize].fits(arrival.prompt_tokens, arrival.output_tokens);
         if !fits(plan.prefill()) || !fits(plan.decode()) {
-            self.metrics.too_long += 1;
+            self.metrics.too_long += u64::from(measured);
             // It was placed, so the placer counts on its end.
             self.placer.progress(self.now, key, &Progress::Finished { tokens: 0, cached_tokens: 0 });
             arrival.session.into_iter().for_each(|session| self.source.abandon(session));
@@ -350,10 +380,12 @@ impl<'a> Simulation<'a> {
             prompt_tokens: arrival.prompt_tokens,
             output_tokens: arrival.output_tokens,
             arrived: self.now,
+            measured,
             plan,
             second: false,
             handle: None,
-            held: Held::Nothing,
+            held: None,
+            held_tokens: 0,
             first_token: None,
             hit_tokens: None,
             fetched_tokens: 0,
@@ -371,10 +403,23 @@ impl<'a> Simulation<'a> {
         self.flights[key as usize].as_mut().expect("engines name requests that are under way")
     }
 
-    /// Submits a request's next part; returns to which engine, and which one lends blocks for it.
-    fn submit(&mut self, key: u32) -> (u32, Option<u32>) {
-        let (now, block_tokens) = (self.now, self.block_tokens);
+    /// Submits a request's next part; returns to which engine.
+    fn submit(&mut self, key: u32) -> u32 {
         let flight = self.flights[key as usize].as_mut().expect("it is under way");
+        let first = match flight.plan {
+            _ if flight.second => None,
+            Plan::Colocated { .. } => None,
+            Plan::Disaggregated { prefill, .. } => {
+                Some((prefill, flight.prompt_tokens, flight.prompt_tokens))
+            }
+            Plan::Pull { source, .. } => {
+                let engine = &self.engines[source as usize];
+                let findable = ((flight.prompt_tokens - 1) / self.block_tokens) as usize;
+                let cached = engine.cached(&flight.ids[..findable.min(flight.ids.len())]);
+                let fits = cached > 0 && engine.fits(cached + 1, 1);
+                fits.then_some((source, cached + 1, cached))
+            }
+        };
         let mut job = Job {
             key,
             ids: Arc::clone(&flight.ids),
@@ -383,31 +428,22 @@ impl<'a> Simulation<'a> {
             remote_tokens: 0,
             hold: false,
         };
-        let mut lender = None;
-        let engine = match flight.plan {
-            Plan::Colocated { engine } => engine,
-            Plan::Pull { source, engine } => {
-                let findable = ((flight.prompt_tokens - 1) / block_tokens) as usize;
-                let loan =
-                    self.engines[source as usize].lend(now, &flight.ids[..findable.min(flight.ids.len())]);
-                job.remote_tokens = loan.len() as u32 * block_tokens;
-                flight.held = if loan.is_empty() { Held::Nothing } else { Held::Loan(loan) };
-                lender = Some(source);
+        let engine = match first {
+            Some((engine, prompt_tokens, held_tokens)) => {
+                (job.prompt_tokens, job.output_tokens, job.hold) = (prompt_tokens, 1, true);
+                flight.held_tokens = held_tokens;
                 engine
             }
-            Plan::Disaggregated { prefill, .. } if !flight.second => {
-                (job.output_tokens, job.hold) = (1, true);
-                prefill
-            }
-            Plan::Disaggregated { decode, .. } => {
-                if matches!(flight.held, Held::Hold(_)) {
-                    job.remote_tokens = flight.prompt_tokens;
+            None => {
+                flight.second = true;
+                if flight.held.is_some() {
+                    job.remote_tokens = flight.held_tokens;
                 }
-                decode
+                flight.plan.decode()
             }
         };
-        flight.handle = Some(self.engines[engine as usize].submit(now, job));
-        (engine, lender)
+        flight.handle = Some(self.engines[engine as usize].submit(self.now, job));
+        engine
     }
 
     /// Takes what an engine said, and waits for what it does next.
@@ -439,10 +475,18 @@ impl<'a> Simulation<'a> {
     ) {
         let now = self.now;
         match output {
-            Output::Gaps { gap, count } => self.metrics.distributions.itl.record_n(gap, count),
+            Output::Gaps { gap, count } if self.window.has(now) => {
+                self.metrics.distributions.itl.record_n(gap, count);
+            }
+            Output::Gaps { .. } => {}
             Output::Started { key, hit_tokens } => {
                 let flight = self.flight(key);
-                if !flight.second {
+                let computes_prompt = match flight.plan {
+                    Plan::Colocated { .. } => true,
+                    Plan::Pull { .. } => flight.second,
+                    Plan::Disaggregated { .. } => !flight.second,
+                };
+                if computes_prompt {
                     flight.hit_tokens.get_or_insert(hit_tokens);
                 }
             }
@@ -454,15 +498,14 @@ impl<'a> Simulation<'a> {
                 flight.fetch_began = now;
                 // Where its hold has expired meanwhile, there is nothing to fetch.
                 let event = match flight.held {
-                    Held::Nothing => Event::Fetched(key),
-                    _ => Event::Send(key),
+                    None => Event::Fetched(key),
+                    Some(_) => Event::Send(key),
                 };
                 self.push(now + rtt, event);
             }
             Output::FirstToken { key } => {
                 let flight = self.flight(key);
-                let is_clients = flight.second || !matches!(flight.plan, Plan::Disaggregated { .. });
-                if is_clients {
+                if flight.second {
                     flight.first_token = Some(now);
                     self.placer.progress(now, key, &Progress::FirstToken);
                 }
@@ -470,11 +513,13 @@ impl<'a> Simulation<'a> {
             Output::Finished { key } => {
                 let (dispatch, hold) = (self.dispatch, self.hold);
                 let flight = self.flight(key);
-                if matches!(flight.plan, Plan::Disaggregated { .. }) && !flight.second {
+                if !flight.second {
                     flight.second = true;
-                    flight.held = flight.handle.take().map_or(Held::Nothing, Held::Hold);
+                    flight.held = flight.handle.take();
                     let number = flight.number;
-                    self.placer.progress(now, key, &Progress::Prefilled);
+                    if matches!(flight.plan, Plan::Disaggregated { .. }) {
+                        self.placer.progress(now, key, &Progress::Prefilled);
+                    }
                     self.push(now + dispatch, Event::Submit(key));
                     self.push(now + hold, Event::Expire(key, number));
                 } else {
@@ -503,8 +548,10 @@ impl<'a> Simulation<'a> {
             fetched_tokens: flight.fetched_tokens,
             output_tokens: flight.output_tokens,
         };
-        self.metrics.record(now, &outcome, self.slo.as_ref());
-        self.stop |= observer(&outcome).is_break();
+        if flight.measured {
+            self.metrics.record(now, &outcome, self.slo.as_ref());
+            self.stop |= observer(&outcome).is_break();
+        }
         if let Some(next) = flight.session.and_then(|session| self.source.follow(session)) {
             let at = match next.when {
                 When::At(at) => at.max(now),
@@ -518,10 +565,10 @@ impl<'a> Simulation<'a> {
         let (now, rtt) = (self.now, self.rtt);
         let kv_bytes_per_token = self.kv_bytes_per_token;
         let flight = self.flight(key);
-        let arrived = !matches!(flight.held, Held::Nothing);
+        let arrived = flight.held.is_some();
         let handle = flight.handle.expect("it was submitted");
         let tokens = std::mem::take(&mut flight.fetching);
-        let plan = flight.plan;
+        let (plan, measured) = (flight.plan, flight.measured);
         if arrived {
             flight.fetched_tokens = tokens;
             let (source, destination) = plan.transfer().expect("it fetched");
@@ -532,7 +579,7 @@ impl<'a> Simulation<'a> {
                 seconds: seconds(now - flight.fetch_began),
                 rtt_seconds: seconds(rtt),
             };
-            self.metrics.transfers += 1;
+            self.metrics.transfers += u64::from(measured);
             self.placer.progress(now, key, &transferred);
         }
         self.engines[plan.decode() as usize].fetched(now, handle, arrived);
@@ -546,21 +593,16 @@ impl<'a> Simulation<'a> {
         let now = self.now;
         let flight = self.flights[key as usize].as_mut().expect("it is under way");
         let (source, _) = flight.plan.transfer()?;
-        let engine = &mut self.engines[source as usize];
-        match std::mem::replace(&mut flight.held, Held::Nothing) {
-            Held::Nothing => return None,
-            Held::Hold(handle) => engine.release(now, handle),
-            Held::Loan(blocks) => engine.give_back(now, &blocks),
-        }
+        let handle = flight.held.take()?;
+        self.engines[source as usize].release(now, handle);
         Some(source)
     }
 
     fn expire(&mut self, key: u32, number: u64, observer: &mut dyn FnMut(&Outcome) -> ControlFlow<()>) {
-        let waits = |flight: &Flight| {
-            flight.number == number && flight.fetching == 0 && matches!(flight.held, Held::Hold(_))
-        };
-        if self.flights[key as usize].as_ref().is_some_and(waits) {
-            self.metrics.expired_holds += 1;
+        let waits =
+            |flight: &Flight| flight.number == number && flight.fetching == 0 && flight.held.is_some();
+        if let Some(flight) = self.flights[key as usize].as_ref().filter(|flight| waits(flight)) {
+            self.metrics.expired_holds += u64::from(flight.measured);
             let released = self.let_go(key);
             released.into_iter().for_each(|engine| self.attend(engine, observer));
         }
@@ -580,6 +622,10 @@ impl<'a> Simulation<'a> {
             }
         };
         let engines = self.engines.iter().map(report).collect();
-        self.metrics.results(engines, self.network.moved(), self.source.rows().clone())
+        let measured = match self.window.until {
+            Nanos::MAX => self.metrics.end,
+            until => until - self.window.from,
+        };
+        self.metrics.results(measured, self.kv_bytes_per_token, engines, self.source.rows().clone())
     }
 }
