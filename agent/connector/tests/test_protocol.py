@@ -10,7 +10,7 @@ def test_messages_are_maps_with_a_type():
     assert int.from_bytes(body[:4], "little") == len(body) - 4
     assert msgspec.msgpack.decode(body[4:]) == {
         "type": "hello",
-        "version": 1,
+        "version": 2,
         "instance": "i",
         "side": {"worker": 1},
         "tp_size": 2,
@@ -45,7 +45,7 @@ def test_frames_come_whole_however_they_are_cut():
 
 
 def test_fields_of_later_versions_are_passed_over():
-    body = msgspec.msgpack.encode({"type": "welcome", "version": 1, "epoch": 2, "mood": "good"})
+    body = msgspec.msgpack.encode({"type": "welcome", "version": 2, "epoch": 2, "mood": "good"})
     assert list(FrameReader().feed(len(body).to_bytes(4, "little") + body)) == [Welcome(1, 2)]
 
 

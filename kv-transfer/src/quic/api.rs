@@ -3,7 +3,8 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use baton_proto::wire::{LayoutFingerprint, PullHeader, WireError};
+use baton_kernels::BlockLayout;
+use baton_proto::wire::{BlockOrder, PullHeader, WireError};
 use baton_proto::{BlockHash, EngineId, Epoch, TransferId};
 
 use crate::hold::HeldBlocks;
@@ -26,7 +27,7 @@ pub trait Source: Send + Sync + 'static {
 pub struct SendReport {
     /// Names the handoff.
     pub transfer_id: TransferId,
-    /// The workers' rank.
+    /// The pulling worker's rank.
     pub rank: u32,
     /// The first block asked for, counted from the prompt's start.
     pub first_block: u32,
@@ -130,14 +131,16 @@ pub struct PullRequest {
     pub transfer_id: TransferId,
     /// The peer's epoch when it held them.
     pub epoch: Epoch,
-    /// Of this worker's layout.
-    pub layout: LayoutFingerprint,
+    /// How blocks lie in this worker's memory.
+    pub layout: BlockLayout,
     /// The first block to fetch, counted from the prompt's start.
     pub first_block: u32,
     /// Hash of the last block to fetch.
     pub last_hash: BlockHash,
     /// The worker's tensor-parallel rank.
     pub rank: u32,
+    /// Ranks of this engine.
+    pub ranks: u32,
     /// From now; at most 2^32 ms.
     pub deadline: Duration,
 }
@@ -158,6 +161,8 @@ pub struct PullReport {
     pub failed: Vec<usize>,
     /// Checksums of all blocks, in order, as the holder sent them.
     pub checksums: Vec<u64>,
+    /// The order of bytes in which these are of the blocks.
+    pub order: BlockOrder,
     /// Whether they were copied from memory to memory, and did not travel.
     pub direct: bool,
 }

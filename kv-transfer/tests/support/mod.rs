@@ -77,7 +77,9 @@ impl Shape {
         };
         Layout {
             facts: BTreeMap::from([("dtype".into(), "bfloat16".into())]),
+            order: BTreeMap::new(),
             pieces: (0..self.pieces).map(piece).collect(),
+            heads: None,
         }
     }
 
@@ -178,7 +180,7 @@ impl TableSource {
             block_ids,
             ranks: vec![RankHold {
                 memory: memory.clone(),
-                layout: shape.fingerprint(),
+                layout: shape.fingerprint().into(),
                 checksums: checksums.clone(),
             }],
         };
@@ -249,10 +251,11 @@ pub fn request(peer: Peer, id: TransferId, epoch: u64, shape: Shape, first: u32,
         peer,
         transfer_id: id,
         epoch: Epoch(epoch),
-        layout: shape.fingerprint(),
+        layout: shape.fingerprint().into(),
         first_block: first,
         last_hash: hash(first + blocks - 1),
         rank: 0,
+        ranks: 1,
         deadline: Duration::from_secs(20),
     }
 }
