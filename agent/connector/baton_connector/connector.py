@@ -284,7 +284,7 @@ def kv_heads_of(config: VllmConfig, specs: list[Any]) -> tuple[int, int] | None:
             return None
         if getattr(spec, "tokens_per_state", 1) != 1:
             return None
-    return (total, count) if count * ranks % total == 0 and (total % ranks == 0 or ranks % total == 0) else None
+    return (total, count) if total % ranks == 0 or ranks % total == 0 else None
 
 
 def attention_of(config: VllmConfig, spec: Any, layers: list[str]) -> str:
