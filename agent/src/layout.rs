@@ -69,7 +69,7 @@ pub fn describe<'a>(ranks: impl IntoIterator<Item = &'a RankLayout>) -> String {
     let mut text = String::new();
     let Some(first) = ranks.first() else { return text };
     let same = |rank: &&RankLayout| rank.blocks.content() == first.blocks.content();
-    let content = first.blocks.heads.as_ref().filter(|_| ranks.iter().all(|rank| same(&rank)));
+    let content = first.blocks.heads.as_ref().filter(|_| ranks.iter().all(same));
     spell(&mut text, &ranks, |rank| &rank.facts);
     if let Some(heads) = content {
         let _ = write!(text, "kv_heads={}|content={}", heads.total(), heads.content());

@@ -280,7 +280,10 @@ fn measure(
     let expected = support::content(memory.block_bytes(), blocks - 1, 7);
     let is = support::read(&memory, 0);
     ensure!(by_heads || is == expected, "block 0 does not hold what it should");
-    ensure!(!by_heads || by_token(&is, shape.piece_bytes as usize) == expected, "heads of block 0 are not where they should be");
+    ensure!(
+        !by_heads || by_token(&is, shape.piece_bytes as usize) == expected,
+        "heads of block 0 are not where they should be"
+    );
     let cpu_s_per_gb = cpu / (bytes as f64 * f64::from(rounds) / 1e9);
     Ok(Measured { blocks, bytes, millis, cpu_s_per_gb })
 }

@@ -46,9 +46,11 @@ pub struct SendReport {
 /// Caps of an endpoint.
 #[derive(Clone, Debug)]
 pub struct Limits {
-    /// Pulls that this endpoint runs at once; more wait for their turn, up to their deadline.
+    /// Pulls that this endpoint runs at once; more wait for their turn, up to their deadline. One in the common order holds
+    /// two blocks' bytes.
     pub max_pulls: usize,
-    /// Pulls that it serves at once, over all peers; more are refused with `busy`.
+    /// Pulls that it serves at once, over all peers; more are refused with `busy`. One in the common order holds copies of
+    /// what was sent and not acknowledged: `window_bytes` and a block at most.
     pub max_served: usize,
     /// Pulls that it serves at once for one peer; more wait at the peer.
     pub max_served_per_peer: u32,

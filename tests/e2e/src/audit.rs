@@ -65,7 +65,8 @@ mod tests {
             take(line, &mut transfers);
         }
         assert_eq!(transfers.len(), 1);
-        let digests = |of: &[(u32, &str)]| of.iter().map(|(rank, digest)| (*rank, (3, (*digest).to_owned()))).collect();
+        let digests =
+            |of: &[(u32, &str)]| of.iter().map(|(rank, digest)| (*rank, (3, (*digest).to_owned()))).collect();
         let expected = Transfer { sent: digests(&[(0, "ff"), (1, "fd")]), received: digests(&[(0, "fe")]) };
         assert_eq!(transfers["00a1"], expected);
     }

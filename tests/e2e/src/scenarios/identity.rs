@@ -156,7 +156,7 @@ async fn compare_digests(bed: &Bed, ids: &[(String, String)], line: &mut Line) -
         let Some(transfer) = transfers.get(id) else { continue };
         let audit::Transfer { sent, received } = transfer;
         equal += u64::from(sent == received);
-        blocks += received.values().map(|(blocks, _)| blocks).max().unwrap_or(0);
+        blocks += received.values().map(|(blocks, _)| *blocks).max().unwrap_or(0);
         line.check(sent == received && sent.values().all(|(blocks, _)| *blocks > 0), || {
             format!("{what}: sent {sent:?}, received {received:?}")
         });
