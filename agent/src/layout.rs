@@ -119,7 +119,11 @@ mod tests {
         let text = describe(&[rank(0, "bf16", 1), rank(1, "bf16", 1)]);
         assert!(text.starts_with("dtype=bf16|tp_size=2|fingerprint="), "{text}");
         assert_eq!(text, describe(&[rank(0, "bf16", 1), rank(1, "bf16", 1)]));
-        assert_eq!(text, describe(&[layout(0, 2, "bf16", 1, true), rank(1, "bf16", 1)]), "one rank does not tell");
+        assert_eq!(
+            text,
+            describe(&[layout(0, 2, "bf16", 1, true), rank(1, "bf16", 1)]),
+            "one rank does not tell"
+        );
         for other in [
             describe(&[layout(0, 1, "bf16", 2, false)]),
             describe(&[rank(0, "f16", 1), rank(1, "f16", 1)]),
