@@ -356,7 +356,8 @@ async fn the_hold_stays_until_every_rank_of_the_puller_has_its_heads() {
             bed.puller.pull(ours.request(&bed, id(1), rank, 0, 2), memory, vec![5, 6])
         };
         assert!(pull().await.unwrap().failed.is_empty());
-        // Once is once.
+        // Once is once, when the holder has heard of it.
+        bed.source.report().await;
         let again = pull().await;
         assert_eq!(again, Err(PullError::Refused(ErrorCode::Released.into())));
         bed.source.poll(std::time::Instant::now());
