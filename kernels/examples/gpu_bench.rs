@@ -123,7 +123,7 @@ fn whole_blocks(device: &Arc<Device>) -> Outcome<Paged> {
         len: stride as u32,
     };
     let pieces = (0..SHAPE.layers).flat_map(|layer| [piece(layer, 0), piece(layer, 1)]).collect();
-    let layout = Layout { facts: Default::default(), pieces };
+    let layout = Layout { pieces, ..Layout::default() };
     let plan = Plan::of_layout(&layout, &vec![len; SHAPE.layers as usize], u64::from(SHAPE.num_blocks))?;
     Ok(Paged::new(plan, storages)?)
 }
@@ -233,7 +233,7 @@ fn pool(device: &Arc<Device>, results: &mut Results) -> Outcome<()> {
 /// One storage of 16 blocks of 64 KiB, for the check of sharing.
 fn shared_layout() -> (Layout, u64) {
     let piece = |offset| Piece { storage: 0, offset, stride: 65_536, len: 32_768 };
-    (Layout { facts: Default::default(), pieces: vec![piece(32_768), piece(0)] }, 16)
+    (Layout { pieces: vec![piece(32_768), piece(0)], ..Layout::default() }, 16)
 }
 
 /// Shares memory with a child, which copies block 1 to block 2, and to a memory of its own.

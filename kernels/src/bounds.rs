@@ -162,7 +162,7 @@ mod tests {
             .iter()
             .map(|&(storage, offset, stride, len)| Piece { storage, offset, stride, len })
             .collect();
-        Layout { facts: Default::default(), pieces }
+        Layout { pieces, ..Layout::default() }
     }
 
     #[test]

@@ -1,9 +1,8 @@
-//! Engines of different tensor parallelism or order of dimensions: which heads come from which rank, and how a block
-//! of them is brought into one order.
+//! Engines of different tensor parallelism or order of dimensions: which heads come from which rank, and kernels' plans
+//! that gather and scatter some heads of a cache.
 //!
-//! Between engines of equal layout a block travels in the order in which it lies in memory. Between others it travels in
-//! the *common order*: layer, K before V, head, token, and the values of one head last. In it the heads of any range are
-//! contiguous within a layer's K or V, so a rank's block is a part of the others', whatever their number.
+//! The transfer rearranges heads on the CPU (`reslice`), from memory of any kind. The plans made here are for kernels: in
+//! theirs the order is layer, K before V, head, token, and the values of one head last.
 
 use std::ops::Range;
 
@@ -64,7 +63,7 @@ impl CacheShape {
         self.halves_count() * u64::from(self.num_blocks) * self.half_bytes()
     }
 
-    /// Copies the given heads of this rank, in the common order. Both sides of a transfer use it, each with its own
+    /// Copies the given heads of this rank, in the plans' order. Both sides of a transfer use it, each with its own
     /// shape and its own numbers of the same heads.
     pub fn plan(&self, heads: Range<u32>) -> Result<Plan, LayoutError> {
         let layers = self.layers as usize;
@@ -131,44 +130,48 @@ pub struct Uneven {
 /// `heads` are the model's KV heads, 1 for a latent cache. Where ranks outnumber heads, several have the same head
 /// (vLLM replicates it), and pullers spread over them.
 pub fn shares(heads: u32, from_ranks: u32, to_ranks: u32) -> Result<Vec<Share>, Uneven> {
+    let mut all = Vec::new();
+    for to_rank in 0..to_ranks.max(1) {
+        all.append(&mut shares_of(heads, from_ranks, to_rank, to_ranks)?);
+    }
+    Ok(all)
+}
+
+/// The same for one rank of the puller.
+pub fn shares_of(heads: u32, from_ranks: u32, to_rank: u32, to_ranks: u32) -> Result<Vec<Share>, Uneven> {
     let from = Spread::new(heads, from_ranks)?;
     let to = Spread::new(heads, to_ranks)?;
     let mut shares: Vec<Share> = Vec::new();
-    for to_rank in 0..to_ranks {
-        for to_head in 0..to.per_rank {
-            let head = to_rank / to.replicas * to.per_rank + to_head;
-            let from_rank = head / from.per_rank * from.replicas + to_rank % from.replicas;
-            let from_head = head % from.per_rank;
-            match shares.last_mut() {
-                Some(last)
-                    if (last.from_rank, last.to_rank) == (from_rank, to_rank)
-                        && last.from_heads.end == from_head =>
-                {
-                    last.from_heads.end += 1;
-                    last.to_heads.end += 1;
-                }
-                _ => shares.push(Share {
-                    from_rank,
-                    from_heads: from_head..from_head + 1,
-                    to_rank,
-                    to_heads: to_head..to_head + 1,
-                }),
+    for to_head in 0..to.per_rank {
+        let head = to_rank / to.replicas * to.per_rank + to_head;
+        let from_rank = head / from.per_rank * from.replicas + to_rank % from.replicas;
+        let from_head = head % from.per_rank;
+        match shares.last_mut() {
+            Some(last) if last.from_rank == from_rank && last.from_heads.end == from_head => {
+                last.from_heads.end += 1;
+                last.to_heads.end += 1;
             }
+            _ => shares.push(Share {
+                from_rank,
+                from_heads: from_head..from_head + 1,
+                to_rank,
+                to_heads: to_head..to_head + 1,
+            }),
         }
     }
     Ok(shares)
 }
 
 /// How heads are spread over ranks.
-struct Spread {
+pub(crate) struct Spread {
     /// Heads on each rank.
-    per_rank: u32,
+    pub(crate) per_rank: u32,
     /// Ranks that have the same heads.
     replicas: u32,
 }
 
 impl Spread {
-    fn new(heads: u32, ranks: u32) -> Result<Self, Uneven> {
+    pub(crate) fn new(heads: u32, ranks: u32) -> Result<Self, Uneven> {
         if heads == 0 || ranks == 0 || (!heads.is_multiple_of(ranks) && !ranks.is_multiple_of(heads)) {
             return Err(Uneven { heads, ranks });
         }

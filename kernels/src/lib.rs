@@ -13,6 +13,7 @@ mod memory;
 mod peer;
 mod plan;
 pub mod reference;
+mod reslice;
 mod storage;
 mod usage;
 
@@ -22,10 +23,11 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 pub use bounds::{LayoutError, MAX_PIECES};
-pub use heads::{CacheShape, Halves, Order, Share, Uneven, shares};
+pub use heads::{CacheShape, Halves, Order, Share, Uneven, shares, shares_of};
 pub use memory::{EngineMemory, MemoryError};
 pub use peer::{MAX_SHARED_FILES, PeerMemory, Shared};
 pub use plan::Plan;
+pub use reslice::{BlockLayout, Filling, HeadMap, HeadsError, MAX_ROWS, Slice, Sliced};
 
 /// Something that lives as long as bytes read from a memory do: its drop tells that no copy is in flight.
 pub type Guard = Arc<dyn Any + Send + Sync>;

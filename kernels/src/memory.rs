@@ -85,6 +85,9 @@ pub enum MemoryError {
         /// Bytes that came before.
         filled: usize,
     },
+    /// What is for reading only.
+    #[error("heads of several ranks cannot be written together")]
+    ReadOnly,
     /// Memories of two kinds, or one that cannot be shared.
     #[error("the two memories cannot be copied between directly")]
     NotShared,
@@ -280,7 +283,6 @@ impl Drop for Borrowed {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
     use std::sync::Weak;
 
     use baton_proto::connector::Piece;
@@ -297,7 +299,7 @@ mod tests {
     }
 
     fn layout(pieces: Vec<Piece>) -> Layout {
-        Layout { facts: BTreeMap::new(), pieces }
+        Layout { pieces, ..Layout::default() }
     }
 
     /// Two storages: keys before values in the first, values interleaved with something else in the second.

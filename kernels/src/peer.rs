@@ -71,7 +71,7 @@ impl PeerFiles {
         if lens.len() != files.len() {
             return Err(MemoryError::NotShared);
         }
-        let layout = Layout { facts: Default::default(), pieces };
+        let layout = Layout { pieces, ..Layout::default() };
         let (runs, bytes) = bounds::check(&layout, &lens, num_blocks)?;
         if bytes != block_bytes {
             return Err(LayoutError::BlockBytes.into());

@@ -5,7 +5,8 @@
 //! ```
 //! Prints a line per size and, at the end, one JSON line. "cold" is a first pull that has to connect; the "warm" ones run
 //! on a connection that [`Endpoint::warm`] opened, and bytes of both travel by QUIC. "direct" is the way between engines of
-//! one host: from memory to memory. A block has SmolLM2's 60 pieces of 12 KiB.
+//! one host: from memory to memory. "by head" is as "warm" from an engine that has its heads token by token (NHD) to one
+//! that has its tokens head by head (HND). A block has SmolLM2's 60 pieces of 12 KiB.
 
 #![allow(clippy::print_stdout, reason = "a program that prints its results")]
 
@@ -32,6 +33,9 @@ const SHAPES: [(&str, Shape, &[u32]); 3] = [
     ("1MiB x 2", Shape { pieces: 2, piece_bytes: 1 << 20, blocks: 130 }, &[1, 128]),
 ];
 
+/// Added to the index of a shape that is held by heads.
+const BY_HEADS: usize = 10;
+
 fn main() -> Result<()> {
     let mut args = std::env::args().skip(1);
     let (mut rounds, mut out, mut serve) = (30u32, None, None);
@@ -55,7 +59,7 @@ fn identity(dir: &str, name: &str) -> Result<Identity> {
     Ok(Identity::load(&path("ca.pem".into()), &path(format!("{name}.pem")), &path(format!("{name}.key")))?)
 }
 
-/// The holding process: one hold per line on stdin, "shape blocks number".
+/// The holding process: one hold per line on stdin, "shape blocks number"; shape 10 and above by heads.
 fn hold(dir: &str) -> Result<()> {
     let source = TableSource::new(1);
     let endpoint = support::endpoint(identity(dir, "holder")?, source.clone(), Limits::default());
@@ -76,7 +80,10 @@ fn hold(dir: &str) -> Result<()> {
         let id = transfer_id(number);
         // From last to first: blocks of a request are not in order in memory.
         let ids = (0..blocks).rev().collect();
-        source.hold(id, &memories[shape], SHAPES[shape].1, ids, Duration::from_secs(60));
+        let (index, by_heads) = (shape % BY_HEADS, shape >= BY_HEADS);
+        let shape = SHAPES[index].1;
+        let layout = if by_heads { shape.by_heads(true) } else { shape.into() };
+        source.hold(id, &memories[index], layout, ids, Duration::from_secs(60));
         println!("held");
     }
     Ok(())
@@ -158,7 +165,10 @@ fn pull(rounds: u32, out: Option<String>) -> Result<()> {
     for (index, (name, _, sizes)) in SHAPES.iter().enumerate() {
         for blocks in *sizes {
             let rounds = if *blocks < 10 { rounds * 4 } else { rounds };
-            for (kind, endpoint) in [("warm", &kept), ("direct", &near)] {
+            let by_heads = index + BY_HEADS;
+            for (kind, index, endpoint) in
+                [("warm", index, &kept), ("direct", index, &near), ("by head", by_heads, &kept)]
+            {
                 let went =
                     measure(&runtime, &mut holder, index, *blocks, rounds, || Ok((endpoint.clone(), true)))?;
                 print_line(&format!("{kind}, {name}"), &went);
@@ -225,6 +235,15 @@ fn print_line(name: &str, measured: &Measured) {
     );
 }
 
+/// A block that lies head by head, as it lies token by token.
+fn by_token(block: &[u8], piece_bytes: usize) -> Vec<u8> {
+    let heads = piece_bytes / (16 * 256);
+    let row = |piece: usize, token, head| &block[piece * piece_bytes + (head * 16 + token) * 256..][..256];
+    let rows = (0..block.len() / piece_bytes)
+        .flat_map(|piece| (0..16).flat_map(move |token| (0..heads).map(move |head| (piece, token, head))));
+    rows.flat_map(|(piece, token, head)| row(piece, token, head).to_vec()).collect()
+}
+
 fn measure(
     runtime: &tokio::runtime::Runtime,
     holder: &mut Holder,
@@ -233,7 +252,7 @@ fn measure(
     rounds: u32,
     endpoint: impl Fn() -> Result<(Endpoint, bool)>,
 ) -> Result<Measured> {
-    let shape = SHAPES[index].1;
+    let (shape, by_heads) = (SHAPES[index % BY_HEADS].1, index >= BY_HEADS);
     let memory = shape.memory();
     let mut millis = Histogram::new(3)?;
     let bytes = u64::from(blocks) * shape.block_bytes() as u64;
@@ -244,7 +263,10 @@ fn measure(
     for round in 0..rounds {
         let id = holder.hold(index, blocks)?;
         let (endpoint, warm) = endpoint()?;
-        let request = support::request(holder.peer.clone(), id, 1, shape, 0, blocks);
+        let mut request = support::request(holder.peer.clone(), id, 1, shape, 0, blocks);
+        if by_heads {
+            request.layout = shape.by_heads(false);
+        }
         let (started, cpu_before) = (Instant::now(), both(holder)?);
         let report = runtime.block_on(endpoint.pull(request, memory.clone(), (0..blocks).collect()))?;
         let elapsed = started.elapsed();
@@ -256,7 +278,12 @@ fn measure(
         }
     }
     let expected = support::content(memory.block_bytes(), blocks - 1, 7);
-    ensure!(support::read(&memory, 0) == expected, "block 0 does not hold what it should");
+    let is = support::read(&memory, 0);
+    ensure!(by_heads || is == expected, "block 0 does not hold what it should");
+    ensure!(
+        !by_heads || by_token(&is, shape.piece_bytes as usize) == expected,
+        "heads of block 0 are not where they should be"
+    );
     let cpu_s_per_gb = cpu / (bytes as f64 * f64::from(rounds) / 1e9);
     Ok(Measured { blocks, bytes, millis, cpu_s_per_gb })
 }

@@ -2,6 +2,10 @@
 //!
 //! They are made when a hold is taken and travel with the blocks, so they cover everything between: a change of the
 //! source's memory, the gather, the wire and the scatter.
+//!
+//! Blocks that travel in the common order ([`baton_kernels::Sliced`]) have checksums of their own, made when they are
+//! asked for, over the bytes in that order; and each is spoilt where the memory that they were read from does not match the
+//! checksum made when the hold was taken. So these cover the same.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -27,6 +31,17 @@ pub struct Checksums {
     made: AtomicUsize,
     abandoned: AtomicBool,
     progress: Notify,
+}
+
+/// A rank whose blocks others are made of.
+#[derive(Clone)]
+pub struct Part {
+    /// Where they lie.
+    pub memory: Arc<dyn BlockMemory>,
+    /// Made when they were held.
+    pub checksums: Arc<Checksums>,
+    /// Index in `checksums` of the first block in question.
+    pub first_block: usize,
 }
 
 impl Checksums {
@@ -64,6 +79,44 @@ impl Checksums {
             self.abandon();
         }
         made
+    }
+
+    /// Makes them all, in order, of blocks in the common order that are read from `view`, which is made of `parts`. Ends
+    /// early when nobody else has these checksums any more. On an error nobody waits for the rest any more.
+    ///
+    /// # Cancel safety
+    /// Safe to drop: blocks of a device that are being read are let go within some milliseconds.
+    pub async fn make_from_parts(
+        self: Arc<Self>,
+        view: Arc<dyn BlockMemory>,
+        parts: Vec<Part>,
+        block_ids: Vec<u32>,
+        guard: Guard,
+    ) {
+        let parts: Arc<[Part]> = parts.into();
+        for (index, block) in block_ids.into_iter().enumerate() {
+            let mut held = 0;
+            for part in &*parts {
+                match part.checksums.wait(part.first_block + index).await {
+                    Some(checksum) => held ^= checksum,
+                    None => return self.abandon(),
+                }
+            }
+            let (view, parts, guard) = (view.clone(), parts.clone(), guard.clone());
+            let made = tokio::task::spawn_blocking(move || of_parts(&view, &parts, block, &guard));
+            match made.await {
+                // Equal where every part is what was held; the block does not match its checksum where one is not.
+                Ok(Ok((checksum, parts))) => self.push(checksum ^ parts ^ held),
+                Ok(Err(error)) => {
+                    tracing::warn!(%error, "checksums of held blocks in another order");
+                    return self.abandon();
+                }
+                Err(_) => return self.abandon(),
+            }
+            if Arc::strong_count(&self) == 1 {
+                return;
+            }
+        }
     }
 
     /// Blocks.
@@ -135,6 +188,23 @@ pub fn of_block(memory: &Arc<dyn BlockMemory>, block: u32, guard: &Guard) -> Res
         hasher.update(&piece);
     }
     Ok(hasher.digest())
+}
+
+/// The checksum of a block as a view has it now, and those of its parts, joined by exclusive or.
+fn of_parts(
+    view: &Arc<dyn BlockMemory>,
+    parts: &[Part],
+    block: u32,
+    guard: &Guard,
+) -> Result<(u64, u64), MemoryError> {
+    // The parts last: what they are then, they were when the view was read.
+    let checksum = of_block(view, block, guard)?;
+    let part = |part: &Part| match part.memory.checksums(&[block]) {
+        Some(checksums) => Ok(checksums?.into_iter().fold(0, |a, b| a ^ b)),
+        None => of_block(&part.memory, block, guard),
+    };
+    let joined = parts.iter().try_fold(0, |joined, of| Ok::<_, MemoryError>(joined ^ part(of)?))?;
+    Ok((checksum, joined))
 }
 
 /// The digest of a run of blocks, from their checksums in order: XXH3-128 over them, 64-bit little-endian each.

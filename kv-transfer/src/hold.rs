@@ -1,7 +1,7 @@
 //! Holds: blocks of finished requests that stay until they were pulled.
 //!
 //! # Two-phase release
-//! A hold *ends* by the first of: every rank's puller said it is finished with it, its lease ran out, it was released
+//! A hold *ends* by the first of: every rank of a puller said it is finished with it, its lease ran out, it was released
 //! by order, or its epoch was dropped. From then on it opens for nobody, and copies in flight are told to stop. But its
 //! blocks are *released* (given back to the engine) only when no copy of them is in flight: when every [`Guard`] that
 //! was handed out for it is dropped, including those inside buffers kept for retransmission. The two steps never
@@ -11,16 +11,16 @@
 //! dropped or a puller finishes on another thread, the table's `wake` is called, after which `poll` has news.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use baton_kernels::{BlockMemory, Guard};
-use baton_proto::wire::{ErrorCode, LayoutFingerprint, PullHeader, WireError};
+use baton_kernels::{BlockLayout, BlockMemory, Guard, Slice, Sliced, shares_of};
+use baton_proto::wire::{Accepted, BlockOrder, ErrorCode, MAX_RANKS, PullHeader, WireError};
 use baton_proto::{BlockHash, Epoch, TransferId};
 use tokio_util::sync::CancellationToken;
 
-use crate::checksum::Checksums;
+use crate::checksum::{Checksums, Part};
 
 /// Ended transfers that a table remembers, to tell why a late pull is refused, and to take no hold behind its release.
 const REMEMBERED: usize = 1024;
@@ -46,8 +46,8 @@ pub struct Hold {
 pub struct RankHold {
     /// Where the blocks lie.
     pub memory: Arc<dyn BlockMemory>,
-    /// Of the worker's layout.
-    pub layout: LayoutFingerprint,
+    /// How they lie there.
+    pub layout: BlockLayout,
     /// Of all blocks of the hold, in order; may still be in the making.
     pub checksums: Arc<Checksums>,
 }
@@ -82,7 +82,7 @@ pub enum HoldError {
 /// Why a hold ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HoldEnd {
-    /// Every rank's puller finished with it.
+    /// Every rank of a puller finished with it.
     Finished,
     /// Its lease ran out.
     Expired,
@@ -117,14 +117,18 @@ pub struct ReleasedHold {
 /// A run of held blocks, opened for one puller.
 #[derive(Clone)]
 pub struct HeldBlocks {
-    /// Where they lie.
+    /// Where they lie, or a view of it in the common order.
     pub memory: Arc<dyn BlockMemory>,
+    /// The order in which `memory` has them.
+    pub order: BlockOrder,
     /// Their ids, in order.
     pub block_ids: Vec<u32>,
-    /// Of all blocks of the hold.
+    /// Of all blocks of the hold as they lie; in the common order of `block_ids`, still to be made from `parts`.
     pub checksums: Arc<Checksums>,
     /// Index of the first of `block_ids` in `checksums`.
     pub first_block: usize,
+    /// The ranks that the blocks are read from, in the common order; else empty.
+    pub parts: Vec<Part>,
     /// The right to read them.
     pub claim: Claim,
 }
@@ -133,7 +137,26 @@ pub struct HeldBlocks {
 #[derive(Clone)]
 pub struct Claim {
     copy: Arc<Copy>,
-    rank: usize,
+    rank: u32,
+    ranks: u32,
+}
+
+impl HeldBlocks {
+    /// What the puller is told of them.
+    pub fn accepted(&self) -> Accepted {
+        Accepted { block_bytes: self.memory.block_bytes() as u64, order: self.order }
+    }
+
+    /// Makes the checksums that are still to be made, on a task of its own, which ends when all is made or nobody else has
+    /// these blocks any more. To be called on a runtime, once.
+    pub fn make_checksums(&self) {
+        if self.parts.is_empty() {
+            return;
+        }
+        let (view, parts, block_ids) = (self.memory.clone(), self.parts.clone(), self.block_ids.clone());
+        let making = self.checksums.clone().make_from_parts(view, parts, block_ids, self.claim.guard());
+        tokio::spawn(making);
+    }
 }
 
 impl Claim {
@@ -146,7 +169,7 @@ impl Claim {
     /// Says that the puller needs nothing more of the hold.
     pub fn finish(&self) {
         let shared = &self.copy.shared;
-        if !shared.finished[self.rank].swap(true, Ordering::AcqRel) {
+        if shared.finished().add(self.rank, self.ranks) {
             (shared.wake)();
         }
     }
@@ -171,15 +194,43 @@ impl Claim {
 struct Shared {
     /// Live [`Copy`]s.
     copies: AtomicUsize,
-    /// By rank.
-    finished: Box<[AtomicBool]>,
+    finished: Mutex<Finished>,
     end: std::sync::OnceLock<HoldEnd>,
     ended: CancellationToken,
     epoch_ended: CancellationToken,
     wake: Wake,
 }
 
+/// Which ranks of a puller are finished, as bits, by how many ranks the puller has: it may have other than the holder.
+#[derive(Default)]
+struct Finished(BTreeMap<u32, u64>);
+
+const _: () = assert!(MAX_RANKS <= u64::BITS);
+
+impl Finished {
+    /// `false` where it was finished before.
+    fn add(&mut self, rank: u32, ranks: u32) -> bool {
+        let done = self.0.entry(ranks).or_default();
+        let before = *done;
+        *done |= 1 << rank;
+        *done != before
+    }
+
+    fn has(&self, rank: u32, ranks: u32) -> bool {
+        self.0.get(&ranks).is_some_and(|done| done & 1 << rank != 0)
+    }
+
+    /// Whether all ranks of a puller are.
+    fn is_complete(&self) -> bool {
+        self.0.iter().any(|(ranks, done)| done.count_ones() == *ranks)
+    }
+}
+
 impl Shared {
+    fn finished(&self) -> std::sync::MutexGuard<'_, Finished> {
+        self.finished.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn copy(self: &Arc<Self>) -> Arc<Copy> {
         self.copies.fetch_add(1, Ordering::Relaxed);
         Arc::new(Copy { shared: self.clone() })
@@ -267,7 +318,7 @@ impl HoldTable {
         }
         let shared = Arc::new(Shared {
             copies: AtomicUsize::new(0),
-            finished: (0..ranks).map(|_| AtomicBool::new(false)).collect(),
+            finished: Mutex::default(),
             end: std::sync::OnceLock::new(),
             ended: CancellationToken::new(),
             epoch_ended: self.epoch_ended.clone(),
@@ -296,14 +347,13 @@ impl HoldTable {
             return Err(ErrorCode::LeaseExpired.into());
         }
         let hold = &entry.hold;
-        let rank_number = pull.rank as usize;
-        let Some(rank) = hold.ranks.get(rank_number) else {
-            return Err(ErrorCode::LayoutMismatch.into());
-        };
-        if rank.layout != pull.layout {
-            let block_bytes = rank.memory.block_bytes() as u64;
-            return Err(WireError::new(ErrorCode::LayoutMismatch, block_bytes));
+        if pull.ranks == 0 || pull.ranks > MAX_RANKS || pull.rank >= pull.ranks {
+            return Err(ErrorCode::Protocol.into());
         }
+        let Some(wanted) = Wanted::of(&hold.ranks, pull) else {
+            let block_bytes = hold.ranks.first().map_or(0, |rank| rank.memory.block_bytes() as u64);
+            return Err(WireError::new(ErrorCode::LayoutMismatch, block_bytes));
+        };
         let held = hold.block_ids.len();
         let (first, blocks) = (pull.first_block as usize, pull.blocks as usize);
         let Some(end) = first.checked_add(blocks).filter(|end| blocks > 0 && *end <= held) else {
@@ -312,15 +362,37 @@ impl HoldTable {
         if hold.hashes[end - 1] != pull.last_hash {
             return Err(WireError::new(ErrorCode::ContentMismatch, held as u64));
         }
-        if entry.shared.finished[rank_number].load(Ordering::Acquire) {
+        if entry.shared.finished().has(pull.rank, pull.ranks) {
             return Err(ErrorCode::Released.into());
         }
-        Ok(HeldBlocks {
-            memory: rank.memory.clone(),
-            block_ids: hold.block_ids[first..end].to_vec(),
-            checksums: rank.checksums.clone(),
-            first_block: first,
-            claim: Claim { copy: entry.shared.copy(), rank: rank_number },
+        let block_ids = hold.block_ids[first..end].to_vec();
+        let claim = Claim { copy: entry.shared.copy(), rank: pull.rank, ranks: pull.ranks };
+        Ok(match wanted {
+            Wanted::AsItLies(rank) => HeldBlocks {
+                memory: rank.memory.clone(),
+                order: BlockOrder::AsItLies,
+                block_ids,
+                checksums: rank.checksums.clone(),
+                first_block: first,
+                parts: Vec::new(),
+                claim,
+            },
+            Wanted::Heads(slices) => {
+                let part = |(rank, _): &(&RankHold, Slice)| Part {
+                    memory: rank.memory.clone(),
+                    checksums: rank.checksums.clone(),
+                    first_block: first,
+                };
+                HeldBlocks {
+                    order: BlockOrder::Common,
+                    checksums: Checksums::pending(block_ids.len()),
+                    block_ids,
+                    first_block: 0,
+                    parts: slices.iter().map(part).collect(),
+                    memory: Sliced::new(slices.into_iter().map(|(_, slice)| slice).collect()),
+                    claim,
+                }
+            }
         })
     }
 
@@ -367,7 +439,7 @@ impl HoldTable {
     pub fn poll(&mut self, now: Instant) -> Vec<ReleasedHold> {
         let mut released = Vec::new();
         for entry in self.entries.values() {
-            if entry.shared.finished.iter().all(|finished| finished.load(Ordering::Acquire)) {
+            if entry.shared.finished().is_complete() {
                 end(entry, HoldEnd::Finished);
             } else if now >= entry.expires {
                 end(entry, HoldEnd::Expired);
@@ -395,6 +467,34 @@ impl HoldTable {
     pub fn poll_timeout(&self) -> Option<Instant> {
         let live = self.entries.values().filter(|entry| entry.shared.end.get().is_none());
         live.map(|entry| entry.expires).min()
+    }
+}
+
+/// What a pull's rank gets of the holder's.
+enum Wanted<'a> {
+    /// All of one, which has the same layout.
+    AsItLies(&'a RankHold),
+    /// Heads of some, with the same content.
+    Heads(Vec<(&'a RankHold, Slice)>),
+}
+
+impl<'a> Wanted<'a> {
+    /// `None` where they are of no use to it.
+    fn of(ranks: &'a [RankHold], pull: &PullHeader) -> Option<Self> {
+        let same = ranks.get(pull.rank as usize).filter(|rank| rank.layout.fingerprint == pull.layout);
+        if let Some(rank) = same.filter(|_| pull.ranks as usize == ranks.len()) {
+            return Some(Self::AsItLies(rank));
+        }
+        let content = pull.content?;
+        let total = ranks.first()?.layout.heads.as_ref()?.total();
+        let shares = shares_of(total, u32::try_from(ranks.len()).ok()?, pull.rank, pull.ranks).ok()?;
+        let slice = |share: baton_kernels::Share| {
+            let rank = ranks.get(share.from_rank as usize)?;
+            let map = rank.layout.heads.clone().filter(|map| map.content() == content)?;
+            let heads = share.from_heads;
+            (heads.end <= map.count()).then(|| (rank, Slice { memory: rank.memory.clone(), map, heads }))
+        };
+        shares.into_iter().map(slice).collect::<Option<_>>().map(Self::Heads)
     }
 }
 

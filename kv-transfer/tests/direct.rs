@@ -72,7 +72,7 @@ async fn refusals_carry_their_code() {
     let mut other = good.clone();
     other.last_hash = hash(7);
     let mut layout = good.clone();
-    layout.layout = Shape { pieces: 5, ..SHAPE }.fingerprint();
+    layout.layout = Shape { pieces: 5, ..SHAPE }.fingerprint().into();
     for (request, error) in [
         (two.request(2, 0, 2), WireError::from(ErrorCode::UnknownTransfer)),
         (stale, WireError::new(ErrorCode::StaleEpoch, 1)),

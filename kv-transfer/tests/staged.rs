@@ -8,8 +8,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use baton_kernels::{BlockMemory, EngineMemory, Guard, MemoryError};
+use baton_kernels::{BlockMemory, EngineMemory, Guard, MemoryError, Sliced};
 use baton_kv_transfer::{Endpoint, Limits, PullError};
+use baton_proto::wire::BlockOrder;
 use bytes::Bytes;
 use support::{Authority, Shape, TableSource, fill, id, read, request};
 use xxhash_rust::xxh3::xxh3_64;
@@ -171,6 +172,31 @@ async fn a_block_that_does_not_reach_its_place_has_failed() {
     let report = two.puller.pull(two.request(1, 4), ours.clone(), vec![9, 8, 7, 6]).await.unwrap();
     assert_eq!((report.failed, report.corrupt), (vec![2], 0));
     assert!(read(&ours.inner, 6) == read(&theirs.inner, 3));
+}
+
+#[tokio::test]
+async fn heads_are_rearranged_on_their_way_through_the_buffers() {
+    let two = Two::new(Limits::default());
+    let (theirs, ours) = (Buffered::new(2, None), Buffered::new(2, Some(7)));
+    fill(&theirs.inner, 0..12, 5);
+    let (by_token, by_head) = (SHAPE.by_heads(true), SHAPE.by_heads(false));
+    let blocks: Vec<u32> = (0..12).collect();
+    two.source.hold(id(1), &theirs, by_token.clone(), blocks.clone(), LEASE);
+    let mut request = two.request(1, 12);
+    request.layout = by_head.clone();
+    let report = two.puller.pull(request, ours.clone(), blocks.clone()).await.unwrap();
+    assert_eq!((report.order, report.failed, report.corrupt), (BlockOrder::Common, vec![7], 0));
+    let (from, to) = (theirs.inner.clone(), ours.inner.clone());
+    let from = Sliced::whole(from, by_token.heads.unwrap());
+    let to = Sliced::whole(to, by_head.heads.unwrap());
+    for block in blocks {
+        let guard: Guard = Arc::new(());
+        let heads = |of: &Arc<Sliced>| of.clone().read(block, guard.clone()).unwrap().concat();
+        assert_eq!(heads(&from) == heads(&to), block != 7, "block {block}");
+        assert_ne!(read(&theirs.inner, block), read(&ours.inner, block), "block {block}");
+    }
+    two.source.released().await;
+    assert_eq!(theirs.free.load(Ordering::SeqCst), 2);
 }
 
 #[tokio::test]

@@ -27,7 +27,7 @@ use crate::ids::{Epoch, TransferId};
 use crate::plan::Source;
 
 /// Version of this protocol.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// Largest message in either direction: a 1M-token request is 4 MiB of token ids and its block ids.
 pub const MAX_MESSAGE: usize = 16 << 20;
@@ -104,13 +104,46 @@ pub enum Side {
 }
 
 /// How blocks lie in a worker's storages.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Layout {
-    /// Facts that must be equal on both sides of a transfer: `dtype`, `block_size`, `layers`, `kv_heads`,
-    /// `head_size`, `inner` (order of the dimensions inside a piece), `tp_rank`, `tp_size` and the like.
+    /// Facts about what the bytes mean, which must be equal on both sides of any transfer: `dtype`, `block_size`, `layers`,
+    /// `attention` and the like.
     pub facts: BTreeMap<String, String>,
-    /// The contiguous runs that make up a block, in the order in which they travel.
+    /// Facts about this rank's part and the order within it, which must be equal too where blocks travel as they lie:
+    /// `inner` (order of the dimensions inside a piece), `tp_rank`, `tp_size` and the like.
+    pub order: BTreeMap<String, String>,
+    /// The contiguous runs that make up a block, in the order in which they travel where it travels as it lies.
     pub pieces: Vec<Piece>,
+    /// Where heads lie in a block; `None` where they cannot be told apart. Then blocks travel as they lie, or not at all.
+    pub heads: Option<Heads>,
+}
+
+/// The heads in a worker's blocks, for engines of another number of ranks or order of dimensions.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Heads {
+    /// KV heads of the model; 1 for one latent vector for each token, which every rank has.
+    pub total: u32,
+    /// Heads on this rank. Rank `r` of `n` has those from `r·total/n` on; where ranks outnumber heads, `n/total` ranks one
+    /// after another have the same one.
+    pub count: u32,
+    /// Their bytes, in the common order of one head: by layer.
+    pub spans: Vec<HeadSpan>,
+}
+
+/// Where a rank's heads lie in one layer of a block. Places are bytes within the block, its pieces end to end.
+///
+/// Head `h` has a row of `len` bytes at `start + h·head_stride + i₀·stride₀ + i₁·stride₁ + …` for each `i` within `dims`,
+/// the last of them running fastest: tokens, and K before V within each where they are apart.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HeadSpan {
+    /// Where head 0 begins.
+    pub start: u32,
+    /// From one head to the next.
+    pub head_stride: u32,
+    /// How often, and at which stride.
+    pub dims: Vec<(u32, u32)>,
+    /// Bytes of a row.
+    pub len: u32,
 }
 
 /// One contiguous run of every block: of block `b`, bytes `offset + b·stride ..` of a storage, `len` long.

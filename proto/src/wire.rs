@@ -1,4 +1,4 @@
-//! Frames between agents, version 1.
+//! Frames between agents, version 2.
 //!
 //! Frames travel on bidirectional QUIC streams, one stream per pull or probe; the states in which each frame may
 //! come are told in `baton_kv_transfer::protocol`. The ALPN protocol [`ALPN`] names the major version of the whole
@@ -12,7 +12,7 @@
 //!      3      1  kind
 //!      4      2  length of the body, little-endian
 //!      6      2  zero
-//!      8   4-80  body: the kind's archived struct (rkyv, little-endian, no relative pointers, no padding)
+//!      8  4-104  body: the kind's archived struct (rkyv, little-endian, no relative pointers, no padding)
 //! ```
 //! A body has exactly its kind's length, so every frame has a fixed size and none exceeds [`MAX_FRAME`] bytes.
 //! Bodies are checked on access, in aligned memory.
@@ -39,6 +39,7 @@
 
 mod near;
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use rkyv::util::Align;
@@ -51,24 +52,27 @@ use crate::ids::{Epoch, TransferId};
 pub use near::{Direct, Near, NearReply, Purpose, SharedAllocation, SharedMemory, SharedStorages};
 
 /// Version of the frames that this build writes and accepts.
-pub const VERSION: u8 = 1;
+pub const VERSION: u8 = 2;
 
 /// ALPN protocol of connections between agents.
-pub const ALPN: &[u8] = b"baton-kv/1";
+pub const ALPN: &[u8] = b"baton-kv/2";
 
 /// Bytes before a frame's body.
 pub const PREFIX: usize = 8;
 
 /// Largest body, in bytes: that of [`Frame::Pull`].
-pub const MAX_BODY: usize = 80;
+pub const MAX_BODY: usize = 104;
+
+/// Most tensor-parallel ranks of an engine.
+pub const MAX_RANKS: u32 = 64;
 
 /// Largest frame, in bytes.
 pub const MAX_FRAME: usize = PREFIX + MAX_BODY;
 
 const MAGIC: [u8; 2] = *b"BK";
 
-/// Names what has to be equal on both sides of a transfer: the facts of a worker's layout, and the lengths of its
-/// pieces in order. Where the pieces lie may differ.
+/// Names what has to be equal on both sides of a transfer: either of a block as it lies in a worker's memory
+/// ([`Self::of`]), or of what its heads contain, wherever they lie ([`Self::of_content`]).
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct LayoutFingerprint([u8; 16]);
 
@@ -83,25 +87,41 @@ impl LayoutFingerprint {
         &self.0
     }
 
-    /// The fingerprint of a layout.
+    /// Of all that decides what each byte of a block means that travels as it lies: both kinds of facts of a layout, and
+    /// the lengths of its pieces in order. Where the pieces lie may differ.
     pub fn of(layout: &Layout) -> Self {
-        let mut hasher = blake3::Hasher::new_derive_key("baton 2026-11 layout fingerprint v1");
-        let mut text = |text: &str| {
-            hasher.update(&(text.len() as u64).to_le_bytes());
-            hasher.update(text.as_bytes());
-        };
-        for (name, value) in &layout.facts {
-            text(name);
-            text(value);
-        }
-        hasher.update(&u64::MAX.to_le_bytes());
+        let mut hasher = blake3::Hasher::new_derive_key("baton 2026-11 layout fingerprint v2");
+        hash_facts(&mut hasher, &layout.facts);
+        hash_facts(&mut hasher, &layout.order);
         for piece in &layout.pieces {
             hasher.update(&piece.len.to_le_bytes());
         }
+        Self::finish(&hasher)
+    }
+
+    /// Of all that decides what a block contains in the common order, whatever the number of ranks and the order of
+    /// dimensions: the layout's facts, the model's heads, and the bytes of one in a block.
+    pub fn of_content(facts: &BTreeMap<String, String>, heads: u32, head_bytes: u64) -> Self {
+        let mut hasher = blake3::Hasher::new_derive_key("baton 2026-11 content fingerprint v1");
+        hash_facts(&mut hasher, facts);
+        hasher.update(&heads.to_le_bytes());
+        hasher.update(&head_bytes.to_le_bytes());
+        Self::finish(&hasher)
+    }
+
+    fn finish(hasher: &blake3::Hasher) -> Self {
         let mut bytes = [0; 16];
         bytes.copy_from_slice(&hasher.finalize().as_bytes()[..16]);
         Self(bytes)
     }
+}
+
+fn hash_facts(hasher: &mut blake3::Hasher, facts: &BTreeMap<String, String>) {
+    for text in facts.iter().flat_map(|(name, value)| [name, value]) {
+        hasher.update(&(text.len() as u64).to_le_bytes());
+        hasher.update(text.as_bytes());
+    }
+    hasher.update(&u64::MAX.to_le_bytes());
 }
 
 impl fmt::Display for LayoutFingerprint {
@@ -130,7 +150,8 @@ pub enum ErrorCode {
     StaleEpoch = 4,
     /// The hold's lease ran out.
     LeaseExpired = 5,
-    /// The KV of the two sides lies differently inside a block; the detail is the holder's block size in bytes.
+    /// Blocks of the holder are of no use to the puller: their content differs, or where it lies does and the heads cannot be
+    /// told apart; the detail is the holder's block size in bytes.
     LayoutMismatch = 6,
     /// The blocks were computed from other tokens or keys than asked for; the detail is the number of blocks held.
     ContentMismatch = 7,
@@ -239,16 +260,20 @@ pub struct PullHeader {
     pub transfer_id: TransferId,
     /// The holder's epoch when it held.
     pub epoch: Epoch,
-    /// Of the puller's layout.
+    /// Of the puller's layout. Where the holder's worker of this rank has the same, blocks travel as they lie.
     pub layout: LayoutFingerprint,
+    /// Of what the puller's heads contain, where it can take blocks in the common order too.
+    pub content: Option<LayoutFingerprint>,
     /// Hash of the last block asked for; it vouches for all blocks before it.
     pub last_hash: BlockHash,
     /// The first block asked for, counted from the prompt's start.
     pub first_block: u32,
     /// Blocks asked for; at least 1.
     pub blocks: u32,
-    /// The worker's tensor-parallel rank, equal on both sides.
+    /// The pulling worker's tensor-parallel rank.
     pub rank: u32,
+    /// Ranks of the pulling engine, 1 to [`MAX_RANKS`].
+    pub ranks: u32,
     /// When the puller gives up, in milliseconds from now.
     pub deadline_ms: u32,
     /// Bytes of KV that the holder may send before it needs a [`Frame::Credit`].
@@ -260,6 +285,17 @@ pub struct PullHeader {
 pub struct Accepted {
     /// Bytes of KV in each block.
     pub block_bytes: u64,
+    /// Their order.
+    pub order: BlockOrder,
+}
+
+/// The order in which the bytes of a block travel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BlockOrder {
+    /// As they lie in the memory of either side's worker.
+    AsItLies,
+    /// The heads of the puller's rank in order; of each all layers, in each all tokens, of each K before V.
+    Common,
 }
 
 /// The bytes of one block follow.
@@ -371,18 +407,24 @@ impl AsRef<[u8]> for Encoded {
 struct RawPull {
     transfer_id: [u8; 16],
     layout: [u8; 16],
+    /// Zeros where there is none.
+    content: [u8; 16],
     last_hash: [u8; 16],
     epoch: u64,
     credit: u64,
     first_block: u32,
     blocks: u32,
     rank: u32,
+    ranks: u32,
     deadline_ms: u32,
+    zero: u32,
 }
 
 #[derive(Archive, Serialize, Deserialize)]
 struct RawAccepted {
     block_bytes: u64,
+    order: u32,
+    zero: u32,
 }
 
 #[derive(Archive, Serialize, Deserialize)]
@@ -543,16 +585,22 @@ impl Frame {
                 RawPull {
                     transfer_id: *pull.transfer_id.as_bytes(),
                     layout: *pull.layout.as_bytes(),
+                    content: pull.content.map_or([0; 16], |content| *content.as_bytes()),
                     last_hash: *pull.last_hash.as_bytes(),
                     epoch: pull.epoch.0,
                     credit: pull.credit,
                     first_block: pull.first_block,
                     blocks: pull.blocks,
                     rank: pull.rank,
+                    ranks: pull.ranks,
                     deadline_ms: pull.deadline_ms,
+                    zero: 0,
                 }
             ),
-            Frame::Accepted(Accepted { block_bytes }) => archive!(ACCEPTED, RawAccepted { block_bytes }),
+            Frame::Accepted(Accepted { block_bytes, order }) => {
+                let order = u32::from(order == BlockOrder::Common);
+                archive!(ACCEPTED, RawAccepted { block_bytes, order, zero: 0 })
+            }
             Frame::Refused(error) => archive!(REFUSED, raw_error(Some(error))),
             Frame::Block(BlockHeader { index, checksum }) => {
                 archive!(BLOCK, RawBlock { checksum, index, zero: 0 })
@@ -607,21 +655,31 @@ impl Frame {
         Ok(match kind {
             PULL => {
                 let raw = unarchive!(kind, RawPull, ArchivedRawPull, body);
+                if raw.zero != 0 || raw.ranks > MAX_RANKS || raw.rank >= raw.ranks {
+                    return Err(invalid);
+                }
                 Frame::Pull(PullHeader {
                     transfer_id: TransferId::from_bytes(raw.transfer_id),
                     epoch: Epoch(raw.epoch),
                     layout: LayoutFingerprint::from_bytes(raw.layout),
+                    content: (raw.content != [0; 16]).then(|| LayoutFingerprint::from_bytes(raw.content)),
                     last_hash: BlockHash::from_bytes(raw.last_hash),
                     first_block: raw.first_block,
                     blocks: raw.blocks,
                     rank: raw.rank,
+                    ranks: raw.ranks,
                     deadline_ms: raw.deadline_ms,
                     credit: raw.credit,
                 })
             }
             ACCEPTED => {
                 let raw = unarchive!(kind, RawAccepted, ArchivedRawAccepted, body);
-                Frame::Accepted(Accepted { block_bytes: raw.block_bytes })
+                let order = match (raw.order, raw.zero) {
+                    (0, 0) => BlockOrder::AsItLies,
+                    (1, 0) => BlockOrder::Common,
+                    _ => return Err(invalid),
+                };
+                Frame::Accepted(Accepted { block_bytes: raw.block_bytes, order })
             }
             REFUSED => {
                 let raw = unarchive!(kind, RawError, ArchivedRawError, body);

@@ -26,7 +26,7 @@ from vllm.v1.request import RequestStatus
 
 from . import layout, memory
 from .link import Link, Registration
-from .protocol import Hello, Layout
+from .protocol import Hello
 from .scheduler import Scheduler, StepPlan
 from .worker import Worker
 
@@ -146,30 +146,34 @@ class BatonConnector(KVConnectorBase_V1):
         specs = getattr(group.kv_cache_spec, "kv_cache_specs", {})
         shared = memory.share(kv_caches)
         self._ready = shared.ready
-        pieces, facts = layout.describe(
+        config = self._vllm_config
+        described = layout.describe(
             shared.views,
             [storage.len for storage in shared.storages],
             self._kv_config.num_blocks,
             self._block_size(),
             [specs.get(view.layer, group.kv_cache_spec).page_size_bytes for view in shared.views],
+            kv_heads_of(config, [specs.get(view.layer, group.kv_cache_spec) for view in shared.views]),
         )
-        config = self._vllm_config
         first = next(iter(kv_caches.values()))
-        facts |= {
-            "dtype": str(first.dtype).removeprefix("torch."),
-            "cache_dtype": str(config.cache_config.cache_dtype),
-            "attention": attention_of(config, group.kv_cache_spec, list(kv_caches)),
-            "tp_rank": str(self._rank),
-            "tp_size": str(config.parallel_config.tensor_parallel_size),
-        }
+        described.facts.update(
+            dtype=str(first.dtype).removeprefix("torch."),
+            cache_dtype=str(config.cache_config.cache_dtype),
+            attention=attention_of(config, group.kv_cache_spec, list(kv_caches)),
+        )
+        described.order.update(
+            tp_rank=str(self._rank),
+            tp_size=str(config.parallel_config.tensor_parallel_size),
+        )
         logger.info(
-            "Baton: %d storages shared, %d blocks of %s bytes in %d pieces",
+            "Baton: %d storages shared, %d blocks of %s bytes in %d pieces%s",
             len(shared.storages),
             self._kv_config.num_blocks,
-            facts["block_bytes"],
-            len(pieces),
+            described.order["block_bytes"],
+            len(described.pieces),
+            "" if described.heads else "; only engines of the same tensor parallelism and order can exchange them",
         )
-        return Registration(shared.storages, Layout(facts=facts, pieces=pieces), shared.gpu)
+        return Registration(shared.storages, described, shared.gpu)
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         # Here rather than in `start_load_kv`, which an engine calls behind a step's forward pass: the blocks to
@@ -266,6 +270,21 @@ def unsupported(config: VllmConfig, kv_config: KVCacheConfig) -> str | None:
     if getattr(config.cache_config, "calculate_kv_scales", False):
         return "calculate_kv_scales makes each engine scale its KV differently: set it to false"
     return None
+
+
+def kv_heads_of(config: VllmConfig, specs: list[Any]) -> tuple[int, int] | None:
+    """KV heads of the model and of this rank, as vLLM spreads them: evenly, and each on several ranks where these
+    outnumber them. `None` where the layers differ, or pack their heads in ways of their own."""
+    ranks = config.parallel_config.tensor_parallel_size
+    # Every rank has all of a latent vector.
+    total = 1 if config.model_config.use_mla else config.model_config.get_total_num_kv_heads()
+    count = max(1, total // ranks)
+    for spec in specs:
+        if spec.num_kv_heads != count or getattr(spec, "num_head_slots", None) not in (None, count):
+            return None
+        if getattr(spec, "tokens_per_state", 1) != 1:
+            return None
+    return (total, count) if total % ranks == 0 or ranks % total == 0 else None
 
 
 def attention_of(config: VllmConfig, spec: Any, layers: list[str]) -> str:

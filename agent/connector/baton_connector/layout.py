@@ -3,8 +3,11 @@
 A layer's tensor has one dimension that counts blocks and others that make up a block, in any memory order.
 The dimensions inside a block are walked in memory order, largest stride first; what is contiguous at the
 inner end makes one piece, and pieces that touch are joined, over layers too. So the same bytes travel in the
-same order whether an engine keeps K and V together or apart, layer by layer or block by block, and two engines
-fit each other when their facts are equal: `inner` and `shape` tell what the bytes of a block mean.
+same order whether an engine keeps K and V together or apart, layer by layer or block by block, and blocks travel
+between two engines as they lie when their facts are equal, those about the order (`inner`, `shape`) included.
+
+Where the dimension that counts heads is known, the agents can also exchange heads one by one, between engines of
+another number of ranks or another order of dimensions: see `heads_of`.
 
 Nothing here needs torch: a [`View`] is plain numbers.
 """
@@ -13,15 +16,18 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from .protocol import Piece
+from .protocol import Heads, HeadSpan, Layout, Piece
 
 # 2^16 pieces of a block make a layout of 2 MiB and a copy that is all overhead.
 MAX_PIECES = 1 << 16
 MAX_PIECE_LEN = (1 << 32) - 1
+# Rows of all heads of a block that an agent takes; with more, blocks travel as they lie or not at all.
+MAX_ROWS = 1 << 20
 
 
 class LayoutError(Exception):
@@ -43,11 +49,14 @@ class View:
 @dataclass(frozen=True)
 class Block:
     """What a layer's tensor holds of one block: where block 0 begins, how far the next is, and the dimensions
-    inside, as (size, stride), in memory order."""
+    inside, as (size, stride, name), in memory order. Their names are their places in `sizes`, the tensor's dimensions but
+    for the one that counts blocks; `s` is the one of the kernel's blocks."""
 
     view: View
     stride: int
-    dims: tuple[tuple[int, int], ...]
+    dims: tuple[tuple[int, int, str], ...]
+    sizes: tuple[int, ...]
+    split: int
     shape: str
     inner: str
 
@@ -55,7 +64,7 @@ class Block:
     def len(self) -> int:
         """Bytes of one block in this layer."""
         total = self.view.itemsize
-        for size, _ in self.dims:
+        for size, _, _ in self.dims:
             total *= size
         return total
 
@@ -91,7 +100,9 @@ def block_of(view: View, num_blocks: int, block_size: int) -> Block:
     return Block(
         view=view,
         stride=step * split,
-        dims=tuple((size, stride) for size, stride, _ in dims),
+        dims=tuple(dims),
+        sizes=tuple(view.shape[i] for i in others),
+        split=split,
         shape=shape,
         inner=",".join(f"{name}:{size}" for size, _, name in dims),
     )
@@ -103,7 +114,7 @@ def pieces_of(block: Block) -> list[Piece]:
     outer = list(block.dims)
     while outer and outer[-1][1] == run:
         run *= outer.pop()[0]
-    steps = [[i * stride for i in range(size)] for size, stride in outer]
+    steps = [[i * stride for i in range(size)] for size, stride, _ in outer]
     count = 1
     for step in steps:
         count *= len(step)
@@ -114,6 +125,37 @@ def pieces_of(block: Block) -> list[Piece]:
     return [
         Piece(block.view.storage, block.view.offset + sum(at), block.stride, run) for at in itertools.product(*steps)
     ]
+
+
+def heads_of(block: Block, start: int, block_size: int, kv_heads: int) -> HeadSpan | None:
+    """Where heads lie in one layer, in a block whose part of this layer begins at `start`, once its bytes are put end to
+    end in memory order. `None` where the dimensions are none of vLLM's."""
+    tokens = block_size // block.split
+    # By vLLM's shapes, without the blocks: heads, tokens and their content; K and V apart, in earlier versions; latent
+    # vectors without heads.
+    match block.sizes:
+        case (n, _) if n == tokens and kv_heads == 1:
+            head, token, half, content = "", "0", "", "1"
+        case (h, n, _) if (h, n) == (kv_heads, tokens):
+            head, token, half, content = "0", "1", "", "2"
+        case (2, n, h, _) if (h, n) == (kv_heads, tokens):
+            head, token, half, content = "2", "1", "0", "3"
+        case _:
+            return None
+    # Where each dimension's steps lie once the bytes are put end to end.
+    strides: dict[str, tuple[int, int]] = {}
+    step = block.view.itemsize
+    for size, _, name in reversed(block.dims):
+        strides[name] = (size, step)
+        step *= size
+    dims = [strides[name] for name in ("s", token, half) if name in strides]
+    size, stride = strides.get(content, (1, block.view.itemsize))
+    if stride == block.view.itemsize:
+        run = size * stride
+    else:
+        dims.append((size, stride))
+        run = block.view.itemsize
+    return HeadSpan(start, strides.get(head, (1, 0))[1], dims, run)
 
 
 def join(pieces: Iterable[Piece]) -> list[Piece]:
@@ -144,11 +186,13 @@ def describe(
     num_blocks: int,
     block_size: int,
     page_bytes: Sequence[int] | None = None,
-) -> tuple[list[Piece], dict[str, str]]:
-    """The pieces of a block and the facts about its inside.
+    kv_heads: tuple[int, int] | None = None,
+) -> Layout:
+    """The pieces of a block, the facts about its inside, and where heads lie.
 
     `page_bytes`, in the order of `views`, is what the engine says a layer's share of a block takes; more than
-    the tensor holds is padding and stays behind.
+    the tensor holds is padding and stays behind. `kv_heads` are those of the model and those on this rank, where heads may
+    travel one by one.
     """
     if num_blocks < 1 or block_size < 1 or not views:
         raise LayoutError(f"the engine has {len(views)} layers of {num_blocks} blocks of {block_size} tokens")
@@ -183,12 +227,24 @@ def describe(
     facts = {
         "layers": f"{len(blocks)} {hashlib.blake2b(names.encode(), digest_size=8).hexdigest()}",
         "block_size": str(block_size),
-        "block_bytes": str(sum(piece.len for piece in pieces)),
         "itemsize": _by_layer(str(block.view.itemsize) for block in blocks),
+    }
+    order = {
+        "block_bytes": str(sum(piece.len for piece in pieces)),
         "shape": _by_layer(block.shape for block in blocks),
         "inner": _by_layer(block.inner for block in blocks),
     }
-    return pieces, facts
+    heads = None
+    if kv_heads is not None:
+        total, count = kv_heads
+        starts = itertools.accumulate((block.len for block in blocks), initial=0)
+        spans = [heads_of(block, start, block_size, count) for block, start in zip(blocks, starts)]
+        known = [span for span in spans if span is not None]
+        rows = sum(math.prod(size for size, _ in span.dims) for span in known)
+        if len(known) == len(blocks) and rows * count <= MAX_ROWS and total <= MAX_ROWS:
+            heads = Heads(total, count, known)
+            facts["head_bytes"] = _by_layer(str(block.len // count) for block in blocks)
+    return Layout(facts=facts, order=order, pieces=pieces, heads=heads)
 
 
 def _by_layer(values: Iterable[str]) -> str:

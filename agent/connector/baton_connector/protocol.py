@@ -15,7 +15,7 @@ import msgspec
 
 from .plan import Source
 
-VERSION = 1
+VERSION = 2
 MAX_MESSAGE = 16 << 20
 
 _LENGTH = struct.Struct("<I")
@@ -69,9 +69,34 @@ class Piece(msgspec.Struct, frozen=True):
     len: int
 
 
+class HeadSpan(msgspec.Struct, frozen=True):
+    """A rank's heads in one layer. Head `h` has a row of `len` bytes at `start + h * head_stride` of a block, its pieces end
+    to end, and at each place that is further by a multiple below `size` of each of the strides; the last runs fastest."""
+
+    start: int
+    head_stride: int
+    # (size, stride)
+    dims: list[tuple[int, int]]
+    len: int
+
+
+class Heads(msgspec.Struct, frozen=True):
+    """Where heads lie, for engines of another tensor parallelism or order of dimensions."""
+
+    # KV heads of the model; 1 for latent vectors, which every rank has.
+    total: int
+    # On this rank.
+    count: int
+    spans: list[HeadSpan]
+
+
 class Layout(_Message, tag="layout"):
+    # Equal on both sides of any transfer.
     facts: dict[str, str]
+    # Equal too where blocks travel as they lie.
+    order: dict[str, str]
     pieces: list[Piece]
+    heads: Heads | None = None
 
 
 class MultimodalItem(msgspec.Struct, frozen=True):

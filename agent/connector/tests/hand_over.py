@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from baton_connector import layout, memory
 from baton_connector.link import Link, Registration
-from baton_connector.protocol import Hello, Layout
+from baton_connector.protocol import Hello
 from baton_connector.scheduler import Scheduler
 from baton_connector.worker import Worker
 
@@ -119,7 +119,7 @@ class Engine:
         self.tensors = make(shape, blocks, device)
         shared = memory.share(self.tensors)
         self.ready = shared.ready
-        pieces, facts = layout.describe(shared.views, [s.len for s in shared.storages], blocks, BLOCK_SIZE)
+        described = layout.describe(shared.views, [s.len for s in shared.storages], blocks, BLOCK_SIZE)
         hello = {
             "instance": f"{name}-{time.time_ns()}",
             "tp_size": 1,
@@ -128,10 +128,10 @@ class Engine:
             "num_blocks": blocks,
         }
         self.link = Link(sock, Hello(side="scheduler", **hello))
-        registration = Registration(shared.storages, Layout(facts=facts, pieces=pieces), shared.gpu)
+        registration = Registration(shared.storages, described, shared.gpu)
         self.worker = Worker(Link(sock, Hello(side={"worker": 0}, **hello), registration))
         self.scheduler = Scheduler(self.link, 1, BLOCK_SIZE)
-        self.block_bytes = int(facts["block_bytes"])
+        self.block_bytes = int(described.order["block_bytes"])
 
     def request(self, plan: dict[str, Any], tokens: int, computed: int) -> SimpleNamespace:
         return SimpleNamespace(

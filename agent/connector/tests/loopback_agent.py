@@ -164,7 +164,7 @@ class LoopbackAgent:
                                 engine.memory[rank] = (storages, message)
                                 engine.workers[rank] = connection
                                 connection.sendall(protocol.frame(Welcome(protocol.VERSION, engine.epoch)))
-                            self._tell("layout", engine=engine.name, facts=message.facts, pieces=len(message.pieces))
+                            self._tell("layout", engine=engine.name, facts=message.facts | message.order, pieces=len(message.pieces))
                         case Hold():
                             with self._lock:
                                 engine.holds[message.transfer_id] = message
@@ -255,7 +255,7 @@ class LoopbackAgent:
         # All of what is held, or whole blocks of its beginning.
         if hold.content.keys != pull.content.keys or not hold.content.tokens.startswith(pull.content.tokens):
             return list(pull.block_ids), "content differs"
-        if their_layout.facts != our_layout.facts:
+        if (their_layout.facts, their_layout.order) != (our_layout.facts, our_layout.order):
             return list(pull.block_ids), "layouts differ"
         assert [piece.len for piece in their_layout.pieces] == [piece.len for piece in our_layout.pieces]
         held = hold.block_ids[pull.first_block : pull.first_block + len(pull.block_ids)]

@@ -41,7 +41,7 @@ def hello(side="scheduler"):
 def registration(size=4096):
     fd = os.memfd_create("kv")
     os.ftruncate(fd, size)
-    layout = Layout(facts={"block_size": "32"}, pieces=[Piece(0, 0, size // 4, size // 4)])
+    layout = Layout(facts={"block_size": "32"}, order={}, pieces=[Piece(0, 0, size // 4, size // 4)])
     return Registration([SharedStorage(fd, size)], layout)
 
 

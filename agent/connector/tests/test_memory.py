@@ -22,7 +22,7 @@ def test_every_tensor_over_a_storage_sees_the_shared_memory():
     assert [storage.len for storage in storages] == [base.nbytes, 7 * 3 * 32 * 8 * 4]
     assert [view.storage for view in views] == [0, 0, 0, 0, 1]
 
-    pieces, _ = layout.describe(views[:4], [s.len for s in storages], 7, 32)
+    pieces = layout.describe(views[:4], [s.len for s in storages], 7, 32).pieces
     mapped = mmap.mmap(storages[0].fd, storages[0].len)
     piece = pieces[1]
     at = piece.offset + 2 * piece.stride
@@ -81,5 +81,5 @@ def test_a_gpus_memory_is_shared_and_described():
     shared = memory.share(tensors)
     assert len(shared.gpu.uuid) == 16 and len(shared.gpu.ready) == 64
     assert all(len(storage.handle) == 64 for storage in shared.storages)
-    pieces, _ = layout.describe(shared.views, [storage.len for storage in shared.storages], 7, 16)
+    pieces = layout.describe(shared.views, [storage.len for storage in shared.storages], 7, 16).pieces
     assert len(pieces) == 6 and all(piece.len == 16 * 4 * 64 * 2 for piece in pieces)

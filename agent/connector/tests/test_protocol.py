@@ -10,7 +10,7 @@ def test_messages_are_maps_with_a_type():
     assert int.from_bytes(body[:4], "little") == len(body) - 4
     assert msgspec.msgpack.decode(body[4:]) == {
         "type": "hello",
-        "version": 1,
+        "version": 2,
         "instance": "i",
         "side": {"worker": 1},
         "tp_size": 2,

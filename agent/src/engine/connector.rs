@@ -14,13 +14,13 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use baton_kernels::cuda::{CudaMemory, DEFAULT_PINNED_BYTES};
-use baton_kernels::{BlockMemory, EngineMemory, MemoryError};
+use baton_kernels::{BlockMemory, EngineMemory, MemoryError, Sliced};
 use baton_kv_transfer::checksum::{digest, of_block};
 use baton_kv_transfer::{Canceller, Endpoint, HeldBlocks, HoldTable, PullRequest, SendReport, Source};
 use baton_proto::block_hash::BlockHasher;
 use baton_proto::connector::{Content, Hello, Layout, ToAgent, ToConnector};
 use baton_proto::control::v1;
-use baton_proto::wire::{PullHeader, WireError};
+use baton_proto::wire::{BlockOrder, PullHeader, WireError};
 use baton_proto::{BlockHash, Epoch, TransferId};
 use tokio::net::UnixStream;
 use tokio::sync::{Notify, Semaphore, mpsc, watch};
@@ -275,6 +275,7 @@ impl Hub {
 
     fn pull(&mut self, id: PullId, request: PullRequest, memory: Arc<dyn BlockMemory>, block_ids: Vec<u32>) {
         let (transfer_id, rank) = (request.transfer_id, request.rank);
+        let heads = request.layout.heads.clone();
         let pull = self.endpoint.pull(request, memory.clone(), block_ids.clone());
         self.cancellers.insert(id, pull.canceller());
         let inputs = self.inputs.clone();
@@ -285,6 +286,10 @@ impl Hub {
                 && tracing::enabled!(target: AUDIT, Level::DEBUG)
             {
                 // Before the engine is told, and so may write to the blocks itself.
+                let memory: Arc<dyn BlockMemory> = match (report.order, heads) {
+                    (BlockOrder::Common, Some(heads)) => Sliced::whole(memory, heads),
+                    _ => memory,
+                };
                 let read = move || audit_received(transfer_id, rank, &memory, &block_ids);
                 let _ = tokio::task::spawn_blocking(read).await;
             }

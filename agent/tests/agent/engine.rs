@@ -14,7 +14,7 @@ use axum::Router;
 use axum::http::StatusCode;
 use axum::routing::get;
 use baton_proto::connector::{
-    Content, Hello, Hold, Layout, Piece, Pull, Side, ToAgent, ToConnector, VERSION,
+    Content, HeadSpan, Heads, Hello, Hold, Layout, Piece, Pull, Side, ToAgent, ToConnector, VERSION,
 };
 use baton_proto::plan::Source;
 use baton_proto::{ContentKeys, Epoch, TransferId};
@@ -177,11 +177,15 @@ pub(crate) fn tokens_of(hash: u64) -> impl Iterator<Item = u64> {
     (0..u64::from(BLOCK)).map(move |i| hash * 1000 + i)
 }
 
-/// The KV memory of one worker: two storages, three pieces to a block.
+/// The KV memory of one worker: two storages, three pieces to a block. A block has `scale` heads, one after another.
 pub(crate) struct Memory {
     files: [File; 2],
     pieces: Vec<Piece>,
+    scale: u32,
 }
+
+/// Bytes of one of its heads in a block.
+pub(crate) const HEAD: u32 = 4096 + 1024 + 512;
 
 impl Memory {
     pub(crate) fn new(scale: u32) -> Self {
@@ -200,7 +204,7 @@ impl Memory {
             file.set_len(stride * u64::from(scale) * BLOCKS + 1024).unwrap();
             file
         });
-        Self { files, pieces }
+        Self { files, pieces, scale }
     }
 
     fn runs(&self, block: u32) -> impl Iterator<Item = (&File, u64, usize)> {
@@ -248,11 +252,16 @@ impl Memory {
     }
 
     pub(crate) fn layout(&self, dtype: &str, rank: u32, ranks: u32) -> Layout {
-        let facts =
-            [("dtype", dtype.to_owned()), ("tp_rank", rank.to_string()), ("tp_size", ranks.to_string())];
+        let order = [("tp_rank", rank.to_string()), ("tp_size", ranks.to_string())];
         Layout {
-            facts: facts.map(|(name, value)| (name.to_owned(), value)).into(),
+            facts: [("dtype".to_owned(), dtype.to_owned())].into(),
+            order: order.map(|(name, value)| (name.to_owned(), value)).into(),
             pieces: self.pieces.clone(),
+            heads: Some(Heads {
+                total: self.scale * ranks,
+                count: self.scale,
+                spans: vec![HeadSpan { start: 0, head_stride: HEAD, dims: vec![], len: HEAD }],
+            }),
         }
     }
 }

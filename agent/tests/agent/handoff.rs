@@ -6,7 +6,7 @@ use baton_proto::Epoch;
 use baton_proto::connector::{ToAgent, ToConnector};
 use baton_proto::plan::Source;
 
-use crate::engine::{Attached, Engine};
+use crate::engine::{Attached, Engine, HEAD};
 use crate::fleet::{NOWHERE, Site, eventually, metric, metric_is};
 
 const LEASE: u32 = 30_000;
@@ -118,6 +118,38 @@ async fn every_rank_pulls_its_own_part() {
         assert_eq!(p.engine.released(rank).await, ["hold-1"]);
     }
     assert_ne!(d.engine.workers[0].1.read(8), d.engine.workers[1].1.read(8));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn engines_of_other_tensor_parallelism_exchange_heads() {
+    let site = Site::new();
+    let mut two = Side::start(&site, "p", 2, "bf16", 1).await;
+    let mut one = Side::start(&site, "d", 1, "bf16", 2).await;
+    let heads = |side: &Side, block| -> Vec<u8> {
+        side.engine.workers.iter().flat_map(|(_, memory)| memory.read(block)).collect()
+    };
+    // Two ranks to one: the one pull takes a head of each.
+    two.hold(1, &[5, 6], 32, LEASE).await;
+    one.engine.pull(0, 1, two.source(), 0, &[8, 9], 32).await;
+    assert_eq!(one.engine.pulled(0).await, (vec![], String::new()));
+    assert!(heads(&two, 5) == heads(&one, 8) && heads(&two, 6) == heads(&one, 9));
+    for rank in 0..2 {
+        assert_eq!(two.engine.released(rank).await, ["hold-1"]);
+    }
+    // And back: the hold stays until both ranks have their heads.
+    one.hold(2, &[3, 4], 32, LEASE).await;
+    two.engine.pull(1, 2, one.source(), 0, &[20, 21], 32).await;
+    assert_eq!(two.engine.pulled(1).await, (vec![], String::new()));
+    assert_eq!(metric(&one.agent, "baton_agent_holds").await, 1.0, "rank 0 has not pulled");
+    two.engine.pull(0, 2, one.source(), 0, &[20, 21], 32).await;
+    assert_eq!(two.engine.pulled(0).await, (vec![], String::new()));
+    assert!(heads(&one, 3) == heads(&two, 20) && heads(&one, 4) == heads(&two, 21));
+    assert_eq!(one.engine.released(0).await, ["hold-2"]);
+    for side in [&one, &two] {
+        let bytes = 2.0 * 2.0 * f64::from(HEAD);
+        assert_eq!(metric(&side.agent, "baton_agent_received_bytes_total").await, bytes);
+        assert_eq!(metric(&side.agent, "baton_agent_direct_bytes_total").await, 0.0, "they are put together");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -29,7 +29,7 @@ impl PeerGpu {
         let SharedMemory { num_blocks, pieces, storages } = shared.memory;
         let SharedStorages::Gpu(allocations) = storages else { return Err(MemoryError::NotShared) };
         let lens: Vec<u64> = allocations.iter().map(|allocation| allocation.len).collect();
-        let plan = Plan::of_layout(&Layout { facts: Default::default(), pieces }, &lens, num_blocks)?;
+        let plan = Plan::of_layout(&Layout { pieces, ..Layout::default() }, &lens, num_blocks)?;
         if plan.block_bytes() != block_bytes {
             return Err(LayoutError::BlockBytes.into());
         }

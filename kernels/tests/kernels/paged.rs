@@ -217,7 +217,7 @@ fn layouts_of_any_alignment_are_copied(backend: &impl Backend) {
             ends[storage] += u64::from(num_blocks) * stride;
         }
         let lens: Vec<u64> = ends.into_iter().take(lens.len().min(2)).collect();
-        let layout = Layout { facts: Default::default(), pieces };
+        let layout = Layout { pieces, ..Layout::default() };
         let plan = Plan::of_layout(&layout, &lens, u64::from(num_blocks)).unwrap();
         prop_assert!(plan.width() >= unit);
         let storages: Vec<_> = lens.iter().map(|len| noise(*len as usize, *len)).collect();

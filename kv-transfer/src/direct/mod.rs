@@ -27,6 +27,9 @@
 //! hold is released only when no copy of it is in flight, as with bytes that travel. A puller that hangs keeps the blocks
 //! of its pull for as long as it hangs; it is stopped between any two blocks.
 //!
+//! # Engines of different layout
+//! Blocks that would travel in the common order ([`crate::protocol`]) lie nowhere in that order: such pulls go by QUIC.
+//!
 //! # When it fails
 //! What the hold refuses is refused. Whatever else goes wrong, the pull begins anew over QUIC, within its deadline, and
 //! the direct way to this peer is left alone for [`PAUSE`].

@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use baton_kernels::{MemoryError, PeerMemory};
-use baton_proto::wire::{Direct, ErrorCode, Frame, NearReply, PullHeader, Purpose, WireError};
+use baton_proto::wire::{BlockOrder, Direct, ErrorCode, Frame, NearReply, PullHeader, Purpose, WireError};
 use bytes::Bytes;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
@@ -26,6 +26,8 @@ pub(crate) enum Failed {
     Settled(PullError),
     /// The pull may go by QUIC. Why this way did not do.
     Way(String),
+    /// The pull may go by QUIC: there is no such way for its blocks.
+    Elsewhere,
 }
 
 impl Failed {
@@ -34,10 +36,10 @@ impl Failed {
     }
 
     pub(super) fn refused(error: WireError) -> Self {
-        if is_final(error.code) {
-            Self::Settled(PullError::Refused(error))
-        } else {
-            Self::Way(format!("refused: {error}"))
+        match error.code {
+            code if is_final(code) => Self::Settled(PullError::Refused(error)),
+            ErrorCode::Elsewhere => Self::Elsewhere,
+            _ => Self::Way(format!("refused: {error}")),
         }
     }
 }
@@ -117,7 +119,8 @@ pub(crate) async fn attempt(
     let Received { bytes, corrupt, failed, checksums } = received;
     job.shared.counters.corrupt.fetch_add(u64::from(corrupt), Ordering::Relaxed);
     job.shared.counters.direct.fetch_add(bytes, Ordering::Relaxed);
-    Ok(PullReport { bytes, elapsed: job.started.elapsed(), rtt, corrupt, failed, checksums, direct: true })
+    let (elapsed, order) = (job.started.elapsed(), BlockOrder::AsItLies);
+    Ok(PullReport { bytes, elapsed, rtt, corrupt, failed, checksums, order, direct: true })
 }
 
 /// Waits for a device's copies, and looks at what lies there now.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use baton_proto::wire::{Direct, ErrorCode, Frame, PullHeader, Purpose, WireError};
+use baton_proto::wire::{BlockOrder, Direct, ErrorCode, Frame, PullHeader, Purpose, WireError};
 use bytes::Bytes;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
@@ -225,9 +225,15 @@ impl Serving<'_> {
         while self.sender.is_done() || (self.outgoing.len() < AHEAD && self.awaited.is_none()) {
             match self.sender.poll()? {
                 SenderAction::Open(pull) => {
+                    // In the common order a block lies nowhere.
+                    let lies = |held: &HeldBlocks| held.order == BlockOrder::AsItLies;
                     let opened = self.shared.source.open(&pull);
-                    let block_bytes = opened.as_ref().map(|held| held.memory.block_bytes() as u64);
-                    self.sender.handle_opened(Instant::now(), block_bytes.map_err(|error| *error));
+                    let opened = opened.and_then(|held| match lies(&held) {
+                        true => Ok(held),
+                        false => Err(ErrorCode::Elsewhere.into()),
+                    });
+                    let accepted = opened.as_ref().map(HeldBlocks::accepted);
+                    self.sender.handle_opened(Instant::now(), accepted.map_err(|error| *error));
                     self.held = opened.ok();
                 }
                 SenderAction::Send(frame) => self.outgoing.extend_from_slice(frame.as_ref()),

@@ -53,10 +53,12 @@ impl Two {
             transfer_id: id(number),
             epoch: Epoch(1),
             layout: SHAPE.fingerprint(),
+            content: None,
             last_hash: hash(count - 1),
             first_block: 0,
             blocks: count,
             rank: 0,
+            ranks: 1,
             deadline_ms: 20_000,
             credit: u64::MAX,
         }

@@ -7,6 +7,8 @@ use baton_kernels::MemoryError;
 use bytes::Bytes;
 use proptest::prelude::*;
 
+use baton_proto::wire::LayoutFingerprint;
+
 use super::*;
 
 const LAYOUT: LayoutFingerprint = LayoutFingerprint::from_bytes([1; 16]);
@@ -37,7 +39,8 @@ fn id(number: u8) -> TransferId {
 }
 
 fn hold(number: u8, request: u8, ranks: usize) -> Hold {
-    let rank = |_| RankHold { memory: Arc::new(Nothing), layout: LAYOUT, checksums: Checksums::pending(2) };
+    let rank =
+        |_| RankHold { memory: Arc::new(Nothing), layout: LAYOUT.into(), checksums: Checksums::pending(2) };
     Hold {
         request_id: format!("r{request}"),
         transfer_id: id(number),
@@ -47,15 +50,17 @@ fn hold(number: u8, request: u8, ranks: usize) -> Hold {
     }
 }
 
-fn pull(number: u8, rank: u32, epoch: u64) -> PullHeader {
+fn pull(number: u8, rank: u32, ranks: u32, epoch: u64) -> PullHeader {
     PullHeader {
         transfer_id: id(number),
         epoch: Epoch(epoch),
         layout: LAYOUT,
+        content: None,
         last_hash: BlockHash::from_bytes([1; 16]),
         first_block: 1,
         blocks: 1,
         rank,
+        ranks,
         deadline_ms: 0,
         credit: 0,
     }
@@ -217,7 +222,9 @@ proptest! {
                     held.extend(result.ok().map(|guard| (number, Held::Guard(guard))));
                 }
                 Operation::Open { number, rank, stale } => {
-                    let result = table.open(now, &pull(number, rank, epoch - u64::from(stale)));
+                    // As many as the holder has, where that can be.
+                    let ranks = model.find(number).map_or(1, |hold| hold.finished.len() as u32).max(rank + 1);
+                    let result = table.open(now, &pull(number, rank, ranks, epoch - u64::from(stale)));
                     let expected = model.open(number, rank, stale);
                     prop_assert_eq!(result.as_ref().map(|_| ()).map_err(|error| error.code), expected);
                     if let Ok(opened) = result {
@@ -315,7 +322,8 @@ fn only_so_many_ended_transfers_are_remembered() {
     }
     assert_eq!(table.remembered.len(), REMEMBERED);
     let code = |table: &HoldTable, number: u128| {
-        let pull = PullHeader { transfer_id: TransferId::from_bytes(number.to_be_bytes()), ..pull(0, 0, 1) };
+        let pull =
+            PullHeader { transfer_id: TransferId::from_bytes(number.to_be_bytes()), ..pull(0, 0, 1, 1) };
         table.open(now, &pull).err().map(|error| error.code)
     };
     assert_eq!(code(&table, 0), Some(ErrorCode::UnknownTransfer));

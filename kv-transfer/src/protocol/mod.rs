@@ -13,7 +13,8 @@
 //! - The puller ends by its deadline, whatever the holder or the network do.
 //! - No copy outlives the hold unseen: everything that reads a held block keeps a guard, see [`crate::hold`].
 //! - Either side can stop at any time, and both sides' memory use has a bound that they choose themselves.
-//! - KV bytes are not copied or interpreted by the protocol.
+//! - KV bytes are not copied or interpreted by the protocol. Where the order of bytes differs on the two sides, the shells
+//!   rearrange them, a block at a time.
 //!
 //! # Non-goals
 //! - Resuming: a pull that breaks is over, and the engine computes. Repeating costs less than deciding what is still
@@ -24,8 +25,9 @@
 //! # A pull
 //! ```text
 //! puller                                                     holder
-//! Pull{id, epoch, layout, range, last hash, rank, credit} -->          opens the hold, or: Refused, end of stream
-//!                                             <-- Accepted{bytes of a block}
+//! Pull{id, epoch, layout, content, range, last hash, rank of ranks, credit}
+//!                                         -->          opens the hold, or: Refused, end of stream
+//!                                             <-- Accepted{bytes of a block, their order}
 //!                                             <-- Block{0, checksum}, bytes
 //!                                             <-- Block{1, checksum}, bytes ...
 //! Credit{bytes granted in all}            -->
@@ -35,6 +37,12 @@
 //! ```
 //! **Order.** Blocks come in order; a repeated one comes between any two others. Every block may be asked for again
 //! once; if it is corrupt again it *failed*, and the pull goes on without it.
+//!
+//! **Ranks.** A pull is of one rank of the puller's engine, of as many as it says. Where the holder's engine has as many and
+//! the worker of that rank the same layout, blocks travel as they lie in memory. Else, where the contents of heads are the
+//! same on both sides (the pull's `content`), they travel in the *common order* of [`baton_kernels::Sliced`]: the holder
+//! puts together the heads that the puller's rank has, from the ranks of its own that have them, and the puller puts them
+//! where they lie in its memory. Else the pull is refused. The hold ends when every rank of a puller is finished with it.
 //!
 //! **Credit.** The holder sends at most as many KV bytes as were granted in all, block headers not counted. It
 //! gathers a block when it has credit to begin it. The puller grants more as it writes bytes to memory.

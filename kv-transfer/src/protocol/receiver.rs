@@ -3,7 +3,9 @@
 use std::collections::{BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
 
-use baton_proto::wire::{Accepted, BlockHeader, Encoded, ErrorCode, Frame, PullHeader, WireError};
+use baton_proto::wire::{
+    Accepted, BlockHeader, BlockOrder, Encoded, ErrorCode, Frame, PullHeader, WireError,
+};
 use bytes::Bytes;
 use xxhash_rust::xxh3::Xxh3;
 
@@ -38,6 +40,7 @@ pub struct Receiver {
     heard: Instant,
     state: State,
     answered: bool,
+    order: BlockOrder,
     inbox: Inbox,
     outbox: VecDeque<ReceiverAction>,
     /// First block that was never received in full.
@@ -142,6 +145,7 @@ impl Receiver {
             heard: now,
             state: State::Asking,
             answered: false,
+            order: BlockOrder::AsItLies,
             inbox: Inbox::default(),
             outbox: VecDeque::from([ReceiverAction::Send(Frame::Pull(pull).encode())]),
             next: 0,
@@ -157,6 +161,11 @@ impl Receiver {
     /// Whether the holder has said anything.
     pub fn answered(&self) -> bool {
         self.answered
+    }
+
+    /// The order of the blocks' bytes, once the holder has accepted.
+    pub fn order(&self) -> BlockOrder {
+        self.order
     }
 
     /// Bytes arrived. Call [`Self::poll`] until it has nothing more before handing over others.
@@ -224,12 +233,19 @@ impl Receiver {
             State::Done | State::Copying(_) => Ok(false),
             State::Asking => match self.inbox.frame()? {
                 None => Ok(false),
-                Some(Frame::Accepted(Accepted { block_bytes })) if block_bytes == self.block_bytes => {
+                Some(Frame::Accepted(Accepted { block_bytes, .. })) if block_bytes != self.block_bytes => {
+                    Err(WireError::new(ErrorCode::LayoutMismatch, block_bytes))
+                }
+                // What was not offered, or cannot be copied from place to place.
+                Some(Frame::Accepted(Accepted { order: BlockOrder::Common, .. }))
+                    if self.direct || self.pull.content.is_none() =>
+                {
+                    Err(ErrorCode::Protocol.into())
+                }
+                Some(Frame::Accepted(Accepted { order, .. })) => {
+                    self.order = order;
                     self.state = State::BetweenBlocks;
                     Ok(true)
-                }
-                Some(Frame::Accepted(Accepted { block_bytes })) => {
-                    Err(WireError::new(ErrorCode::LayoutMismatch, block_bytes))
                 }
                 Some(Frame::Refused(error)) => {
                     self.stop(Stop::ByPeer(error));

@@ -197,14 +197,14 @@ impl Sender {
         Ok(())
     }
 
-    /// The hold was opened, or not. The length of a block goes to the puller, which compares it with its own.
-    pub fn handle_opened(&mut self, now: Instant, opened: Result<u64, WireError>) {
+    /// The hold was opened, or not. What blocks it has goes to the puller, which compares their length with its own.
+    pub fn handle_opened(&mut self, now: Instant, opened: Result<Accepted, WireError>) {
         let State::Opening { since, at: None } = self.state else { return };
         match opened {
-            Ok(block_bytes) => {
-                self.block_bytes = block_bytes;
+            Ok(accepted) => {
+                self.block_bytes = accepted.block_bytes;
                 self.state = State::BetweenBlocks;
-                self.outbox.push_back(SenderAction::Send(Frame::Accepted(Accepted { block_bytes }).encode()));
+                self.outbox.push_back(SenderAction::Send(Frame::Accepted(accepted).encode()));
             }
             Err(error) if error.code == ErrorCode::UnknownTransfer && now < since + UNKNOWN_GRACE => {
                 self.state = State::Opening { since, at: Some(now + UNKNOWN_INTERVAL) };

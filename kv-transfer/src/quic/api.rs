@@ -3,7 +3,8 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use baton_proto::wire::{LayoutFingerprint, PullHeader, WireError};
+use baton_kernels::BlockLayout;
+use baton_proto::wire::{BlockOrder, PullHeader, WireError};
 use baton_proto::{BlockHash, EngineId, Epoch, TransferId};
 
 use crate::hold::HeldBlocks;
@@ -26,7 +27,7 @@ pub trait Source: Send + Sync + 'static {
 pub struct SendReport {
     /// Names the handoff.
     pub transfer_id: TransferId,
-    /// The workers' rank.
+    /// The pulling worker's rank.
     pub rank: u32,
     /// The first block asked for, counted from the prompt's start.
     pub first_block: u32,
@@ -45,9 +46,11 @@ pub struct SendReport {
 /// Caps of an endpoint.
 #[derive(Clone, Debug)]
 pub struct Limits {
-    /// Pulls that this endpoint runs at once; more wait for their turn, up to their deadline.
+    /// Pulls that this endpoint runs at once; more wait for their turn, up to their deadline. One in the common order holds
+    /// two blocks' bytes.
     pub max_pulls: usize,
-    /// Pulls that it serves at once, over all peers; more are refused with `busy`.
+    /// Pulls that it serves at once, over all peers; more are refused with `busy`. One in the common order holds copies of
+    /// what was sent and not acknowledged: `window_bytes` and a block at most.
     pub max_served: usize,
     /// Pulls that it serves at once for one peer; more wait at the peer.
     pub max_served_per_peer: u32,
@@ -130,14 +133,16 @@ pub struct PullRequest {
     pub transfer_id: TransferId,
     /// The peer's epoch when it held them.
     pub epoch: Epoch,
-    /// Of this worker's layout.
-    pub layout: LayoutFingerprint,
+    /// How blocks lie in this worker's memory.
+    pub layout: BlockLayout,
     /// The first block to fetch, counted from the prompt's start.
     pub first_block: u32,
     /// Hash of the last block to fetch.
     pub last_hash: BlockHash,
     /// The worker's tensor-parallel rank.
     pub rank: u32,
+    /// Ranks of this engine.
+    pub ranks: u32,
     /// From now; at most 2^32 ms.
     pub deadline: Duration,
 }
@@ -158,6 +163,8 @@ pub struct PullReport {
     pub failed: Vec<usize>,
     /// Checksums of all blocks, in order, as the holder sent them.
     pub checksums: Vec<u64>,
+    /// The order of bytes in which these are of the blocks.
+    pub order: BlockOrder,
     /// Whether they were copied from memory to memory, and did not travel.
     pub direct: bool,
 }

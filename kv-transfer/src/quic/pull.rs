@@ -7,8 +7,8 @@ use std::sync::atomic::Ordering;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-use baton_kernels::BlockMemory;
-use baton_proto::wire::{ErrorCode, PullHeader, WireError};
+use baton_kernels::{BlockMemory, Filling, Guard, HeadMap, MemoryError, Sliced};
+use baton_proto::wire::{BlockOrder, ErrorCode, PullHeader, WireError};
 use bytes::Bytes;
 use quinn::{Connection, ReadError, RecvStream, SendStream};
 use tokio::runtime::Handle;
@@ -19,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 use super::api::{PullError, PullReport, PullRequest};
 use super::endpoint::Shared;
 use super::gate::Gate;
+use crate::checksum::of_block;
 use crate::direct::{self, Failed, Link};
 use crate::protocol::{Received, Receiver, ReceiverAction, ReceiverConfig, Stop, StreamEnd};
 
@@ -43,6 +44,8 @@ pub(crate) struct Writes {
     /// Absent once the pull is over.
     memory: Option<Arc<dyn BlockMemory>>,
     block_ids: Arc<[u32]>,
+    /// Where heads lie in the memory, where that is known.
+    heads: Option<Arc<HeadMap>>,
     gate: Arc<Gate>,
 }
 
@@ -60,9 +63,17 @@ impl Writes {
         memory.flush(&self.block_ids).map_err(|error| PullError::Memory(error.to_string()))
     }
 
-    /// Which of the blocks do not hold what they should, where the memory can tell by itself.
-    fn verify(&self, checksums: &[u64]) -> Result<Vec<usize>, PullError> {
-        let made = self.memory.as_ref().and_then(|memory| memory.checksums(&self.block_ids));
+    /// Which of the blocks do not hold what they should, where the memory is not written where it lies.
+    fn verify(&self, checksums: &[u64], order: BlockOrder) -> Result<Vec<usize>, PullError> {
+        let made = match (&self.memory, &self.heads, order) {
+            (Some(memory), _, BlockOrder::AsItLies) => memory.checksums(&self.block_ids),
+            (Some(memory), Some(heads), BlockOrder::Common) if memory.ahead() > 0 => {
+                let view: Arc<dyn BlockMemory> = Sliced::whole(memory.clone(), heads.clone());
+                let guard: Guard = Arc::new(());
+                Some(self.block_ids.iter().map(|block| of_block(&view, *block, &guard)).collect())
+            }
+            _ => None,
+        };
         match made {
             None => Ok(Vec::new()),
             Some(Ok(made)) => Ok((0..made.len()).filter(|i| made[*i] != checksums[*i]).collect()),
@@ -134,7 +145,9 @@ pub(super) fn start(
     let (done, result) = oneshot::channel();
     let (gate, cancel) = (Arc::new(Gate::default()), CancellationToken::new());
     let block_ids: Arc<[u32]> = block_ids.into();
-    let writes = Writes { memory: Some(memory.clone()), block_ids: block_ids.clone(), gate: gate.clone() };
+    let heads = request.layout.heads.clone();
+    let writes =
+        Writes { memory: Some(memory.clone()), block_ids: block_ids.clone(), heads, gate: gate.clone() };
     let started = Instant::now();
     // More than that does not fit the wire's field.
     let deadline = started + request.deadline.min(Duration::from_millis(u64::from(u32::MAX)));
@@ -158,7 +171,7 @@ async fn end(writes: Writes, result: Result<PullReport, PullError>) -> Result<Pu
         flushed?;
         // What was copied directly was looked at before the holder was told.
         if !report.direct {
-            report.failed.extend(writes.verify(&report.checksums)?);
+            report.failed.extend(writes.verify(&report.checksums, report.order)?);
             report.failed.sort_unstable();
             report.failed.dedup();
         }
@@ -197,6 +210,7 @@ impl Job {
                 corrupt: 0,
                 failed: Vec::new(),
                 checksums: Vec::new(),
+                order: BlockOrder::AsItLies,
                 direct: false,
             });
         }
@@ -222,6 +236,12 @@ impl Job {
         match direct::attempt(self, &near, self.header(), link.connection.rtt()).await {
             Ok(report) => Some(Ok(report)),
             Err(Failed::Settled(error)) => Some(Err(error)),
+            Err(Failed::Elsewhere) => {
+                link.pause();
+                let peer = self.request.peer.engine_id.as_str();
+                tracing::debug!(peer, "blocks of this engine are not for copying: they travel by QUIC");
+                None
+            }
             Err(Failed::Way(why)) => {
                 link.pause();
                 let peer = self.request.peer.engine_id.as_str();
@@ -242,11 +262,13 @@ impl Job {
         PullHeader {
             transfer_id: request.transfer_id,
             epoch: request.epoch,
-            layout: request.layout,
+            layout: request.layout.fingerprint,
+            content: request.layout.content(),
             last_hash: request.last_hash,
             first_block: request.first_block,
             blocks: self.block_ids.len() as u32,
             rank: request.rank,
+            ranks: request.ranks,
             deadline_ms: u32::try_from(left.as_millis()).unwrap_or(u32::MAX),
             credit: self.shared.limits.window_bytes,
         }
@@ -255,7 +277,7 @@ impl Job {
     /// What it writes to.
     pub(crate) fn writes(&self) -> Writes {
         let (memory, block_ids, gate) = (self.memory.clone(), self.block_ids.clone(), self.gate.clone());
-        Writes { memory: Some(memory), block_ids, gate }
+        Writes { memory: Some(memory), block_ids, heads: self.request.layout.heads.clone(), gate }
     }
 
     /// Waits for the copies under way.
@@ -346,8 +368,23 @@ impl Job {
             corrupt,
             failed,
             checksums,
+            order: receiver.order(),
             direct: false,
         })
+    }
+
+    /// Takes bytes of a block in the common order.
+    fn fill(
+        &self,
+        filling: &mut Option<Filling>,
+        block: u32,
+        offset: usize,
+        bytes: &[u8],
+    ) -> Result<(), MemoryError> {
+        // The receiver takes this order where it was offered, and it is where the heads are known.
+        let Some(map) = &self.request.layout.heads else { return Err(MemoryError::ReadOnly) };
+        let filling = filling.get_or_insert_with(|| Filling::new(self.memory.clone(), map.clone()));
+        filling.write(block, offset, bytes)
     }
 
     /// Moves bytes between the streams, the memory and the receiver until the receiver is done.
@@ -360,6 +397,7 @@ impl Job {
     ) -> Result<Received, Stop> {
         let mut chunks: [Bytes; CHUNKS] = std::array::from_fn(|_| Bytes::new());
         let mut outgoing: Vec<u8> = Vec::new();
+        let mut filling = None;
         let timer = sleep_until(self.deadline.into());
         tokio::pin!(timer);
         loop {
@@ -375,9 +413,12 @@ impl Job {
                                 continue;
                             }
                             self.shared.counters.received.fetch_add(bytes.len() as u64, Ordering::Relaxed);
-                            if let Err(error) =
-                                self.memory.write(self.block_ids[index as usize], offset, &bytes)
-                            {
+                            let block = self.block_ids[index as usize];
+                            let wrote = match receiver.order() {
+                                BlockOrder::AsItLies => self.memory.write(block, offset, &bytes),
+                                BlockOrder::Common => self.fill(&mut filling, block, offset, &bytes),
+                            };
+                            if let Err(error) = wrote {
                                 open = None;
                                 *memory_error = Some(error.to_string());
                                 receiver.cancel(ErrorCode::Internal.into());

@@ -230,9 +230,12 @@ impl<'a> Serve<'a> {
             match self.sender.poll()? {
                 SenderAction::Open(pull) => {
                     let opened = self.shared.source.open(&pull);
-                    let block_bytes = opened.as_ref().map(|held| held.memory.block_bytes() as u64);
-                    self.sender.handle_opened(Instant::now(), block_bytes.map_err(|error| *error));
+                    let accepted = opened.as_ref().map(HeldBlocks::accepted);
+                    self.sender.handle_opened(Instant::now(), accepted.map_err(|error| *error));
                     self.held = opened.ok();
+                    if let Some(held) = &self.held {
+                        held.make_checksums();
+                    }
                 }
                 SenderAction::Send(frame) => {
                     self.batched += frame.as_ref().len();

@@ -9,14 +9,14 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use baton_kernels::{BlockMemory, EngineMemory, Guard};
+use baton_kernels::{BlockLayout, BlockMemory, EngineMemory, Guard};
 use baton_kv_transfer::checksum::Checksums;
 use baton_kv_transfer::tls::Identity;
 use baton_kv_transfer::{
     Endpoint, EndpointConfig, HeldBlocks, Hold, HoldTable, Limits, Peer, PullRequest, RankHold, ReleasedHold,
     SendReport, Source,
 };
-use baton_proto::connector::{Layout, Piece};
+use baton_proto::connector::{HeadSpan, Heads, Layout, Piece};
 use baton_proto::wire::{LayoutFingerprint, PullHeader, WireError};
 use baton_proto::{BlockHash, Epoch, TransferId};
 use rcgen::{CertificateParams, CertifiedIssuer, KeyPair};
@@ -77,7 +77,9 @@ impl Shape {
         };
         Layout {
             facts: BTreeMap::from([("dtype".into(), "bfloat16".into())]),
+            order: BTreeMap::new(),
             pieces: (0..self.pieces).map(piece).collect(),
+            heads: None,
         }
     }
 
@@ -85,11 +87,35 @@ impl Shape {
         LayoutFingerprint::of(&self.layout())
     }
 
+    /// Of blocks whose pieces are layers of 16 tokens and heads of 256 bytes, one token or one head after another.
+    pub fn by_heads(&self, by_token: bool) -> BlockLayout {
+        let heads = self.piece_bytes / (16 * 256);
+        let (head_stride, token_stride) = if by_token { (256, heads * 256) } else { (16 * 256, 256) };
+        let span = |piece| HeadSpan {
+            start: piece * self.piece_bytes,
+            head_stride,
+            dims: vec![(16, token_stride)],
+            len: 256,
+        };
+        let layout = Layout {
+            order: BTreeMap::from([("by_token".into(), by_token.to_string())]),
+            heads: Some(Heads { total: heads, count: heads, spans: (0..self.pieces).map(span).collect() }),
+            ..self.layout()
+        };
+        BlockLayout::of(&layout, 1).unwrap()
+    }
+
     /// A memory of its own, and the descriptors behind it.
     pub fn memory(&self) -> Arc<EngineMemory> {
         let len = u64::from(self.piece_bytes) * self.blocks;
         let storages = (0..self.pieces).map(|_| (memfd(len), len)).collect();
         EngineMemory::new(storages, &self.layout(), self.blocks).unwrap()
+    }
+}
+
+impl From<Shape> for BlockLayout {
+    fn from(shape: Shape) -> Self {
+        shape.fingerprint().into()
     }
 }
 
@@ -166,7 +192,7 @@ impl TableSource {
         &self,
         id: TransferId,
         memory: &Arc<impl BlockMemory>,
-        shape: Shape,
+        layout: impl Into<BlockLayout>,
         block_ids: Vec<u32>,
         lease: Duration,
     ) -> (Arc<Checksums>, Guard) {
@@ -178,7 +204,7 @@ impl TableSource {
             block_ids,
             ranks: vec![RankHold {
                 memory: memory.clone(),
-                layout: shape.fingerprint(),
+                layout: layout.into(),
                 checksums: checksums.clone(),
             }],
         };
@@ -191,11 +217,11 @@ impl TableSource {
         &self,
         id: TransferId,
         memory: &Arc<impl BlockMemory>,
-        shape: Shape,
+        layout: impl Into<BlockLayout>,
         block_ids: Vec<u32>,
         lease: Duration,
     ) {
-        let (checksums, guard) = self.hold_unchecked(id, memory, shape, block_ids.clone(), lease);
+        let (checksums, guard) = self.hold_unchecked(id, memory, layout, block_ids.clone(), lease);
         let memory: Arc<dyn BlockMemory> = memory.clone();
         checksums.make(&memory, &block_ids, &guard).unwrap();
     }
@@ -249,10 +275,11 @@ pub fn request(peer: Peer, id: TransferId, epoch: u64, shape: Shape, first: u32,
         peer,
         transfer_id: id,
         epoch: Epoch(epoch),
-        layout: shape.fingerprint(),
+        layout: shape.fingerprint().into(),
         first_block: first,
         last_hash: hash(first + blocks - 1),
         rank: 0,
+        ranks: 1,
         deadline: Duration::from_secs(20),
     }
 }

@@ -8,10 +8,12 @@ fn pull() -> PullHeader {
         transfer_id: TransferId::from_bytes([0xa1; 16]),
         epoch: Epoch(0x0102_0304_0506_0708),
         layout: LayoutFingerprint::from_bytes([0xb2; 16]),
+        content: Some(LayoutFingerprint::from_bytes([0xd4; 16])),
         last_hash: BlockHash::from_bytes([0xc3; 16]),
         first_block: 9,
         blocks: 10,
         rank: 11,
+        ranks: 14,
         deadline_ms: 12,
         credit: 13,
     }
@@ -20,7 +22,9 @@ fn pull() -> PullHeader {
 fn every_kind() -> Vec<Frame> {
     let mut frames = vec![
         Frame::Pull(pull()),
-        Frame::Accepted(Accepted { block_bytes: 1 << 40 }),
+        Frame::Pull(PullHeader { content: None, ..pull() }),
+        Frame::Accepted(Accepted { block_bytes: 1 << 40, order: BlockOrder::AsItLies }),
+        Frame::Accepted(Accepted { block_bytes: 1 << 20, order: BlockOrder::Common }),
         Frame::Block(BlockHeader { index: 7, checksum: u64::MAX }),
         Frame::Credit(u64::MAX - 1),
         Frame::Again(3),
@@ -61,25 +65,28 @@ fn the_largest_frame_is_as_large_as_stated() {
     assert_eq!(largest, Some(MAX_FRAME));
 }
 
-/// What version 1 looks like on the wire. A change here is a new version.
+/// What version 2 looks like on the wire. A change here is a new version.
 #[test]
-fn version_1_to_the_byte() {
-    let mut expected = b"BK\x01\x01\x50\x00\x00\x00".to_vec();
+fn version_2_to_the_byte() {
+    let mut expected = b"BK\x02\x01\x68\x00\x00\x00".to_vec();
     expected.extend([0xa1; 16]);
     expected.extend([0xb2; 16]);
+    expected.extend([0xd4; 16]);
     expected.extend([0xc3; 16]);
     expected.extend([8, 7, 6, 5, 4, 3, 2, 1]);
     expected.extend(13u64.to_le_bytes());
-    for number in [9u32, 10, 11, 12] {
+    for number in [9u32, 10, 11, 14, 12, 0] {
         expected.extend(number.to_le_bytes());
     }
     assert_eq!(Frame::Pull(pull()).encode().as_ref(), expected);
 
     let block = Frame::Block(BlockHeader { index: 0x0a0b, checksum: 0x11 }).encode();
-    assert_eq!(block.as_ref(), b"BK\x01\x04\x10\0\0\0\x11\0\0\0\0\0\0\0\x0b\x0a\0\0\0\0\0\0");
+    assert_eq!(block.as_ref(), b"BK\x02\x04\x10\0\0\0\x11\0\0\0\0\0\0\0\x0b\x0a\0\0\0\0\0\0");
+    let accepted = Frame::Accepted(Accepted { block_bytes: 0x22, order: BlockOrder::Common }).encode();
+    assert_eq!(accepted.as_ref(), b"BK\x02\x02\x10\0\0\0\x22\0\0\0\0\0\0\0\x01\0\0\0\0\0\0\0");
     let refused = Frame::Refused(WireError::new(ErrorCode::StaleEpoch, 6)).encode();
-    assert_eq!(refused.as_ref(), b"BK\x01\x03\x10\0\0\0\x06\0\0\0\0\0\0\0\x04\0\0\0\0\0\0\0");
-    assert_eq!(Frame::Again(2).encode().as_ref(), b"BK\x01\x06\x04\0\0\0\x02\0\0\0");
+    assert_eq!(refused.as_ref(), b"BK\x02\x03\x10\0\0\0\x06\0\0\0\0\0\0\0\x04\0\0\0\0\0\0\0");
+    assert_eq!(Frame::Again(2).encode().as_ref(), b"BK\x02\x06\x04\0\0\0\x02\0\0\0");
 }
 
 #[test]
@@ -103,7 +110,7 @@ fn broken_frames_are_refused() {
         Frame::decode(&bytes)
     };
     assert_eq!(with(0, b'X'), Err(FrameError::Magic));
-    assert_eq!(with(2, 2), Err(FrameError::Version(2)));
+    assert_eq!(with(2, 1), Err(FrameError::Version(1)));
     assert_eq!(with(3, 0), Err(FrameError::Kind(0)));
     assert_eq!(with(4, 15), Err(FrameError::Length { kind: FINISH, len: 15 }));
     assert_eq!(with(7, 1), Err(FrameError::Magic));
@@ -118,13 +125,47 @@ fn broken_frames_are_refused() {
 }
 
 #[test]
-fn the_fingerprint_covers_facts_and_piece_lengths_but_not_places() {
-    let layout = |dtype: &str, lens: &[u32], offset: u64| Layout {
-        facts: BTreeMap::from([("dtype".to_owned(), dtype.to_owned())]),
-        pieces: lens.iter().map(|len| Piece { storage: 0, offset, stride: 1 << 20, len: *len }).collect(),
+fn pulls_of_ranks_that_cannot_be_are_no_frames() {
+    for (rank, ranks, good) in [(0, 1, true), (63, 64, true), (0, 0, false), (2, 2, false), (0, 65, false)] {
+        let pull = PullHeader { rank, ranks, ..pull() };
+        let decoded = Frame::decode(Frame::Pull(pull).encode().as_ref()).map(|frame| frame.is_some());
+        assert_eq!(decoded, if good { Ok(true) } else { Err(FrameError::Body(PULL)) }, "{rank} of {ranks}");
+    }
+    let with = |frame: Frame, at: usize| {
+        let mut bytes = frame.encode().as_ref().to_vec();
+        bytes[at] = 2;
+        Frame::decode(&bytes)
     };
-    let one = LayoutFingerprint::of(&layout("bf16", &[8, 8], 0));
-    assert_eq!(one, LayoutFingerprint::of(&layout("bf16", &[8, 8], 4096)));
-    assert_ne!(one, LayoutFingerprint::of(&layout("f16", &[8, 8], 0)));
-    assert_ne!(one, LayoutFingerprint::of(&layout("bf16", &[16], 0)));
+    assert_eq!(with(Frame::Pull(pull()), PREFIX + 100), Err(FrameError::Body(PULL)));
+    let accepted = Frame::Accepted(Accepted { block_bytes: 1, order: BlockOrder::AsItLies });
+    assert_eq!(with(accepted, PREFIX + 8), Err(FrameError::Body(ACCEPTED)), "an order that does not exist");
+    assert_eq!(with(accepted, PREFIX + 12), Err(FrameError::Body(ACCEPTED)));
+}
+
+#[test]
+fn the_fingerprint_covers_facts_and_piece_lengths_but_not_places() {
+    let layout = |dtype: &str, inner: &str, lens: &[u32], offset: u64| Layout {
+        facts: BTreeMap::from([("dtype".to_owned(), dtype.to_owned())]),
+        order: BTreeMap::from([("inner".to_owned(), inner.to_owned())]),
+        pieces: lens.iter().map(|len| Piece { storage: 0, offset, stride: 1 << 20, len: *len }).collect(),
+        heads: None,
+    };
+    let one = LayoutFingerprint::of(&layout("bf16", "nhd", &[8, 8], 0));
+    assert_eq!(one, LayoutFingerprint::of(&layout("bf16", "nhd", &[8, 8], 4096)));
+    assert_ne!(one, LayoutFingerprint::of(&layout("f16", "nhd", &[8, 8], 0)));
+    assert_ne!(one, LayoutFingerprint::of(&layout("bf16", "hnd", &[8, 8], 0)));
+    assert_ne!(one, LayoutFingerprint::of(&layout("bf16", "nhd", &[16], 0)));
+}
+
+#[test]
+fn the_fingerprint_of_the_content_covers_facts_and_heads() {
+    let of = |dtype: &str, heads, head_bytes| {
+        let facts = BTreeMap::from([("dtype".to_owned(), dtype.to_owned())]);
+        LayoutFingerprint::of_content(&facts, heads, head_bytes)
+    };
+    let one = of("bf16", 8, 256);
+    assert_eq!(one, of("bf16", 8, 256));
+    for other in [of("f16", 8, 256), of("bf16", 4, 256), of("bf16", 8, 128)] {
+        assert_ne!(one, other);
+    }
 }

@@ -1,20 +1,20 @@
 //! What the agents' audit lines say about each transfer: the digest of the KV bytes that left, and of those that arrived.
 //!
-//! At debug level, target `baton::audit`, each side of a transfer logs one line with `transfer_id`, `side`, `blocks` and
-//! `digest`. The receiver computes its digest by reading the engine's memory back.
+//! At debug level, target `baton::audit`, each side of a transfer logs one line for each rank that pulled, with `transfer_id`,
+//! `side`, `rank`, `blocks` and `digest`. The receiver computes its digest by reading the engine's memory back.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::Context;
 
-/// Both sides of one transfer, as far as they were logged.
+/// Both sides of one transfer, as far as they were logged, by the pulling engine's ranks.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Transfer {
     /// Blocks and digest of what left.
-    pub sent: Option<(u64, String)>,
+    pub sent: BTreeMap<u32, (u64, String)>,
     /// Blocks and digest of what arrived.
-    pub received: Option<(u64, String)>,
+    pub received: BTreeMap<u32, (u64, String)>,
 }
 
 /// Reads the audit lines of these logs.
@@ -39,12 +39,13 @@ fn take(line: &str, transfers: &mut BTreeMap<String, Transfer>) -> Option<()> {
             .map(|value| value.trim_matches(['"', ',']))
     };
     let entry = transfers.entry(field("transfer_id")?.to_owned()).or_default();
-    let what = Some((field("blocks")?.parse().ok()?, field("digest")?.to_owned()));
-    match field("side")? {
-        "sent" => entry.sent = what,
-        "received" => entry.received = what,
-        _ => {}
-    }
+    let what = (field("blocks")?.parse().ok()?, field("digest")?.to_owned());
+    let side = match field("side")? {
+        "sent" => &mut entry.sent,
+        "received" => &mut entry.received,
+        _ => return None,
+    };
+    side.insert(field("rank")?.parse().ok()?, what);
     Some(())
 }
 
@@ -56,16 +57,17 @@ mod tests {
     fn sides_meet_by_transfer_id() {
         let mut transfers = BTreeMap::new();
         for line in [
-            "2026-11-21T08:00:00Z DEBUG baton::audit: kv transfer_id=00a1 side=\"sent\" blocks=3 digest=ff",
-            "2026-11-21T08:00:00Z DEBUG baton::audit: kv transfer_id=00a1 side=received blocks=3 digest=\"fe\"",
-            "2026-11-21T08:00:00Z DEBUG baton_agent: transfer_id=00a2 side=sent blocks=3 digest=ff",
+            "2026-11-21T08:00:00Z DEBUG baton::audit: kv transfer_id=00a1 side=\"sent\" rank=0 blocks=3 digest=ff",
+            "2026-11-21T08:00:00Z DEBUG baton::audit: kv transfer_id=00a1 side=received rank=0 blocks=3 digest=\"fe\"",
+            "2026-11-21T08:00:00Z DEBUG baton::audit: kv transfer_id=00a1 side=sent rank=1 blocks=3 digest=fd",
+            "2026-11-21T08:00:00Z DEBUG baton_agent: transfer_id=00a2 side=sent rank=0 blocks=3 digest=ff",
         ] {
             take(line, &mut transfers);
         }
         assert_eq!(transfers.len(), 1);
-        assert_eq!(
-            transfers["00a1"],
-            Transfer { sent: Some((3, "ff".into())), received: Some((3, "fe".into())) }
-        );
+        let digests =
+            |of: &[(u32, &str)]| of.iter().map(|(rank, digest)| (*rank, (3, (*digest).to_owned()))).collect();
+        let expected = Transfer { sent: digests(&[(0, "ff"), (1, "fd")]), received: digests(&[(0, "fe")]) };
+        assert_eq!(transfers["00a1"], expected);
     }
 }

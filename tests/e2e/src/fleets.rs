@@ -31,8 +31,15 @@ pub fn mock() -> (FleetSpec, Scale) {
 }
 
 /// vLLM engines with the model in `model`, served as `name`; `fast` where the model is small enough to prefill
-/// thousands of tokens a second on a CPU.
-pub fn vllm(python: &Path, connector: &Path, model: PathBuf, name: &str, fast: bool) -> (FleetSpec, Scale) {
+/// thousands of tokens a second on a CPU. The first engine has `ranks` tensor-parallel ranks, the others one.
+pub fn vllm(
+    python: &Path,
+    connector: &Path,
+    model: PathBuf,
+    name: &str,
+    fast: bool,
+    ranks: u32,
+) -> (FleetSpec, Scale) {
     let engine = || {
         let mut engine = VllmEngine::new(python, connector);
         // Greedy answers are compared token by token: in float32 no near-tie decides them.
@@ -54,7 +61,13 @@ pub fn vllm(python: &Path, connector: &Path, model: PathBuf, name: &str, fast: b
         rounds: if fast { 5 } else { 3 },
         patience: Duration::from_secs(60),
     };
-    (spec(engine, Model::Dir(model), name), scale)
+    let mut spec = spec(engine, Model::Dir(model), name);
+    if let EngineKind::Vllm(first) = &mut spec.engines[0].kind
+        && ranks > 1
+    {
+        first.args.extend(["--tensor-parallel-size".to_owned(), ranks.to_string()]);
+    }
+    (spec, scale)
 }
 
 fn spec(engine: impl Fn() -> EngineKind, model: Model, name: &str) -> FleetSpec {

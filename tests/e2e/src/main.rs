@@ -21,6 +21,9 @@ struct Options {
     /// What vLLM serves: SmolLM2-135M, or a small model with random weights.
     #[arg(long, value_enum, default_value = "smollm2")]
     model: ModelName,
+    /// Tensor-parallel ranks of the first vLLM engine; the others have one.
+    #[arg(long, default_value_t = 1)]
+    ranks: u32,
     /// Folder with vllm-0.32.0/ and models/, as scripts/install-vllm.sh and tests/e2e/models.py fill it.
     #[arg(long, env = "BATON_CACHE")]
     cache: Option<PathBuf>,
@@ -92,7 +95,7 @@ async fn run(options: &Options) -> anyhow::Result<bool> {
                 );
             }
             hybrid_model = Some(hybrid);
-            fleets::vllm(&python, &options.connector, model, dir, fast)
+            fleets::vllm(&python, &options.connector, model, dir, fast, options.ranks)
         }
     };
     spec.dir.clone_from(&options.dir);

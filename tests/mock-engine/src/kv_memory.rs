@@ -8,7 +8,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use baton_proto::connector::{Layout, Piece};
+use baton_proto::connector::{HeadSpan, Heads, Layout, Piece};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
 use crate::block_pool::BlockId;
@@ -54,14 +54,16 @@ impl KvShape {
             ("engine", "baton-mock".to_owned()),
             ("dtype", "uint8".to_owned()),
             ("block_size", self.block_size.to_string()),
-            ("block_bytes", (self.block_size as usize * self.kv_bytes_per_token()).to_string()),
             ("layers", self.layers.to_string()),
-            ("kv_heads", self.heads.to_string()),
             ("head_size", self.head_bytes.to_string()),
+        ];
+        let order = [
+            ("block_bytes", (self.block_size as usize * self.kv_bytes_per_token()).to_string()),
             ("inner", "token,head,byte".to_owned()),
             ("tp_rank", "0".to_owned()),
             ("tp_size", "1".to_owned()),
         ];
+        let owned = |(name, value): (&str, String)| (name.to_owned(), value);
         let len = self.piece_bytes() as u64;
         let piece = |storage, part| Piece {
             storage,
@@ -69,8 +71,21 @@ impl KvShape {
             stride: 2 * len,
             len: u32::try_from(len).expect("the shape was checked"),
         };
+        let (token, half) = (self.token_bytes() as u32, self.piece_bytes() as u32);
+        let span = |layer| HeadSpan {
+            start: layer * 2 * half,
+            head_stride: self.head_bytes,
+            dims: vec![(self.block_size, token), (2, half)],
+            len: self.head_bytes,
+        };
         Layout {
-            facts: facts.into_iter().map(|(name, value)| (name.to_owned(), value)).collect(),
+            facts: facts.into_iter().map(owned).collect(),
+            order: order.into_iter().map(owned).collect(),
+            heads: Some(Heads {
+                total: self.heads,
+                count: self.heads,
+                spans: (0..self.layers).map(span).collect(),
+            }),
             pieces: (0..self.layers).flat_map(|layer| [piece(layer, 0), piece(layer, 1)]).collect(),
         }
     }

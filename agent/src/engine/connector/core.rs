@@ -38,8 +38,6 @@ pub const MAX_HOLDS: usize = 4096;
 pub const MAX_PULLS: usize = 1024;
 /// Most storages a worker may have.
 pub const MAX_STORAGES: usize = 4096;
-/// Most tensor-parallel ranks.
-pub const MAX_RANKS: u32 = 64;
 /// Longest lease and deadline; longer ones are cut.
 pub const MAX_LEASE: Duration = Duration::from_secs(600);
 /// Most cancelled requests that are remembered, the latest.
@@ -227,11 +225,12 @@ impl Core {
                 }
             }
             (Stage::Worker { storages, layout: described @ None, .. }, ToAgent::Layout(layout)) => {
-                match RankLayout::new(&layout) {
+                let shape = self.life.as_ref().map(|life| &life.shape);
+                let (ranks, blocks) = shape.map_or((1, 0), |shape| (shape.tp_size, shape.num_blocks));
+                match RankLayout::new(&layout, ranks) {
                     Ok(rank) => {
                         *described = Some(rank);
                         let storages = std::mem::replace(storages, Storages::new());
-                        let blocks = self.life.as_ref().map_or(0, |life| life.shape.num_blocks);
                         self.actions.push(Action::Map(conn, storages, layout, blocks));
                     }
                     Err(error) => self.refuse(now, conn, error.to_string()),
@@ -413,7 +412,7 @@ impl Core {
             .iter()
             .map(|rank| RankHold {
                 memory: rank.memory.clone(),
-                layout: rank.layout.fingerprint,
+                layout: rank.layout.blocks.clone(),
                 checksums: Checksums::pending(block_ids.len()),
             })
             .collect();
@@ -493,10 +492,11 @@ impl Core {
             peer: Peer { engine_id: source.engine_id.clone(), address: source.address },
             transfer_id,
             epoch: source.epoch,
-            layout: ready.layout.fingerprint,
+            layout: ready.layout.blocks.clone(),
             first_block,
             last_hash: *last_hash,
             rank,
+            ranks: life.shape.tp_size,
             deadline: Duration::from_millis(deadline_ms.into()).min(MAX_LEASE),
         };
         self.actions.push(Action::Pull(id, request, ready.memory.clone(), block_ids.clone()));

@@ -36,7 +36,8 @@ fn direct(
             match action {
                 SenderAction::Open(pull) => {
                     let opened = pair.table.open(now, &pull);
-                    sender.handle_opened(now, opened.as_ref().map(|_| block_bytes).map_err(|error| *error));
+                    let accepted = opened.as_ref().map(|held| held.accepted());
+                    sender.handle_opened(now, accepted.map_err(|error| *error));
                     held = opened.ok();
                 }
                 SenderAction::Send(frame) => receiver.handle_bytes(now, frame.as_ref().to_vec().into()),

@@ -197,7 +197,11 @@ impl Pair {
             transfer_id: id,
             hashes: (0..blocks as usize).map(hash).collect(),
             block_ids: block_ids.clone(),
-            ranks: vec![RankHold { memory: memory.clone(), layout: LAYOUT, checksums: checksums.clone() }],
+            ranks: vec![RankHold {
+                memory: memory.clone(),
+                layout: LAYOUT.into(),
+                checksums: checksums.clone(),
+            }],
         };
         let guard = self.table.insert(self.now, hold, LEASE).unwrap();
         checksums.make(&memory, &block_ids, &guard).unwrap();
@@ -210,10 +214,12 @@ impl Pair {
             transfer_id: id,
             epoch: Epoch(1),
             layout: LAYOUT,
+            content: None,
             last_hash: hash((first + blocks).saturating_sub(1) as usize),
             first_block: first,
             blocks,
             rank: 0,
+            ranks: 1,
             deadline_ms: 10_000,
             credit: 1_000,
         }
@@ -389,9 +395,9 @@ impl Pair {
             match action {
                 SenderAction::Open(pull) => {
                     let opened = self.table.open(self.now, &pull);
-                    let block_bytes = opened.as_ref().map(|_| BLOCK_BYTES as u64).map_err(|error| *error);
+                    let accepted = opened.as_ref().map(HeldBlocks::accepted).map_err(|error| *error);
                     transfer.held = opened.ok();
-                    transfer.sender.as_mut().unwrap().handle_opened(self.now, block_bytes);
+                    transfer.sender.as_mut().unwrap().handle_opened(self.now, accepted);
                 }
                 SenderAction::Send(frame) => {
                     self.send(stream, Side::Puller, Bytes::copy_from_slice(frame.as_ref()), None);

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use baton_proto::TransferId;
-use baton_proto::wire::{Accepted, BlockHeader, ErrorCode, Frame, PullHeader};
+use baton_proto::wire::{Accepted, BlockHeader, BlockOrder, ErrorCode, Frame, PullHeader};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
@@ -77,6 +77,7 @@ fn whatever_a_puller_sends_the_holder_neither_panics_nor_sends_unasked() {
         let mut rng = StdRng::seed_from_u64(seed);
         let now = Instant::now();
         let mut sender = Sender::new(now, sender_config());
+        let accepted = Accepted { block_bytes: BLOCK_BYTES as u64, order: BlockOrder::AsItLies };
         let mut allowed = 0u64;
         let mut sent = 0u64;
         for _ in 0..rng.random_range(1..60) {
@@ -87,7 +88,7 @@ fn whatever_a_puller_sends_the_holder_neither_panics_nor_sends_unasked() {
                 }),
                 1 => Frame::Credit(rng.random_range(0..2_000)),
                 2 => Frame::Again(rng.random_range(0..5)),
-                3 => Frame::Accepted(Accepted { block_bytes: 1 }),
+                3 => Frame::Accepted(Accepted { block_bytes: 1, order: BlockOrder::AsItLies }),
                 4 if rng.random_bool(0.1) => Frame::Finish(None),
                 _ => Frame::Credit(u64::from(rng.random::<u16>())),
             };
@@ -105,7 +106,7 @@ fn whatever_a_puller_sends_the_holder_neither_panics_nor_sends_unasked() {
             sender.handle_bytes(now, bytes.into());
             while let Some(action) = sender.poll() {
                 match action {
-                    SenderAction::Open(_) => sender.handle_opened(now, Ok(BLOCK_BYTES as u64)),
+                    SenderAction::Open(_) => sender.handle_opened(now, Ok(accepted)),
                     SenderAction::Gather(_) => sender.handle_block(Ok(0)),
                     SenderAction::Payload(range) => {
                         sent += range.len() as u64;
@@ -140,7 +141,11 @@ fn whatever_a_holder_sends_the_puller_neither_panics_nor_writes_outside() {
             let mut bytes = match rng.random_range(0..5) {
                 0 => {
                     let block_bytes = BLOCK_BYTES as u64 + u64::from(rng.random_bool(0.1));
-                    Frame::Accepted(Accepted { block_bytes }).encode().as_ref().to_vec()
+                    let order = match rng.random_bool(0.1) {
+                        true => BlockOrder::Common,
+                        false => BlockOrder::AsItLies,
+                    };
+                    Frame::Accepted(Accepted { block_bytes, order }).encode().as_ref().to_vec()
                 }
                 1 | 2 => {
                     let header = BlockHeader { index: rng.random_range(0..5), checksum: rng.random() };

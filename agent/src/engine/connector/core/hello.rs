@@ -1,8 +1,7 @@
 //! What a connection may say of itself.
 
 use baton_proto::connector::{Hello, Side, VERSION};
-
-use super::MAX_RANKS;
+use baton_proto::wire::MAX_RANKS;
 
 /// Longest text in a hello, in bytes.
 const MAX_TEXT: usize = 1024;

@@ -5,7 +5,7 @@ use baton_kv_transfer::Claim;
 use baton_proto::block_hash::BlockHasher;
 use baton_proto::connector::{Content, Layout};
 use baton_proto::plan::Source;
-use baton_proto::wire::{LayoutFingerprint, PullHeader};
+use baton_proto::wire::{BlockOrder, LayoutFingerprint, PullHeader};
 use bytes::Bytes;
 
 use super::*;
@@ -42,7 +42,8 @@ impl BlockMemory for FakeMemory {
 }
 
 fn layout(rank: u32) -> Layout {
-    Layout { facts: BTreeMap::from([("tp_rank".into(), rank.to_string())]), pieces: vec![] }
+    let order = BTreeMap::from([("tp_rank".into(), rank.to_string())]);
+    Layout { facts: BTreeMap::new(), order, pieces: vec![], heads: None }
 }
 
 fn hello(instance: &str, side: Side, tp_size: u32) -> ToAgent {
@@ -161,10 +162,12 @@ impl Bed {
             transfer_id: transfer(i),
             epoch,
             layout: LayoutFingerprint::of(&layout(rank)),
+            content: None,
             last_hash: *chain.last().unwrap(),
             first_block: 0,
             blocks: chain.len() as u32,
             rank,
+            ranks: self.core.attachment().engine.map_or(rank + 1, |engine| engine.tp_size),
             deadline_ms: 100,
             credit: 0,
         };
@@ -246,6 +249,7 @@ fn report(bytes: u64, failed: Vec<usize>) -> PullReport {
         corrupt: 2 * failed.len() as u32,
         failed,
         checksums: vec![],
+        order: BlockOrder::AsItLies,
         direct: false,
     }
 }
@@ -279,7 +283,7 @@ fn what_a_connection_may_not_say_is_refused_with_the_reason() {
     too_many_facts.facts.extend((0..99).map(|i| (i.to_string(), String::new())));
     for (messages, word) in [
         (vec![ToAgent::Storage { len: 1 }], "storage"),
-        (vec![change(|hello| hello.version = 2)], "version"),
+        (vec![change(|hello| hello.version = 1)], "version"),
         (vec![change(|hello| hello.block_size = 0)], "block_size"),
         (vec![change(|hello| hello.num_blocks = 1 << 40)], "num_blocks"),
         (vec![change(|hello| hello.tp_size = 0)], "tp_size"),

@@ -83,10 +83,12 @@ proptest! {
                             transfer_id: TransferId::from_bytes([hold, life.0 as u8, (life.0 >> 8) as u8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]),
                             epoch: life,
                             layout: LayoutFingerprint::of(&layout(rank)),
+                            content: None,
                             last_hash: hashes(&content(4))[0],
                             first_block: 0,
                             blocks: 1,
                             rank,
+                            ranks: 2,
                             deadline_ms: 1,
                             credit: 0,
                         };

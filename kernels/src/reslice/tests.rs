@@ -1,0 +1,143 @@
+use std::collections::BTreeMap;
+
+use baton_proto::connector::{Heads, Piece};
+use proptest::prelude::*;
+
+use super::*;
+
+/// One layer of `[token][head][byte]`, 2 tokens, 3 heads of 4 bytes, and behind it one of `[head][token][byte]`.
+fn two_layers() -> Layout {
+    let span = |start, head_stride, token_stride| HeadSpan {
+        start,
+        head_stride,
+        dims: vec![(2, token_stride)],
+        len: 4,
+    };
+    Layout {
+        facts: BTreeMap::from([("dtype".to_owned(), "uint8".to_owned())]),
+        order: BTreeMap::new(),
+        pieces: vec![
+            Piece { storage: 0, offset: 0, stride: 24, len: 24 },
+            Piece { storage: 1, offset: 0, stride: 24, len: 24 },
+        ],
+        heads: Some(Heads { total: 6, count: 3, spans: vec![span(0, 4, 12), span(24, 8, 4)] }),
+    }
+}
+
+#[test]
+fn heads_come_one_after_another_with_all_layers_and_tokens() {
+    let map = HeadMap::of(&two_layers(), 2).unwrap().unwrap();
+    assert_eq!((map.total(), map.count(), map.head_bytes), (6, 3, 16));
+    assert_eq!(map.rows.len(), 3, "tokens that adjoin are one row");
+    // Byte = its place in the block.
+    let block: Vec<u8> = (0..48).collect();
+    let mut common = Vec::new();
+    map.gather(&[Bytes::copy_from_slice(&block)], 1..2, &mut common);
+    assert_eq!(common, [4, 5, 6, 7, 16, 17, 18, 19, 32, 33, 34, 35, 36, 37, 38, 39]);
+    common.clear();
+    map.gather(&[Bytes::copy_from_slice(&block)], 0..3, &mut common);
+    let mut back = vec![0; 48];
+    map.scatter(&common, &mut back);
+    assert_eq!(back, block);
+}
+
+#[test]
+fn heads_that_are_not_the_block_are_refused() {
+    let of = |change: fn(&mut Heads), ranks| {
+        let mut layout = two_layers();
+        change(layout.heads.as_mut().unwrap());
+        HeadMap::of(&layout, ranks).unwrap_err()
+    };
+    let cover = HeadsError::Cover(48);
+    assert_eq!(of(|heads| heads.spans[0].len = 5, 2), cover);
+    assert_eq!(of(|heads| heads.spans[0].len = 0, 2), cover);
+    assert_eq!(of(|heads| heads.spans[1].start = 25, 2), cover);
+    assert_eq!(of(|heads| heads.spans[1].head_stride = 0, 2), cover);
+    assert_eq!(of(|heads| heads.spans[1].dims = vec![(2, u32::MAX)], 2), cover);
+    assert_eq!(of(|heads| heads.spans.truncate(1), 2), cover);
+    assert_eq!(of(|heads| heads.spans.clear(), 2), cover);
+    assert_eq!(of(|heads| heads.spans[0].dims = vec![(0, 1)], 2), cover);
+    assert_eq!(of(|heads| heads.spans[0].dims = vec![(u32::MAX, 1); 3], 2), HeadsError::Size);
+    assert_eq!(of(|heads| heads.spans[0].dims = vec![(MAX_ROWS as u32, 1)], 2), HeadsError::Size);
+    assert_eq!(of(|heads| heads.total = u32::MAX, 2), HeadsError::Size);
+    assert_eq!(of(|_| {}, 1), HeadsError::Count { count: 3, total: 6, ranks: 1 });
+    assert_eq!(of(|heads| heads.total = 7, 2), HeadsError::Uneven(Uneven { heads: 7, ranks: 2 }));
+    assert_eq!(of(|heads| heads.total = 0, 2), HeadsError::Uneven(Uneven { heads: 0, ranks: 2 }));
+    assert!(HeadMap::of(&Layout { heads: None, ..two_layers() }, 2).unwrap().is_none());
+}
+
+#[test]
+fn the_content_is_named_alike_whatever_the_ranks_and_the_order() {
+    let content = |layout: &Layout, ranks| BlockLayout::of(layout, ranks).unwrap().content().unwrap();
+    let one = two_layers();
+    // Of twice as many ranks, or head by head, a head has as many bytes.
+    let mut other = two_layers();
+    other.order.insert("inner".into(), "hnd".into());
+    other.pieces.iter_mut().for_each(|piece| (piece.stride, piece.len) = (16, 16));
+    let heads = other.heads.as_mut().unwrap();
+    heads.count = 2;
+    heads.spans[0].dims = vec![(2, 8)];
+    heads.spans[1].start = 16;
+    assert_eq!(content(&one, 2), content(&other, 3));
+    assert_ne!(LayoutFingerprint::of(&one), LayoutFingerprint::of(&other));
+    other.facts.insert("dtype".into(), "int8".into());
+    assert_ne!(content(&one, 2), content(&other, 3));
+}
+
+#[test]
+fn a_block_comes_whole_and_in_order_or_not_at_all() {
+    let memory = memory();
+    let map = Arc::new(HeadMap::of(&two_layers(), 2).unwrap().unwrap());
+    let mut filling = Filling::new(memory.clone(), map.clone());
+    let common: Vec<u8> = (0..48).collect();
+    let is = |block| memory.clone().read(block, Arc::new(())).unwrap().concat();
+    filling.write(1, 0, &common[..20]).unwrap();
+    assert!(matches!(
+        filling.write(1, 21, &[0]),
+        Err(MemoryError::Order { block: 1, offset: 21, filled: 20 })
+    ));
+    assert!(matches!(filling.write(2, 20, &[0]), Err(MemoryError::Order { block: 2, .. })));
+    assert!(matches!(filling.write(1, 20, &[0; 29]), Err(MemoryError::Range { offset: 20, len: 29, .. })));
+    assert_eq!(is(1), [0; 48], "nothing was written of a part");
+    // It begins anew, in pieces of any length.
+    for (i, bytes) in common.chunks(7).enumerate() {
+        filling.write(1, i * 7, bytes).unwrap();
+    }
+    let whole = Sliced::whole(memory.clone(), map);
+    assert_eq!(whole.clone().read(1, Arc::new(())).unwrap().concat(), common);
+    assert_ne!(is(1), common);
+    assert!(matches!(whole.write(1, 0, &[0]), Err(MemoryError::ReadOnly)));
+    assert!(whole.share().is_none());
+}
+
+fn memory() -> Arc<dyn BlockMemory> {
+    use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+    let storage = || {
+        let fd = memfd_create("kv", MemfdFlags::CLOEXEC).unwrap();
+        ftruncate(&fd, 96).unwrap();
+        (fd, 96)
+    };
+    crate::EngineMemory::new(vec![storage(), storage()], &two_layers(), 4).unwrap()
+}
+
+proptest! {
+    /// Pieces of any lengths read as one run of bytes.
+    #[test]
+    fn rows_may_reach_over_pieces(
+        lens in proptest::collection::vec(1usize..9, 1..8),
+        reads in proptest::collection::vec((any::<prop::sample::Index>(), any::<prop::sample::Index>()), 1..8),
+    ) {
+        let total: usize = lens.iter().sum();
+        let bytes: Vec<u8> = (0..total).map(|i| i as u8).collect();
+        let mut rest = Bytes::copy_from_slice(&bytes);
+        let pieces: Vec<Bytes> = lens.iter().map(|len| rest.split_to(*len)).collect();
+        let mut source = Pieces::new(&pieces);
+        for (at, len) in reads {
+            let at = at.index(total);
+            let len = len.index(total - at + 1);
+            let mut into = Vec::new();
+            source.copy(at, len, &mut into);
+            prop_assert_eq!(&into, &bytes[at..at + len]);
+        }
+    }
+}
