@@ -224,7 +224,7 @@ impl Production {
             let reserved = self.members[at].load.reserved();
             reserved.sending_bytes == 0 && reserved.receiving_bytes == 0
         };
-        let rtt = self.net.rtt_us as f64 / 1e6;
+        let rtt = self.net.rtt_us / 1e6;
         for to in (0..engines).filter(|to| idle(*to)) {
             let from = (to + 1 + self.probes % (engines - 1).max(1)) % engines;
             if from != to && idle(from) {
