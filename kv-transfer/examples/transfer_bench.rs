@@ -162,15 +162,16 @@ fn pull(rounds: u32, out: Option<String>) -> Result<()> {
     println!("path: mtu {}, rtt {:?}", path.mtu, path.rtt);
     let near = puller_of(true)?;
     runtime.block_on(near.warm(&holder.peer))?;
+    // On a connection of its own: what the one before it has learnt of its path is part of the figures.
+    let apart = puller()?;
+    runtime.block_on(apart.warm(&holder.peer))?;
+    let ways = [("warm", 0, &kept), ("direct", 0, &near), ("by head", BY_HEADS, &apart)];
     for (index, (name, _, sizes)) in SHAPES.iter().enumerate() {
         for blocks in *sizes {
             let rounds = if *blocks < 10 { rounds * 4 } else { rounds };
-            let by_heads = index + BY_HEADS;
-            for (kind, index, endpoint) in
-                [("warm", index, &kept), ("direct", index, &near), ("by head", by_heads, &kept)]
-            {
-                let went =
-                    measure(&runtime, &mut holder, index, *blocks, rounds, || Ok((endpoint.clone(), true)))?;
+            for (kind, by_heads, endpoint) in ways {
+                let own = || Ok((endpoint.clone(), true));
+                let went = measure(&runtime, &mut holder, index + by_heads, *blocks, rounds, own)?;
                 print_line(&format!("{kind}, {name}"), &went);
                 results.push(went.json(kind, name));
             }
