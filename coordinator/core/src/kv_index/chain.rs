@@ -8,6 +8,9 @@ pub(super) const HELD: u8 = 0b0111;
 /// The bit that stands for a block which is expected and held in no tier.
 pub(super) const EXPECTED: u8 = 0b1000;
 
+/// A chain with more stretches than this is one that many share.
+const FEW: usize = 8;
+
 /// One cache of one engine holds this stretch of a chain, everywhere in the same tiers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Span {
@@ -89,6 +92,12 @@ impl Chain {
             self.hashes.reserve_exact(expected_more.max(len / 8).max(1));
         }
         self.hashes.push(hash);
+    }
+
+    /// Whether blocks that come behind its last one become part of it. What many share is kept apart from how each of them goes
+    /// on: lookups of all of them pass it, and then all of it.
+    pub(super) fn goes_on(&self) -> bool {
+        self.spans.len() <= FEW
     }
 
     /// Drops the dead blocks at the end.

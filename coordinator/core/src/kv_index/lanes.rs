@@ -50,6 +50,8 @@ pub(super) struct Lanes {
     /// By lane: its slot, where it is live and not [`Lane::grouped`], else [`NOBODY`]. Lookups read this and nothing else of most lanes.
     alone: Vec<Slot>,
     free: Vec<u16>,
+    /// Whether [`Self::alone`]'s slots ascend: what a lookup finds lane by lane is in slot order then.
+    pub(super) in_slot_order: bool,
     /// In slot order.
     pub(super) grouped: Vec<Grouped>,
 }
@@ -187,5 +189,6 @@ impl Lanes {
             let grouped = Grouped { slot, lanes: engine.lanes.clone(), groups: (**groups).clone() };
             self.grouped.insert(at, grouped);
         }
+        self.in_slot_order = self.alone.iter().filter(|slot| **slot != NOBODY).is_sorted();
     }
 }

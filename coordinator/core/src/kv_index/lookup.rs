@@ -38,6 +38,8 @@ impl Data {
                 }
             }
             found.scratch.pieces = pieces;
+        } else if self.lanes.in_slot_order {
+            return;
         }
         found.order();
     }
@@ -120,27 +122,34 @@ impl Data {
 
     /// Enters the lanes that hold or expect the block at `pos`, the prompt's first, as far as their span over it reaches into `blocks`
     /// blocks. Returns whether any span begins behind it, and whether any lane reaches the end.
+    ///
+    /// The longest loop of most lookups: a function of its own, so that it has the registers to itself.
+    #[inline(never)]
     fn enter(&self, chain: &Chain, pos: u32, blocks: u32, found: &mut Overlaps) -> (bool, bool) {
-        let (mut inside, mut longest) = (false, 0);
+        let end = pos + blocks;
+        let (mut inside, mut through) = (false, false);
         let reaches = found.room(chain.spans.len());
         let room = reaches.len();
         let mut free = reaches.iter_mut();
         for span in &chain.spans {
-            let (first, end) = (u32::from(span.first), u32::from(span.last) + 1);
-            if first > pos || end <= pos {
-                inside |= first > pos && first < pos + blocks;
+            let (first, after) = (u32::from(span.first), u32::from(span.last) + 1);
+            if first > pos || after <= pos {
+                inside |= first > pos && first < end;
                 continue;
             }
             let Some(slot) = self.lanes.alone(span.lane) else { continue };
-            let either = (end - pos).min(blocks);
-            let held = if span.tiers & HELD != 0 { either } else { 0 };
-            let gpu = if Tiers::from_bits(span.tiers).contains(Tier::Gpu) { either } else { 0 };
             let Some(reach) = free.next() else { break };
-            *reach = Reach { slot, held, gpu, either, lane: span.lane };
-            longest = longest.max(either);
+            // Where many share a beginning, most hold all of it.
+            let either = if after >= end { blocks } else { after - pos };
+            through |= after >= end;
+            *reach = Reach { slot, held: either, gpu: either, either, lane: span.lane };
+            if !Tiers::from_bits(span.tiers).contains(Tier::Gpu) {
+                reach.gpu = 0;
+                reach.held = if span.tiers & HELD != 0 { either } else { 0 };
+            }
         }
         found.count = room - free.len();
-        (inside, longest == blocks)
+        (inside, through)
     }
 
     /// Notes the stretches of lanes that are one of several of their engine's.

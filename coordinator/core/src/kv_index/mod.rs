@@ -165,11 +165,11 @@ impl KvIndex {
     ) -> Result<(), IndexError> {
         let tiers = tiers.into();
         self.data.write(|data| data.lanes.lane(holder).map(drop))?;
+        let mut likely = None;
         for step in hashes.chunks(STEP) {
-            self.data.write(|data| {
+            likely = self.data.write(|data| {
                 let lane = data.lanes.lane(holder)?;
-                data.unmark(lane, tiers.bits(), step);
-                Ok(())
+                Ok(data.unmark(lane, tiers.bits(), step, likely))
             })?;
         }
         Ok(())
@@ -318,17 +318,16 @@ impl KvIndex {
             return Ok(0);
         }
         let mut dropped = 0;
-        let mut behind = Behind { chained: run.chained, parent: run.parent.as_ref(), likely: None };
+        let parent = run.parent.as_ref();
+        let mut behind = Behind { chained: run.chained, parent, likely: None, new: false };
         let mut left = run.hashes.len();
         for step in run.hashes.chunks(STEP) {
             left -= step.len();
-            let (kept_out, last) = self.data.write(|data| {
+            dropped += self.data.write(|data| {
                 let lane = data.lanes.lane(holder)?;
-                Ok(data.mark(lane, mark, behind, step, left))
+                Ok(data.mark(lane, mark, &mut behind, step, left))
             })?;
-            dropped += kept_out;
             behind.parent = step.last().filter(|_| run.chained);
-            behind.likely = last;
         }
         Ok(dropped)
     }

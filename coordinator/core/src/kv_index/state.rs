@@ -36,6 +36,8 @@ pub(super) struct Behind<'a> {
     pub(super) parent: Option<&'a BlockHash>,
     /// Where that lay a moment ago.
     pub(super) likely: Option<Place>,
+    /// Whether it came to life a moment ago: what comes behind it will do so too.
+    pub(super) new: bool,
 }
 
 /// The data.
@@ -87,33 +89,47 @@ impl Data {
         self.places.head(hash, &self.chains)
     }
 
-    /// Marks up to [`STEP`] blocks for a lane; `coming` says how many more follow. Returns how many a cap kept out, and where the last
-    /// one lies.
+    /// Where the block lies; a guess costs less than a search.
+    fn find(&self, likely: Option<Place>, hash: &BlockHash) -> Option<Place> {
+        let lies = |place: &Place| {
+            let chain = &self.chains[place.chain];
+            chain.hashes.get(place.pos as usize) == Some(hash) && chain.is_live(place.pos)
+        };
+        likely.filter(lies).or_else(|| self.places.find(hash, &self.chains))
+    }
+
+    /// Marks up to [`STEP`] blocks for a lane; `coming` says how many more follow. Returns how many a cap kept out. `behind` tells
+    /// of the last block then, but for its hash.
     pub(super) fn mark(
         &mut self,
         lane: u16,
         mark: Mark,
-        behind: Behind<'_>,
+        behind: &mut Behind<'_>,
         hashes: &[BlockHash],
         coming: usize,
-    ) -> (u64, Option<Place>) {
-        let Behind { chained, parent, likely } = behind;
-        let lies = |place: &Place| {
-            let chain = &self.chains[place.chain];
-            chain.hashes.get(place.pos as usize) == parent && chain.is_live(place.pos)
-        };
-        let find = |parent| self.places.find(parent, &self.chains);
-        let mut before = likely.filter(lies).or_else(|| parent.and_then(find));
+    ) -> u64 {
+        let Behind { chained, parent, likely, mut new } = *behind;
+        let mut before = parent.and_then(|parent| self.find(likely, parent));
         // A block of which the one before is not known may be anywhere.
         let mut anywhere = parent.is_none();
         let mut dropped = 0;
         let mut i = 0;
         while i < hashes.len() {
             let mut blocks = 1;
+            if let Some(place) = before.filter(|_| new) {
+                let appended = self.append(place, mark, &hashes[i..]);
+                if appended > 0 {
+                    self.edit(lane, Place { pos: place.pos + 1, ..place }, appended, mark);
+                    before = Some(Place { pos: place.pos + appended, ..place });
+                    i += appended as usize;
+                    continue;
+                }
+            }
             let known = match anywhere {
                 true => self.places.find(&hashes[i], &self.chains),
                 false => self.next(before, &hashes[i]),
             };
+            new = known.is_none();
             let place = if let Some(place) = known {
                 let place = before.and_then(|before| self.absorb(before, place)).unwrap_or(place);
                 if chained {
@@ -124,13 +140,9 @@ impl Data {
             } else {
                 let ahead = if chained { hashes.len() - i + coming } else { 1 };
                 let place = if self.room(mark) > 0 { self.put(before, &hashes[i], ahead) } else { None };
-                if let Some(place) = place {
-                    if chained {
-                        blocks += self.append(place, mark, &hashes[i + 1..]);
-                    }
-                    self.edit(lane, place, blocks, mark);
-                } else {
-                    dropped += 1;
+                match place {
+                    Some(place) => self.edit(lane, place, 1, mark),
+                    None => dropped += 1,
                 }
                 place
             };
@@ -142,14 +154,22 @@ impl Data {
             Mark::Held(_) => self.dropped += dropped,
             Mark::Expected(_) => self.dropped_expected += dropped,
         }
-        (dropped, before)
+        (behind.likely, behind.new) = (before, new);
+        dropped
     }
 
-    /// The lane does not hold these blocks, up to [`STEP`], in these tiers any more.
-    pub(super) fn unmark(&mut self, lane: u16, tiers: u8, hashes: &[BlockHash]) {
+    /// The lane does not hold these blocks, up to [`STEP`], in these tiers any more. `likely` is where the first one may lie. Returns
+    /// where the next one may.
+    pub(super) fn unmark(
+        &mut self,
+        lane: u16,
+        tiers: u8,
+        hashes: &[BlockHash],
+        mut likely: Option<Place>,
+    ) -> Option<Place> {
         let mut i = 0;
         while i < hashes.len() {
-            let Some(place) = self.places.find(&hashes[i], &self.chains) else {
+            let Some(place) = self.find(likely, &hashes[i]) else {
                 i += 1;
                 continue;
             };
@@ -169,8 +189,11 @@ impl Data {
                 self.count(lane, delta);
                 self.bury(place.chain, first, last);
             }
+            let next = if back > 1 { first.checked_sub(1) } else { Some(last + 1) };
+            likely = next.map(|pos| Place { pos, ..place });
             i += blocks as usize;
         }
+        likely
     }
 
     /// Those of the blocks `first..=last`, up to [`STEP`], that nobody holds or expects any more are dead. They were live before.
@@ -355,7 +378,7 @@ impl Data {
                 }
                 return Some(place);
             }
-            if pos == chain.hashes.len() && pos < MAX_CHAIN {
+            if pos == chain.hashes.len() && pos < MAX_CHAIN && chain.goes_on() {
                 chain.push(*hash, ahead.min(MAX_CHAIN - pos));
                 self.places.insert(hash, place, false);
                 return Some(place);
@@ -367,21 +390,20 @@ impl Data {
         Some(place)
     }
 
-    /// Appends blocks behind one that does not live yet, where the chain ends there, up to the first that lives already.
-    /// Returns how many.
-    fn append(&mut self, place: Place, mark: Mark, hashes: &[BlockHash]) -> u32 {
-        let chain = &self.chains[place.chain];
-        // One is about to be counted.
-        let most = self.room(mark) - 1;
-        if place.pos + 1 != chain.len() {
+    /// Appends blocks behind one that came to life just now, where its chain ends there, up to the first that lives already. Returns
+    /// how many.
+    fn append(&mut self, before: Place, mark: Mark, hashes: &[BlockHash]) -> u32 {
+        let chain = &self.chains[before.chain];
+        if before.pos + 1 != chain.len() || !chain.goes_on() {
             return 0;
         }
-        // What comes behind a block that does not live can live as a head only.
-        let fits = hashes.len().min(MAX_CHAIN - chain.hashes.len()).min(most as usize);
+        // What comes behind a block that did not live can live as a head only.
+        let room = usize::try_from(self.room(mark)).unwrap_or(usize::MAX);
+        let fits = hashes.len().min(MAX_CHAIN - chain.hashes.len()).min(room);
         self.places.touch(&hashes[..fits]);
-        let new = |at: &usize| self.places.insert_new(&hashes[*at], place.chain, &self.chains);
+        let new = |at: &usize| self.places.insert_new(&hashes[*at], before.chain, &self.chains);
         let blocks = (0..fits).take_while(new).count();
-        self.chains[place.chain].hashes.extend_from_slice(&hashes[..blocks]);
+        self.chains[before.chain].hashes.extend_from_slice(&hashes[..blocks]);
         blocks as u32
     }
 
@@ -393,7 +415,7 @@ impl Data {
         }
         let (into, from) = (&self.chains[before.chain], &self.chains[place.chain]);
         let fits = from.len() <= ABSORB && (into.len() + from.len()) as usize <= MAX_CHAIN;
-        if before.pos + 1 != into.len() || !fits || from.dead > 0 {
+        if before.pos + 1 != into.len() || !fits || from.dead > 0 || !into.goes_on() {
             return None;
         }
         self.carry(place.chain, 0, from.len() - 1, before.chain);
