@@ -48,7 +48,7 @@ pub struct Coordinator {
     /// As it was last seen.
     fleet: Mutex<Arc<Fleet>>,
     /// What engines were given to do last.
-    parts: RwLock<Arc<Parts>>,
+    parts: RwLock<Parts>,
 }
 
 /// A batch that cannot be applied; the session ends.
@@ -128,9 +128,9 @@ impl Coordinator {
         let parts = self.decisions.plan(&fleet);
         self.metrics.engines_decode_only.set(parts.decoding() as i64);
         let mut last = self.parts.write().expect(POISON);
-        if **last != parts {
+        if *last != parts {
             info!(decode_only = parts.decoding(), engines = fleet.engines().len(), "engines have new parts");
-            *last = Arc::new(parts);
+            *last = parts;
         }
     }
 

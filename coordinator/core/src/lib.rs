@@ -15,6 +15,7 @@
 //! | [`accuracy`] | what was predicted against what was seen |
 //! | [`cost`] | predicted seconds, term by term |
 //! | [`placement`] | policies, and the decision |
+//! | [`planner`] | which engines only decode for the time being |
 //! | [`ring`] | the home of a prefix that nobody owns |
 //! | [`sessions`] | which engine a session was served by |
 //! | [`admission`] | requests that wait because nothing can serve them in time |

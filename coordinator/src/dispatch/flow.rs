@@ -96,8 +96,9 @@ pub(super) struct Placed {
     /// Until the answer's first byte: the pull is over then.
     transfer_reservation: Option<TransferReservation>,
     explanation: Option<HeaderValue>,
-    /// As the planner knows it, and since when.
-    key: u64,
+    /// As the planner knows it, where its policy leaves parts to one.
+    key: Option<u64>,
+    /// When it was placed.
     arrived: Instant,
 }
 
@@ -253,14 +254,16 @@ impl Flow<'_> {
             EngineLoad::reserve_transfer((holder.slot, &holder.load), &answer.load, priced.transfer_bytes)
         });
         let info = &fleet.engines()[priced.plan.prefill() as usize].info;
-        let key = self.coordinator.decisions.placed(planner::Placed {
-            now_ms: self.coordinator.decisions.now_ms(),
+        let decisions = &self.coordinator.decisions;
+        let placed = || planner::Placed {
+            now_ms: decisions.now_ms(),
             model: info.models.first().cloned().unwrap_or_default(),
             prompt_tokens: tokens,
             beginnings: Beginnings::of(&hashes, info.block_size),
             cached: (prefill.slot, priced.hit_tokens),
             slo,
-        });
+        };
+        let key = self.wanted.policy.gives_parts().then(|| decisions.placed(placed()));
         Ok(Placed {
             key,
             arrived: Instant::now(),

@@ -26,8 +26,8 @@ pub(super) struct Ongoing {
     pub(super) decode: DecodeReservation,
     /// Predicted between two tokens.
     pub(super) itl_seconds: f64,
-    /// As the planner knows the request.
-    pub(super) key: u64,
+    /// As the planner knows the request, if it does.
+    pub(super) key: Option<u64>,
     /// From its placement to its first token.
     pub(super) ttft_seconds: f64,
 }
@@ -95,15 +95,15 @@ impl Relay {
             if sample.tokens > 0 {
                 self.ongoing.account.seen(Term::Decode, predicted, sample.seconds);
             }
-            self.ongoing.account.finished(
-                self.ongoing.key,
-                Finished {
+            if let Some(key) = self.ongoing.key {
+                let finished = Finished {
                     // The first frame came before these.
                     tokens: sample.tokens + 1,
                     ttft_seconds: self.ongoing.ttft_seconds,
                     itl_seconds: sample.seconds / (sample.tokens as f64).max(1.0),
-                },
-            );
+                };
+                self.ongoing.account.finished(key, finished);
+            }
             self.ongoing.engine.learn(|speed| speed.observe_decode(&sample));
         }
     }
