@@ -117,7 +117,9 @@ impl Decisions {
     /// What engines are to do from now on; see [`Planner::plan`]. Requests do not wait for it.
     pub fn plan(&self, fleet: &Fleet) -> Parts {
         let mut planner = self.planner.lock().expect(POISON);
-        for note in std::mem::take(&mut *self.notes.lock().expect(POISON)) {
+        // Taken before the loop: its head would hold the lock to its end.
+        let notes = std::mem::take(&mut *self.notes.lock().expect(POISON));
+        for note in notes {
             match note {
                 Note::Placed(key, placed) => planner.placed(key, placed),
                 Note::Finished(key, finished) => planner.finished(key, &finished),

@@ -3,8 +3,8 @@
 use std::sync::{Arc, Mutex, RwLock};
 
 use baton_coordinator_core::cost::Term;
-use baton_coordinator_core::fleet::Fleet;
-use baton_coordinator_core::kv_index::{Holder, IndexError, KvIndex, Limits, Run, Tier, Tiers};
+use baton_coordinator_core::fleet::{Fleet, Role};
+use baton_coordinator_core::kv_index::{Holder, IndexError, KvIndex, Limits, Run, Slot, Tier, Tiers};
 use baton_coordinator_core::links::Links;
 use baton_coordinator_core::placement::Policy;
 use baton_coordinator_core::planner::Parts;
@@ -126,12 +126,19 @@ impl Coordinator {
         let links = self.links.read().expect(POISON).clone();
         let fleet = Fleet::new(self.registry.snapshot(Instant::now()), links);
         let parts = self.decisions.plan(&fleet);
-        self.metrics.engines_decode_only.set(parts.decoding() as i64);
+        let decoding = parts.decoding();
         let mut last = self.parts.write().expect(POISON);
         if *last != parts {
-            info!(decode_only = parts.decoding(), engines = fleet.engines().len(), "engines have new parts");
+            info!(decode_only = decoding, engines = fleet.engines().len(), "engines have new parts");
             *last = parts;
         }
+        drop(last);
+        self.metrics.engines_decode_only.set(decoding as i64);
+    }
+
+    /// What an engine was given to do for the time being, if anything.
+    pub fn part(&self, slot: Slot) -> Option<Role> {
+        self.parts.read().expect(POISON).of(slot)
     }
 
     /// A term of a cost was predicted, and then seen, in seconds.

@@ -1,5 +1,6 @@
 //! Operators' read-only calls.
 
+use baton_coordinator_core::fleet::Role;
 use baton_coordinator_core::placement::{self, Decider};
 use baton_proto::ContentKeys;
 use baton_proto::control::v1;
@@ -62,6 +63,16 @@ pub(super) fn fleet(coordinator: &Coordinator) -> v1::FleetReply {
         load: Some(entry.reported()),
         owned_blocks: coordinator.index.blocks_of(entry.slot),
         healthy: entry.healthy(),
+        part: part(coordinator.part(entry.slot)).into(),
     };
     v1::FleetReply { engines: coordinator.registry.entries().into_iter().map(status).collect() }
+}
+
+fn part(role: Option<Role>) -> v1::Role {
+    match role {
+        None => v1::Role::Unspecified,
+        Some(Role::Both) => v1::Role::Both,
+        Some(Role::Prefill) => v1::Role::Prefill,
+        Some(Role::Decode | Role::DecodeOnly) => v1::Role::Decode,
+    }
 }

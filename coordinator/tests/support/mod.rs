@@ -3,6 +3,7 @@
 
 mod agent;
 mod engine;
+pub mod paced;
 
 use std::path::Path;
 use std::sync::Arc;

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Context as _;
 use baton_fleet::control::Operator;
-use baton_proto::control::v1::{EngineStatus, Register, Role};
+use baton_proto::control::v1::{EngineStatus, Role};
 use serde_json::json;
 
 use crate::table::Table;
@@ -33,6 +33,7 @@ pub(crate) async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let head = [
         "engine",
         "role",
+        "part",
         "model",
         "health",
         "transfers",
@@ -43,7 +44,7 @@ pub(crate) async fn run(arguments: Arguments) -> anyhow::Result<()> {
         "owned blocks",
         "url",
     ];
-    let mut table = Table::new(&head, &["role", "model", "health", "transfers", "url"]);
+    let mut table = Table::new(&head, &["role", "part", "model", "health", "transfers", "url"]);
     for engine in &engines {
         table.row(row(engine));
     }
@@ -59,7 +60,8 @@ fn row(status: &EngineStatus) -> Vec<String> {
     let load = status.load.unwrap_or_default();
     vec![
         registration.engine_id.clone(),
-        role(&registration).to_owned(),
+        name(registration.role()).unwrap_or("?").to_owned(),
+        name(status.part()).unwrap_or("-").to_owned(),
         registration.models.first().cloned().unwrap_or_default(),
         if status.healthy { "healthy" } else { "gone" }.to_owned(),
         if registration.can_transfer { "yes" } else { "no connector" }.to_owned(),
@@ -77,7 +79,8 @@ fn as_json(status: &EngineStatus) -> serde_json::Value {
     let load = status.load.unwrap_or_default();
     json!({
         "engine_id": registration.engine_id,
-        "role": role(&registration),
+        "role": name(registration.role()).unwrap_or("?"),
+        "part": name(status.part()),
         "models": registration.models,
         "healthy": status.healthy,
         "can_transfer": registration.can_transfer,
@@ -92,11 +95,11 @@ fn as_json(status: &EngineStatus) -> serde_json::Value {
     })
 }
 
-fn role(registration: &Register) -> &'static str {
-    match registration.role() {
-        Role::Both => "both",
-        Role::Prefill => "prefill",
-        Role::Decode => "decode",
-        Role::Unspecified => "?",
+fn name(role: Role) -> Option<&'static str> {
+    match role {
+        Role::Both => Some("both"),
+        Role::Prefill => Some("prefill"),
+        Role::Decode => Some("decode"),
+        Role::Unspecified => None,
     }
 }
