@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use tokio::task::JoinHandle;
 use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 
-use self::support::{Agent, Fleet, client, eventually, paced, register};
+use self::support::{Agent, Behaviour, Engine, Fleet, client, eventually, paced, register};
 
 const GAUGE: &str = "baton_engines_decode_only";
 /// For what must come true under load, on a slow machine.
@@ -41,7 +41,7 @@ const LONG: Traffic = Traffic {
 const SHORT: Traffic =
     Traffic { pause: Duration::from_millis(25), prompt: 160, answer: 1, slos: &[("x-baton-ttft-ms", "500")] };
 
-/// Two engines that take time, and their agents.
+/// Two engines and their agents.
 struct Pair {
     fleet: Fleet,
     urls: BTreeMap<&'static str, String>,
@@ -52,11 +52,15 @@ struct Pair {
 
 impl Pair {
     async fn start() -> Self {
+        Self::of([paced::start().await, paced::start().await]).await
+    }
+
+    async fn of(engines: [String; 2]) -> Self {
         let fleet = Fleet::start("").await;
         let mut pair =
             Self { fleet, urls: BTreeMap::new(), agents: BTreeMap::new(), requests: AtomicU32::new(0) };
-        for id in ["e0", "e1"] {
-            pair.urls.insert(id, paced::start().await);
+        for (id, url) in ["e0", "e1"].into_iter().zip(engines) {
+            pair.urls.insert(id, url);
             pair.register(id, Role::Both).await;
         }
         pair
@@ -183,4 +187,15 @@ async fn parts_are_taken_back_where_handoffs_have_become_slow() {
     assert_eq!(pair.parts().await, [Role::Unspecified; 2]);
     let response = pair.ask(&SHORT, &[]).await;
     assert_eq!(header(&response, "x-baton-mode"), "colocated");
+}
+
+#[tokio::test]
+async fn requests_that_find_no_room_in_time_count_as_missed() {
+    let engines = [Engine::start().await, Engine::start().await];
+    engines.iter().for_each(|engine| engine.behave(Behaviour::Hang));
+    let pair = Pair::of(engines.map(|engine| engine.url())).await;
+    // The first ones never end, and those behind them are turned away: nothing else says that anything is missed.
+    pair.busy_until(SHORT, "an engine only decodes", async || pair.decode_only().await == 1.0).await;
+    let turned_away = pair.fleet.metric("baton_requests_total{mode=\"none\",outcome=\"no_room\"}").await;
+    assert!(turned_away >= 40.0, "{turned_away}");
 }

@@ -3,11 +3,11 @@
 use std::sync::Arc;
 
 use baton_coordinator_core::cost::Term;
-use baton_coordinator_core::planner::Finished;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 
 use super::place::Wanted;
+use crate::decisions::Decisions;
 use crate::metrics::{Mode, Outcome};
 use crate::state::Coordinator;
 
@@ -38,9 +38,9 @@ impl Account {
         self.coordinator.seen(term, predicted, seen);
     }
 
-    /// The request was answered whole.
-    pub(super) fn finished(&self, key: u64, finished: Finished) {
-        self.coordinator.decisions.finished(key, finished);
+    /// What decisions leave behind.
+    pub(super) fn decisions(&self) -> &Decisions {
+        &self.coordinator.decisions
     }
 
     /// The first byte of a stream goes out.

@@ -5,6 +5,7 @@ use std::time::Duration;
 use http::StatusCode;
 
 use super::flow::Flow;
+use super::noted::Noted;
 use super::place::{Placement, Unplaced};
 use super::waiting::{NoRoom, Place};
 use crate::http::ApiError;
@@ -25,14 +26,17 @@ impl Flow<'_> {
         self.wanted.place(self.coordinator, &self.avoid, explained, true)
     }
 
-    /// Decides; where no engine has room, or its first token would come late, once that is better, and where it does not become better
+    /// Decides, and tells the planner; where no engine has room, or its first token would come late, once that is better, and where it does not become better
     /// in time, not at all.
-    pub(super) async fn wait_for_room(&self) -> Result<Placement, Turned> {
+    pub(super) async fn wait_for_room(&mut self) -> Result<Placement, Turned> {
         let (room, model) = (&self.coordinator.waiting, &self.wanted.model);
         let longest = Duration::from_millis(self.coordinator.config.limits.longest_wait_ms.into());
         let mut place: Option<Place> = None;
         loop {
             let first = self.decide();
+            if let (None, Ok(placement)) = (&self.noted, &first) {
+                self.noted = Noted::new(&self.coordinator.decisions, self.wanted, placement);
+            }
             let ready = match &first {
                 Ok(placement) => !placement.had_better_wait(),
                 Err(unplaced) => *unplaced != Unplaced::Full,

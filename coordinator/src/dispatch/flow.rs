@@ -9,7 +9,6 @@ use baton_coordinator_core::kv_index::{Attention, Group, MAX_TICKS};
 use baton_coordinator_core::load::{
     DecodeReservation, EngineLoad, PrefillReservation, Reserved, TransferReservation,
 };
-use baton_coordinator_core::planner::{self, Beginnings};
 use baton_coordinator_core::speed::PrefillSample;
 use baton_proto::EngineId;
 use baton_proto::plan::Source;
@@ -27,6 +26,7 @@ use super::account::Account;
 use super::admit::Turned;
 use super::hold::Holding;
 use super::legs;
+use super::noted::Noted;
 use super::place::{Placement, Unplaced, Wanted};
 use super::relay::{Ongoing, Relay};
 use super::upstream::UpstreamError;
@@ -65,7 +65,7 @@ impl Endpoint {
 /// Dropping the future, or the answer's body, ends the work on every engine.
 pub async fn serve(coordinator: Arc<Coordinator>, wanted: Wanted, permit: OwnedSemaphorePermit) -> Response {
     let account = Account::open(coordinator.clone(), &wanted, permit);
-    Flow { coordinator: &coordinator, wanted: &wanted, avoid: Vec::new() }.run(account).await
+    Flow { coordinator: &coordinator, wanted: &wanted, avoid: Vec::new(), noted: None }.run(account).await
 }
 
 pub(super) struct Flow<'a> {
@@ -73,6 +73,8 @@ pub(super) struct Flow<'a> {
     pub(super) wanted: &'a Wanted,
     /// Engines that failed it.
     pub(super) avoid: Vec<EngineId>,
+    /// As the planner knows it, if it does.
+    pub(super) noted: Option<Noted>,
 }
 
 /// A decision, with the engines and reservations it stands for.
@@ -96,10 +98,6 @@ pub(super) struct Placed {
     /// Until the answer's first byte: the pull is over then.
     transfer_reservation: Option<TransferReservation>,
     explanation: Option<HeaderValue>,
-    /// As the planner knows it, where its policy leaves parts to one.
-    key: Option<u64>,
-    /// When it was placed.
-    arrived: Instant,
 }
 
 impl Placed {
@@ -185,6 +183,11 @@ impl Flow<'_> {
                         Turned::Away(Unplaced::NoEngine(_)) => Outcome::Failed,
                         Turned::Away(Unplaced::Full) | Turned::NoRoom(_) => Outcome::NoRoom,
                     };
+                    if account.outcome == Outcome::NoRoom
+                        && let Some(noted) = self.noted.take()
+                    {
+                        noted.turned_away(&self.coordinator.decisions);
+                    }
                     return self.refusal(turned).into_response();
                 }
             };
@@ -212,7 +215,7 @@ impl Flow<'_> {
 
     /// Takes what a decision needs.
     fn reserve(&self, placement: Placement) -> Result<Placed, Turned> {
-        let Placement { fleet, decision, reserved, hashes, explanation, slo, .. } = placement;
+        let Placement { fleet, decision, reserved, hashes, explanation, .. } = placement;
         let priced = decision.chosen;
         let entry = |at: u32| {
             let id = &fleet.engines()[at as usize].info.id;
@@ -253,20 +256,7 @@ impl Flow<'_> {
         let transfer_reservation = holder.as_ref().map(|holder| {
             EngineLoad::reserve_transfer((holder.slot, &holder.load), &answer.load, priced.transfer_bytes)
         });
-        let info = &fleet.engines()[priced.plan.prefill() as usize].info;
-        let decisions = &self.coordinator.decisions;
-        let placed = || planner::Placed {
-            now_ms: decisions.now_ms(),
-            model: info.models.first().cloned().unwrap_or_default(),
-            prompt_tokens: tokens,
-            beginnings: Beginnings::of(&hashes, info.block_size),
-            cached: (prefill.slot, priced.hit_tokens),
-            slo,
-        };
-        let key = self.wanted.policy.gives_parts().then(|| decisions.placed(placed()));
         Ok(Placed {
-            key,
-            arrived: Instant::now(),
             alone: decision.alone && self.wanted.prompt.is_known(),
             reserved,
             unaided_seconds: speed(priced.plan.decode()).prefill_seconds(tokens, 0),
@@ -416,8 +406,7 @@ impl Flow<'_> {
             prefill: placed.prefill_reservation,
             decode: placed.decode_reservation,
             itl_seconds: placed.priced.itl_seconds,
-            key: placed.key,
-            ttft_seconds: placed.arrived.elapsed().as_secs_f64(),
+            begun: self.noted.as_ref().map(Noted::begun),
         };
         Response::from_parts(parts, Body::new(Relay::new(first, inner, streaming, ongoing)))
     }

@@ -20,6 +20,7 @@ mod admit;
 mod flow;
 mod hold;
 mod legs;
+mod noted;
 mod place;
 mod prompt;
 mod relay;

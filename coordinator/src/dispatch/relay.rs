@@ -6,7 +6,6 @@ use std::task::{Context, Poll};
 
 use baton_coordinator_core::cost::Term;
 use baton_coordinator_core::load::{DecodeReservation, PrefillReservation, Reserved};
-use baton_coordinator_core::planner::Finished;
 use baton_coordinator_core::speed::DecodeSample;
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
@@ -14,6 +13,7 @@ use hyper::body::Incoming;
 use tokio::time::Instant;
 
 use super::account::Account;
+use super::noted::Begun;
 use crate::metrics::Outcome;
 use crate::registry::Entry;
 
@@ -27,9 +27,7 @@ pub(super) struct Ongoing {
     /// Predicted between two tokens.
     pub(super) itl_seconds: f64,
     /// As the planner knows the request, if it does.
-    pub(super) key: Option<u64>,
-    /// From its placement to its first token.
-    pub(super) ttft_seconds: f64,
+    pub(super) begun: Option<Begun>,
 }
 
 /// The body of the answer.
@@ -95,14 +93,8 @@ impl Relay {
             if sample.tokens > 0 {
                 self.ongoing.account.seen(Term::Decode, predicted, sample.seconds);
             }
-            if let Some(key) = self.ongoing.key {
-                let finished = Finished {
-                    // The first frame came before these.
-                    tokens: sample.tokens + 1,
-                    ttft_seconds: self.ongoing.ttft_seconds,
-                    itl_seconds: sample.seconds / (sample.tokens as f64).max(1.0),
-                };
-                self.ongoing.account.finished(key, finished);
+            if let Some(begun) = self.ongoing.begun {
+                begun.finished(self.ongoing.account.decisions(), sample.tokens, sample.seconds);
             }
             self.ongoing.engine.learn(|speed| speed.observe_decode(&sample));
         }
