@@ -66,6 +66,9 @@ async fn a_stream_goes_on_event_by_event() {
     }
     assert!(stream.next().await.is_none());
     assert_eq!(fleet.metric("baton_ttft_seconds_count{mode=\"colocated\"}").await, 1.0);
+    let coordinator = &fleet.server.coordinator;
+    let seen = coordinator.fleet(coordinator.config.policy.0).engines()[0].answer_tokens;
+    assert_eq!(seen, Some(4.0), "the last event is no token");
 }
 
 #[tokio::test]

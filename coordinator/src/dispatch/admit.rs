@@ -26,8 +26,8 @@ impl Flow<'_> {
         self.wanted.place(self.coordinator, &self.avoid, explained, true)
     }
 
-    /// Decides, and tells the planner; where no engine has room, or its first token would come late, once that is better, and where it does not become better
-    /// in time, not at all.
+    /// Decides; where no engine has room, or its first token would come late, once that is better, and where it does not become better
+    /// in time, not at all. The planner hears of it at the first decision.
     pub(super) async fn wait_for_room(&mut self) -> Result<Placement, Turned> {
         let (room, model) = (&self.coordinator.waiting, &self.wanted.model);
         let longest = Duration::from_millis(self.coordinator.config.limits.longest_wait_ms.into());

@@ -102,10 +102,14 @@ impl Relay {
 
     fn passed(&mut self, frame: &Frame<Bytes>) {
         if let (Some(progress), Some(data)) = (&mut self.stream, frame.data_ref()) {
+            // The last event is no token.
+            let data = data.strip_suffix(b"data: [DONE]\n\n").unwrap_or(data);
             let events = data.windows(2).filter(|pair| pair == b"\n\n").count() as u64;
-            progress.events += events;
-            self.ongoing.decode.grew(events);
-            progress.last = Instant::now();
+            if events > 0 {
+                progress.events += events;
+                self.ongoing.decode.grew(events);
+                progress.last = Instant::now();
+            }
         }
     }
 }
