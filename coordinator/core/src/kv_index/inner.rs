@@ -154,8 +154,6 @@ impl Part {
     #[inline(never)]
     fn settle(&mut self, part: u32) {
         let log = std::mem::take(&mut self.log);
-        let most = self.len as usize + log.iter().filter(|change| !change.is_out()).count();
-        self.reserve(most, part);
         // Reading all that will be changed has the cache misses overlap.
         let first = |change: &Change| self.buckets.get(self.home(change.entry().kept()));
         let read = log.iter().filter_map(first).map(|bucket| bucket.len);
@@ -164,6 +162,7 @@ impl Part {
             if change.is_out() {
                 self.take(change.entry());
             } else {
+                self.reserve(part);
                 self.put(change.entry());
                 self.len += 1;
             }
@@ -172,16 +171,15 @@ impl Part {
         self.log.clear();
         let buckets = self.buckets.len();
         if buckets > 4 && self.len as usize * 4 < buckets * ROOM {
-            self.resize((buckets / 2).max(room_for(self.len as usize)));
+            self.resize(buckets / 2);
         }
     }
 
-    fn reserve(&mut self, entries: usize, part: u32) {
-        let needed = room_for(entries);
+    /// Makes room for one more. Parts differ in how they grow, so that they do not all grow at once.
+    fn reserve(&mut self, part: u32) {
         let buckets = self.buckets.len();
-        if needed > buckets {
-            // Parts differ in how they grow, so that they do not all grow at once.
-            self.resize(needed.max(buckets + buckets / 2 + part as usize % 2));
+        if (self.len as usize + 1) * 4 > buckets * ROOM * 3 {
+            self.resize(buckets + buckets / 2 + 1 + part as usize % 2);
         }
     }
 
@@ -227,11 +225,6 @@ impl Part {
         }
         None
     }
-}
-
-/// Buckets that so many entries need.
-fn room_for(entries: usize) -> usize {
-    (entries * 4).div_ceil(ROOM * 3)
 }
 
 /// The table.
@@ -289,8 +282,13 @@ impl Inner {
     #[inline]
     fn change(&mut self, key: Key, chain: u32, out: bool) {
         let part = &mut self.parts[key.part as usize];
+        let full = LOG + key.part as usize % LOG;
+        if part.log.capacity() == 0 {
+            // All at once: what grows step by step leaves holes among the chains' hashes.
+            part.log.reserve_exact(full);
+        }
         part.log.push(Change::new(Entry::new(key, chain), out));
-        if part.log.len() >= LOG + key.part as usize % LOG {
+        if part.log.len() >= full {
             part.settle(key.part);
         }
     }
