@@ -23,7 +23,8 @@
 //! runs of blocks, so a stretch costs eight bytes however long it is, a lookup takes a few comparisons for each chain, and a store
 //! of blocks that others hold too costs next to nothing. Two tables lead from a hash into a chain: a small one from where
 //! chains begin, which lookups and stores ask, and a large compact one from all other blocks, which is asked where a search begins
-//! inside a chain: at the parent of what is stored, at what is evicted.
+//! inside a chain: at the parent of what is stored, at what is evicted. Changes of the large one wait in logs of its parts and are made
+//! many at a time, so that its cache misses are shared; whoever searches it reads the part's log too.
 //! That blocks follow each other is learnt from stores and dispatches that say so ([`Run::chain`]); blocks stored
 //! without ([`Run::loose`]) are chains of one block until a dispatch shows where they belong. Links between blocks are
 //! claims of authenticated agents and of the coordinator's own hashing; a false one could misplace requests, and no more: KV is
@@ -36,7 +37,7 @@
 //!
 //! # Memory
 //! About 25 bytes for each distinct block (16 hash, 7 to 11 table) and 8 for each stretch that an engine holds, besides
-//! 64 for each chain. The worst case, in which every block is a chain of its own with one holder, is about 125 bytes a
+//! 64 for each chain, and 3 MB for the logs. The worst case, in which every block is a chain of its own with one holder, is about 125 bytes a
 //! membership; a cut-up chain may hold three dead blocks, 16 bytes each, for a live one. So [`Limits::memberships`] of 16 million
 //! bounds the index at 2 GB in the worst case and at 0.6 GB in practice. At the cap, a store of a block that its cache does not hold
 //! yet is dropped and counted: the index then knows less than the engines hold, and a request is computed where it could

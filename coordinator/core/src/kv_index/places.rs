@@ -11,7 +11,6 @@ use super::chain::Chains;
 use super::heads::Heads;
 use super::inner::Inner;
 use super::key::{Key, Mixer, Place};
-use super::state::STEP;
 
 /// The tables.
 #[derive(Debug)]
@@ -44,58 +43,34 @@ impl Places {
         self.head_keyed(key, hash, chains).or_else(|| self.inner.find(key, inside))
     }
 
-    /// Reads where the search for a head starts, so that its cache miss is under way.
+    /// Begins the cache miss of a search for a head.
     pub(super) fn expect_head(&self, hash: &BlockHash) {
-        std::hint::black_box(self.heads.touch(self.mixer.key(hash)));
-    }
-
-    /// Reads where inner blocks' entries are or would be, all at once. At most [`STEP`].
-    pub(super) fn touch(&self, hashes: &[BlockHash]) {
-        let mut keys = [Key::default(); STEP];
-        for (key, hash) in keys.iter_mut().zip(hashes) {
-            *key = self.mixer.key(hash);
-        }
-        // The less is done for each, the more cache misses are under way at once.
-        let read = keys[..hashes.len()].iter().fold(0, |read, key| read | self.inner.touch(*key));
-        std::hint::black_box(read);
-    }
-
-    /// A block that does not live yet lies there from now on.
-    #[inline]
-    pub(super) fn insert(&mut self, hash: &BlockHash, place: Place, head: bool) {
-        let key = self.mixer.key(hash);
-        if head {
-            self.heads.insert(key, place);
-            self.inner.insert_head(key);
-        } else {
-            self.inner.insert(key, place.chain);
-        }
+        self.heads.touch(self.mixer.key(hash));
     }
 
     /// As [`Self::insert`] for an inner block, unless it lives already, as a head. Returns whether it did.
     #[inline]
     pub(super) fn insert_new(&mut self, hash: &BlockHash, chain: u32, chains: &Chains) -> bool {
         let key = self.mixer.key(hash);
-        if self.inner.insert_unless_head(key, chain) {
-            return true;
+        if self.heads.may_have(key) && self.head_keyed(key, hash, chains).is_some() {
+            return false;
         }
-        let new = self.head_keyed(key, hash, chains).is_none();
-        if new {
-            self.inner.insert(key, chain);
-        }
-        new
+        self.inner.insert(key, chain);
+        true
+    }
+
+    /// A block that does not live yet lies there from now on.
+    #[inline]
+    pub(super) fn insert(&mut self, hash: &BlockHash, place: Place, head: bool) {
+        let key = self.mixer.key(hash);
+        if head { self.heads.insert(key, place) } else { self.inner.insert(key, place.chain) }
     }
 
     /// The block does not live any more.
     #[inline]
     pub(super) fn remove(&mut self, hash: &BlockHash, place: Place, head: bool) {
         let key = self.mixer.key(hash);
-        if head {
-            self.heads.remove(key, place);
-            self.inner.remove_head(key);
-        } else {
-            self.inner.remove(key, place.chain);
-        }
+        if head { self.heads.remove(key, place) } else { self.inner.remove(key, place.chain) }
     }
 
     /// The block before this one died, or came to life.

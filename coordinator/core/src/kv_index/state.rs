@@ -200,7 +200,6 @@ impl Data {
     fn bury(&mut self, id: u32, first: u32, last: u32) {
         let chain = &mut self.chains[id];
         let hashes = &chain.hashes[first as usize..=last as usize];
-        self.places.touch(hashes);
         let any_left = chain.any_covered(first, last);
         let was_head = chain.is_head(first);
         let (mut dead, mut gap) = (0, false);
@@ -400,9 +399,8 @@ impl Data {
         // What comes behind a block that did not live can live as a head only.
         let room = usize::try_from(self.room(mark)).unwrap_or(usize::MAX);
         let fits = hashes.len().min(MAX_CHAIN - chain.hashes.len()).min(room);
-        self.places.touch(&hashes[..fits]);
-        let new = |at: &usize| self.places.insert_new(&hashes[*at], before.chain, &self.chains);
-        let blocks = (0..fits).take_while(new).count();
+        let new = |hash: &&BlockHash| self.places.insert_new(hash, before.chain, &self.chains);
+        let blocks = hashes[..fits].iter().take_while(new).count();
         self.chains[before.chain].hashes.extend_from_slice(&hashes[..blocks]);
         blocks as u32
     }
