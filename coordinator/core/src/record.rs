@@ -19,7 +19,7 @@ use crate::placement::{self, Decider, Decision, Policy, Request};
 use crate::speed::Speed;
 
 /// The form of records.
-pub const VERSION: u32 = 4;
+pub const VERSION: u32 = 5;
 /// Slots of recorded engines are below this, so that a broken record does not make a huge table.
 const MOST_SLOTS: u32 = 1 << 20;
 

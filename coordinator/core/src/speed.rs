@@ -67,7 +67,14 @@ impl Speed {
     /// Predicted seconds of one decode step of so many sequences with so many tokens of context, summed over them.
     #[inline]
     pub fn decode_step_seconds(&self, sequences: f64, context_tokens: f64) -> f64 {
-        self.step_seconds + self.sequence_seconds * sequences + self.context_seconds * context_tokens
+        self.step_seconds + self.mixed_seconds(sequences, context_tokens)
+    }
+
+    /// Predicted seconds that so many sequences with so many tokens of context add to a step that computes a part of a prompt. Both go
+    /// over the weights together, so `d` is no part of it.
+    #[inline]
+    pub fn mixed_seconds(&self, sequences: f64, context_tokens: f64) -> f64 {
+        self.sequence_seconds * sequences + self.context_seconds * context_tokens
     }
 }
 
@@ -130,10 +137,7 @@ impl SpeedEstimate {
     /// Learns from a prefill.
     pub fn observe_prefill(&mut self, sample: &PrefillSample) {
         let steps = sample.new.div_ceil(CHUNK_TOKENS) as f64;
-        let beside = match sample.sequences > 0.0 {
-            true => steps * self.speed().decode_step_seconds(sample.sequences, sample.context_tokens),
-            false => 0.0,
-        };
+        let beside = steps * self.speed().mixed_seconds(sample.sequences, sample.context_tokens);
         // The other part may be overestimated: never take more than half off.
         let seconds = (sample.seconds - beside).max(sample.seconds / 2.0);
         self.prefill.observe(prefill_features(sample.new, sample.cached), seconds);
@@ -379,7 +383,7 @@ mod tests {
         let truth = PRIOR;
         for new in (0..400u64).map(|i| 100 + 50 * i) {
             let steps = new.div_ceil(CHUNK_TOKENS) as f64;
-            let seconds = truth.prefill_seconds(new, 0) + steps * truth.decode_step_seconds(8.0, 8000.0);
+            let seconds = truth.prefill_seconds(new, 0) + steps * truth.mixed_seconds(8.0, 8000.0);
             let sample = PrefillSample { new, cached: 0, seconds, sequences: 8.0, context_tokens: 8000.0 };
             estimate.observe_prefill(&sample);
         }

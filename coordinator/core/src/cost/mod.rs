@@ -12,9 +12,9 @@
 //! |---|---|---|
 //! | `queue_wait` | predicted prefills that are reserved there, half of one less: the one that is being computed is half done on average; a `pull` plan meets two queues at once, and waits for the longer | it |
 //! | `hold` | `pull` plans: the source's prefill of one token behind the cached ones, and its mixed step, as below; less what the longer queue hides of it | it |
-//! | `mixed_steps` | `⌈n / chunk⌉ · (d + e·B + f·Σctx)`: each chunk shares its step with the sequences that decode | it |
+//! | `mixed_steps` | `⌈n / chunk⌉ · (e·B + f·Σctx)`: each chunk shares its step with the sequences that decode; the step's base `d` is in `prefill` | it |
 //! | `prefill` | `a + b·n + c·(n·p + n²/2)` | it |
-//! | `decode_stall` | `B · (prefill - a)`: no sequence has a token while a chunk is computed; the fixed part is not the step's | others |
+//! | `decode_stall` | `B · (prefill - ⌈n / chunk⌉ · d)`, at least 0: in each chunk's step every sequence has a token, which is late by what the chunk adds to a step | others |
 //! | `transfer_wait`, `transfer` | [`crate::links`]; a handoff's where layers stream, less what the prefill of later layers hides, but no less than one layer's part | it |
 //! | `decode_queue_wait` | as `queue_wait`, at the decode engine | it |
 //! | `first_step` | `a + (d + e·(B+1) + f·(Σctx+ctx))`: the second request and its step | it |
@@ -23,8 +23,8 @@
 //! | `second_copy` | [`SHARERS`]` · (prefill - prefill after P)`, at most [`MOST_SECOND_COPY_SECONDS`]; `P` are the most prompt tokens that an engine holds which may take part; nothing where they are pulled | those to come |
 //! | `slo_risk` | `promise · (risk(ttft) + risk(itl), at most 1, + B · what it adds to risk(itl) of the others)`; see below | it, others |
 //!
-//! That a step that mixes prefill and decode costs about the sum of its parts, and that chunked prefill stalls every decoding
-//! sequence, is how Sarathi-Serve (Agrawal et al., OSDI 2024) describes it, and DistServe (Zhong et al., OSDI 2024) why splitting helps. Time to
+//! That a step that mixes prefill and decode costs about the sum of its parts, one pass over the weights less, and that chunked prefill
+//! stalls every decoding sequence, is how Sarathi-Serve (Agrawal et al., OSDI 2024) describes it, and DistServe (Zhong et al., OSDI 2024) why splitting helps. Time to
 //! first token as the sum of queue, transfer and prefill is Mooncake's (Qin et al., FAST 2025); what others lose is ours to add.
 //!
 //! # Leaving a prefix

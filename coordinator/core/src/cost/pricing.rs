@@ -238,16 +238,18 @@ impl<'a> Pricing<'a> {
         let (sequences, context) = decoding(hot, reserved);
         let queue = queue_seconds(hot, reserved);
         let prefill = hot.speed.prefill_seconds(new, cached);
-        let chunks = (prefill - hot.speed.request_seconds).max(0.0);
+        let steps = new.div_ceil(CHUNK_TOKENS) as f64;
+        // Each of its steps takes longer than one without it by this.
+        let held_up = (prefill - steps * hot.speed.step_seconds).max(0.0);
         let (mut mixed, mut slo_risk) = (0.0, 0.0);
         if sequences > 0.0 {
             let step = hot.speed.decode_step_seconds(sequences, context);
-            mixed = new.div_ceil(CHUNK_TOKENS) as f64 * step;
+            mixed = steps * hot.speed.mixed_seconds(sequences, context);
             let itl = step / (1.0 - hot.prefill_share);
-            let risk = |held_up: f64| self.itl_risk(itl + held_up / self.answer_tokens);
-            slo_risk = sequences * self.promised * (risk(queue + chunks) - risk(queue));
+            let risk = |seconds: f64| self.itl_risk(itl + seconds / self.answer_tokens);
+            slo_risk = sequences * self.promised * (risk(queue + held_up) - risk(queue));
         }
-        let stall = sequences * chunks;
+        let stall = sequences * held_up;
         let own = queue + mixed + prefill;
         let sums = PrefillSums { prefill, own, seconds: own + stall + slo_risk };
         PrefillCost { queue, mixed, stall, second_copy: 0.0, slo_risk, sums }
@@ -582,8 +584,8 @@ mod tests {
         };
         near(Term::QueueWait, 0.75);
         near(Term::Prefill, 4.0);
-        near(Term::MixedSteps, 2.0 * (0.01 + 0.003 + 0.003));
-        near(Term::DecodeStall, 12.0);
+        near(Term::MixedSteps, 2.0 * (0.003 + 0.003));
+        near(Term::DecodeStall, 3.0 * (4.0 - 2.0 * 0.01));
         near(Term::Decode, 10.0 * (0.01 + 0.004 + (3000.0 + 4005.5) * 1e-6));
         near(Term::DecodeBatch, 3.0 * 10.0 * (0.001 + 4005.5e-6));
         near(Term::Transfer, 0.0);
@@ -652,7 +654,7 @@ mod tests {
         let busy = Reserved { sequences: 3, context_tokens: 3000, ..Reserved::default() };
         let loads = Loads::new(vec![busy, Reserved::default()], Vec::new());
         let priced = pricing(&fleet, &loads, &[1000, 10], 20_000).price(plan);
-        let mixed = fleet.engines()[0].speed.decode_step_seconds(3.0, 3000.0);
+        let mixed = fleet.engines()[0].speed.mixed_seconds(3.0, 3000.0);
         near(priced.terms.get(Term::Hold), step + mixed);
         assert_eq!(priced.terms.get(Term::DecodeStall), 0.0);
     }

@@ -115,7 +115,7 @@ impl Planner {
         }
     }
 
-    /// What engines are to do from now on. Takes some ten milliseconds for a model of which many requests came since the last time, so
+    /// What engines are to do from now on. Takes some tens of milliseconds for a model of which many requests came since the last time, so
     /// call it off the way of requests, about once a second. What is known of models that no engine serves any more is dropped.
     pub fn plan(&mut self, now_ms: u64, fleet: &Fleet) -> Parts {
         let mut by_model: BTreeMap<&str, Vec<u32>> = BTreeMap::new();

@@ -10,16 +10,14 @@ use crate::fleet::{Engine, Fleet, Role};
 use crate::kv_index::Slot;
 use crate::links::PRIOR_BYTES_PER_SECOND;
 
-/// Requests that are rehearsed.
-const WINDOW: usize = 800;
+/// Requests that are rehearsed. More than come in a burst: what a burst leaves behind is rehearsed with it only.
+const WINDOW: usize = 1600;
 /// New ones between two plans.
 const FRESH: usize = 100;
 /// Requests that must have ended since the last change before the next one.
-const JUDGED: f64 = 40.0;
-/// Requests over which the share of those within the SLOs is averaged.
-const MEMORY: f64 = 300.0;
+const JUDGED: usize = 40;
 /// Where engines do both and more than this share is within the SLOs, nothing is looked for.
-const ENOUGH: f64 = 0.98;
+const ENOUGH: f64 = 0.95;
 /// What is rehearsed besides the requests as they came: so many times as fast. It tells splits apart that all keep the SLOs.
 const FASTER: f64 = 1.5;
 /// Weight of a new rehearsal in what is remembered of a split's.
@@ -49,6 +47,8 @@ pub(super) struct Seen {
     pub(super) elsewhere: Option<(Slot, u64)>,
     /// Of its answer, if that is over.
     pub(super) tokens: Option<u64>,
+    /// Whether it was within its SLOs, if it is over.
+    kept: Option<bool>,
     pub(super) slo: Slo,
     beginnings: Beginnings,
 }
@@ -57,28 +57,22 @@ impl Seen {
     #[cfg(test)]
     pub(super) fn new(at: f64, prompt_tokens: u64, tokens: u64, slo: Slo) -> Self {
         let beginnings = Beginnings::default();
-        Self { at, prompt_tokens, parent: None, elsewhere: None, tokens: Some(tokens), slo, beginnings }
+        Self {
+            at,
+            prompt_tokens,
+            parent: None,
+            elsewhere: None,
+            tokens: Some(tokens),
+            kept: None,
+            slo,
+            beginnings,
+        }
     }
 
-    fn kept(&self, finished: &Finished) -> bool {
+    fn within(&self, finished: &Finished) -> bool {
         let within = |seconds: f64, slo: Option<f64>| slo.is_none_or(|slo| seconds <= slo);
         within(finished.ttft_seconds, self.slo.ttft_seconds)
             && within(finished.itl_seconds, self.slo.itl_seconds)
-    }
-}
-
-/// The share of requests within their SLOs, of those placed since a change.
-#[derive(Clone, Copy, Debug, Default)]
-struct Attained {
-    /// The first of them.
-    since: u64,
-    kept: f64,
-    all: f64,
-}
-
-impl Attained {
-    fn share(&self) -> f64 {
-        self.kept / self.all.max(1.0)
     }
 }
 
@@ -93,9 +87,10 @@ pub(super) struct Pool {
     fresh: usize,
     /// How many engines only decode.
     decoding: usize,
-    attained: Attained,
+    /// The first request since that changed.
+    since: u64,
     rehearsal: Rehearsal,
-    /// By how much rehearsals underestimate what is attained: where all do both, and where engines are split.
+    /// By how much rehearsals underestimated what was attained of the requests that are over: where all do both, and where engines are split.
     off: [f64; 2],
     planned_at: f64,
     /// What rehearsals said of splits, averaged; for as many engines as there were then.
@@ -121,6 +116,7 @@ impl Pool {
             parent: found.map(|(parent, tokens)| (parent, tokens.max(held))),
             elsewhere: (found.is_none() && held > 0).then_some((holder, held)),
             tokens: None,
+            kept: None,
             slo: placed.slo,
             beginnings: placed.beginnings,
         });
@@ -132,11 +128,7 @@ impl Pool {
         let Some(at) = number.checked_sub(self.first) else { return };
         let Some(seen) = self.window.get_mut(at as usize) else { return };
         seen.tokens = Some(finished.tokens);
-        if number >= self.attained.since {
-            let keep = 1.0 - 1.0 / MEMORY;
-            self.attained.kept = self.attained.kept * keep + f64::from(u8::from(seen.kept(finished)));
-            self.attained.all = self.attained.all * keep + 1.0;
-        }
+        seen.kept = Some(seen.within(finished));
     }
 
     /// Adds what the engines at these places are to do.
@@ -175,9 +167,10 @@ impl Pool {
 
     /// Rehearses, and takes the best split. `order` is that in which engines come to decode.
     fn choose(&mut self, now: f64, fleet: &Fleet, order: &[u32]) {
-        let observed = self.attained.share();
         let is_split = self.decoding > 0;
-        if self.attained.all < JUDGED || (!is_split && observed >= ENOUGH) {
+        let since = self.since.saturating_sub(self.first) as usize;
+        let over: Vec<bool> = self.window.iter().skip(since).filter_map(|seen| seen.kept).collect();
+        if over.len() < JUDGED || (!is_split && share(over.into_iter()) >= ENOUGH) {
             return;
         }
         let engines = order.len();
@@ -210,12 +203,22 @@ impl Pool {
             remembered[at] += (both - remembered[at]) * if new { 1.0 } else { NEW };
         }
 
+        // Of the same requests, as far as they are over.
+        rehearse(splits[current], 1.0);
+        let both = self.window.iter().zip(self.rehearsal.verdicts()).skip(since);
+        let compared = both.filter_map(|(seen, rehearsed)| Some((seen.kept?, rehearsed?)));
+        let (seen, rehearsed): (Vec<bool>, Vec<bool>) = compared.unzip();
         let forgotten = (-(now - self.planned_at) / FORGET_SECONDS).exp();
         self.planned_at = now;
         self.off[usize::from(!is_split)] *= forgotten;
-        self.off[usize::from(is_split)] = observed - attained[current];
-        // Those that have ended since a change are the quick ones: never better than what was rehearsed.
-        self.off[1] = self.off[1].min(0.0);
+        if seen.len() >= JUDGED {
+            self.off[usize::from(is_split)] = share(seen.into_iter()) - share(rehearsed.into_iter());
+        }
+        let mut off = self.off;
+        if !is_split {
+            // What makes requests miss and is not rehearsed will do so on a split too.
+            off[1] = off[1].min(off[0]).min(0.0);
+        }
 
         let mut best = current.max(1);
         for at in 1..splits.len() {
@@ -224,7 +227,7 @@ impl Pool {
                 best = at;
             }
         }
-        let missed = [1.0 - attained[0] - self.off[0], 1.0 - attained[best] - self.off[1]];
+        let missed = [1.0 - attained[0] - off[0], 1.0 - attained[best] - off[1]];
         let clearly = |new: f64, old: f64| new < CLEARLY * old - LEAST;
         let taken = match is_split {
             true if clearly(missed[0], missed[1]) => 0,
@@ -234,9 +237,15 @@ impl Pool {
         };
         if taken != self.decoding {
             self.decoding = taken;
-            self.attained = Attained { since: self.first + self.window.len() as u64, ..Attained::default() };
+            self.since = self.first + self.window.len() as u64;
         }
     }
+}
+
+/// The share of those that are true.
+pub(super) fn share(of: impl Iterator<Item = bool>) -> f64 {
+    let (kept, all) = of.fold((0, 0), |(kept, all), one| (kept + u32::from(one), all + 1));
+    f64::from(kept) / f64::from(all.max(1))
 }
 
 /// Places in the order in which they come to decode: first those that are slow with prompts for how fast they decode; engines

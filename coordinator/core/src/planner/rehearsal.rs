@@ -12,10 +12,10 @@
 use std::cmp::{Ordering, Reverse};
 use std::collections::{BinaryHeap, VecDeque};
 
-use super::pool::Seen;
+use super::pool::{Seen, share};
 use crate::cost::{MOST_SECOND_COPY_SECONDS, SHARERS};
 use crate::kv_index::Slot;
-use crate::speed::Speed;
+use crate::speed::{CHUNK_TOKENS, Speed};
 
 /// Requests that the beginning of a prompt is traced back over.
 const ANCESTORS: usize = 6;
@@ -108,13 +108,6 @@ struct Engine {
     stored: f64,
 }
 
-/// Of the requests that are judged.
-#[derive(Clone, Copy, Debug, Default)]
-struct Tally {
-    kept: u32,
-    all: u32,
-}
-
 impl Engine {
     fn reset(&mut self, now: f64) {
         self.decoding.clear();
@@ -133,9 +126,9 @@ impl Engine {
     }
 
     /// Decodes until then; those that end are judged.
-    fn advance(&mut self, until: f64, speed: &Speed, tally: &mut Tally) {
+    fn advance(&mut self, until: f64, speed: &Speed, verdicts: &mut [Option<bool>]) {
         while let Some(end) = self.next_end(speed).filter(|end| *end <= until) {
-            self.end_next(end, tally);
+            self.end_next(end, verdicts);
         }
         if !self.decoding.is_empty() && until > self.clock {
             self.steps += (until - self.clock) / self.step(speed);
@@ -143,22 +136,21 @@ impl Engine {
         self.clock = self.clock.max(until);
     }
 
-    fn end_next(&mut self, at: f64, tally: &mut Tally) {
+    fn end_next(&mut self, at: f64, verdicts: &mut [Option<bool>]) {
         let Some(Reverse(ended)) = self.decoding.pop() else { return };
         (self.clock, self.steps) = (at, self.steps.max(ended.at));
         self.context -= ended.what.context;
         if ended.what.judged {
-            tally.all += 1;
-            tally.kept += u32::from(ended.what.in_time && at <= ended.what.late);
+            verdicts[ended.number] = Some(ended.what.in_time && at <= ended.what.late);
         }
     }
 
     /// Decodes until then, and as long as there is no room for so many tokens.
-    fn make_room(&mut self, from: f64, tokens: f64, member: &Member, tally: &mut Tally) {
-        self.advance(from, &member.speed, tally);
+    fn make_room(&mut self, from: f64, tokens: f64, member: &Member, verdicts: &mut [Option<bool>]) {
+        self.advance(from, &member.speed, verdicts);
         while self.context + tokens > member.kv_tokens {
             let Some(end) = self.next_end(&member.speed) else { break };
-            self.end_next(end, tally);
+            self.end_next(end, verdicts);
         }
     }
 
@@ -195,7 +187,8 @@ pub(super) struct Rehearsal {
     hits: Vec<(u32, f64)>,
     /// By when each host's card has sent, and received, all.
     cards: Vec<(f64, f64)>,
-    tally: Tally,
+    /// By request: whether it kept its SLOs, if it is judged.
+    verdicts: Vec<Option<bool>>,
     /// Members that only decode: the first ones.
     decoding: usize,
     faster: f64,
@@ -205,7 +198,12 @@ impl Rehearsal {
     /// Requests that the last one judged.
     #[cfg(test)]
     pub(super) fn judged(&self) -> usize {
-        self.tally.all as usize
+        self.verdicts.iter().flatten().count()
+    }
+
+    /// By request of the window: whether the last one kept its SLOs. `None` for those that are not judged.
+    pub(super) fn verdicts(&self) -> impl Iterator<Item = Option<bool>> {
+        self.verdicts.iter().copied()
     }
 
     /// Serves the window with the first `decoding` members only decoding and the others only computing prompts; where it is 0, all do both.
@@ -220,7 +218,8 @@ impl Rehearsal {
         self.cards.resize(hosts, (begin, begin));
         self.served.clear();
         self.computed.clear();
-        self.tally = Tally::default();
+        self.verdicts.clear();
+        self.verdicts.resize(play.window.len(), None);
         for number in 0..play.window.len() {
             let request = self.request(play, number);
             while let Some(computed) = self.computed.peek().filter(|next| next.0.at <= request.at) {
@@ -239,13 +238,13 @@ impl Rehearsal {
             self.hand_off(play, computed);
         }
         self.advance_to(play, f64::INFINITY);
-        f64::from(self.tally.kept) / f64::from(self.tally.all.max(1))
+        share(self.verdicts().flatten())
     }
 
     /// All engines decode until then.
     fn advance_to(&mut self, play: &Play<'_>, at: f64) {
         for (engine, member) in self.engines.iter_mut().zip(play.members) {
-            engine.advance(at, &member.speed, &mut self.tally);
+            engine.advance(at, &member.speed, &mut self.verdicts);
         }
     }
 
@@ -296,7 +295,7 @@ impl Rehearsal {
         &self,
         play: &Play<'_>,
         request: &Request,
-        also: impl Fn(&Engine, &Speed, f64) -> f64,
+        also: impl Fn(&Engine, &Speed, f64, f64) -> f64,
     ) -> (u32, f64, f64) {
         let computers = self.decoding as u32..play.members.len() as u32;
         let longest = computers.clone().map(|at| self.hit(at)).fold(0.0, f64::max);
@@ -309,7 +308,7 @@ impl Rehearsal {
             let computing = seconds(hit);
             let second_copy = (SHARERS * (computing - seconds(longest))).clamp(0.0, MOST_SECOND_COPY_SECONDS);
             let wait = (engine.free - request.at).max(0.0);
-            let cost = wait + computing + second_copy + also(engine, speed, computing);
+            let cost = wait + computing + second_copy + also(engine, speed, hit, computing);
             if cost < best.0 {
                 best = (cost, (at, computing, hit));
             }
@@ -319,29 +318,31 @@ impl Rehearsal {
 
     /// Serves a request on one engine.
     fn serve(&mut self, play: &Play<'_>, request: &Request) {
-        // Each chunk shares a step with what decodes; a prompt is taken for one.
-        let mixed = |engine: &Engine, speed: &Speed| match engine.decoding.is_empty() {
-            true => 0.0,
-            false => engine.step(speed),
+        // Each chunk shares a step with what decodes: that takes longer, but all of them have a token.
+        let mixed = |engine: &Engine, speed: &Speed, steps: f64| {
+            steps * speed.mixed_seconds(engine.decoding.len() as f64, engine.context)
         };
-        let (at, computing, hit) = self.best_prefill(play, request, |engine, speed, computing| {
-            let stall = engine.decoding.len() as f64 * (computing - speed.request_seconds);
-            mixed(engine, speed) + stall + engine.decode_seconds(speed, request.context, request.steps)
+        let chunks = |hit: f64| ((request.prompt - hit) / CHUNK_TOKENS as f64).ceil().max(1.0);
+        let (at, computing, hit) = self.best_prefill(play, request, |engine, speed, hit, computing| {
+            let steps = chunks(hit);
+            let stall = engine.decoding.len() as f64 * (computing - steps * speed.step_seconds).max(0.0);
+            mixed(engine, speed, steps) + stall + engine.decode_seconds(speed, request.context, request.steps)
         });
         let (engine, member) = (&mut self.engines[at as usize], &play.members[at as usize]);
         let start = engine.free.max(request.at);
-        let computing = computing + mixed(engine, &member.speed);
-        engine.make_room(start, request.prompt + request.tokens, member, &mut self.tally);
-        engine.clock += computing;
+        engine.make_room(start, request.prompt + request.tokens, member, &mut self.verdicts);
+        engine.clock += computing + mixed(engine, &member.speed, chunks(hit));
+        engine.steps += chunks(hit);
         engine.free = engine.clock;
         engine.stored += request.prompt - hit + request.tokens;
         self.served.push([(at, engine.stored); 2]);
-        self.join(play, at, request);
+        let first = engine.clock;
+        self.join(play, at, request, first);
     }
 
     /// The first part of a request.
     fn prefill(&mut self, play: &Play<'_>, request: &Request) {
-        let (at, computing, hit) = self.best_prefill(play, request, |_, _, _| 0.0);
+        let (at, computing, hit) = self.best_prefill(play, request, |_, _, _, _| 0.0);
         let engine = &mut self.engines[at as usize];
         engine.free = engine.free.max(request.at) + computing;
         engine.stored += request.prompt - hit;
@@ -382,27 +383,29 @@ impl Rehearsal {
             self.cards[member.host as usize].1 = there;
         }
         let there = there + play.roads.round_trips;
-        engine.make_room(there, request.prompt + request.tokens, member, &mut self.tally);
+        engine.make_room(there, request.prompt + request.tokens, member, &mut self.verdicts);
         engine.stored += request.prompt + request.tokens;
         self.served[computed.number][1] = (at, engine.stored);
-        // The second request and its one step come before the first token.
-        let first_step = member.speed.request_seconds + engine.step(&member.speed);
-        engine.advance(engine.clock + first_step, &member.speed, &mut self.tally);
-        self.join(play, at, &request);
+        // The second request, and a step that it shares with all that decode, come before the first token.
+        let first = engine.clock + member.speed.request_seconds + engine.step(&member.speed);
+        self.join(play, at, &request, first);
     }
 
-    /// A request's first token is there, at the engine's clock.
-    fn join(&mut self, play: &Play<'_>, at: u32, request: &Request) {
+    /// A request is among those that decode, from the engine's clock on; its first token is there at `first`.
+    fn join(&mut self, play: &Play<'_>, at: u32, request: &Request, first: f64) {
         let slo = play.window[request.number].slo;
         let engine = &mut self.engines[at as usize];
         engine.context += request.context;
+        let speed = &play.members[at as usize].speed;
+        let step = speed.decode_step_seconds(engine.decoding.len() as f64 + 1.0, engine.context);
+        let before = (first - engine.clock) / step;
         let sequence = Sequence {
             context: request.context,
-            late: engine.clock + slo.itl_seconds.map_or(f64::INFINITY, |slo| slo * request.steps),
+            late: first + slo.itl_seconds.map_or(f64::INFINITY, |slo| slo * request.steps),
             judged: request.number as f64 >= SKIPPED * play.window.len() as f64,
-            in_time: slo.ttft_seconds.is_none_or(|slo| engine.clock - request.at <= slo),
+            in_time: slo.ttft_seconds.is_none_or(|slo| first - request.at <= slo),
         };
-        let end = Event { at: engine.steps + request.steps, number: request.number, what: sequence };
+        let end = Event { at: engine.steps + before + request.steps, number: request.number, what: sequence };
         engine.decoding.push(Reverse(end));
     }
 }

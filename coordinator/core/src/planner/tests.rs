@@ -48,7 +48,7 @@ fn links(count: u32, bytes_per_second: f64) -> Links {
 fn busy(planner: &mut Planner, requests: u64, slo: Slo, kept: bool) {
     for n in 0..requests {
         let placed = Placed {
-            now_ms: n * 40,
+            now_ms: n * 20,
             model: "m".to_owned(),
             prompt_tokens: 2000,
             beginnings: Beginnings::of(&hashes(n, 125, 0), 16),
@@ -141,7 +141,7 @@ fn of_many_engines_a_part_is_rehearsed_and_as_large_a_share_decodes() {
         let mut planner = Planner::new();
         for n in 0..800u64 {
             let placed = Placed {
-                now_ms: n * 320 / u64::from(count),
+                now_ms: n * 160 / u64::from(count),
                 model: "m".to_owned(),
                 prompt_tokens: 2000,
                 beginnings: Beginnings::of(&hashes(n, 125, 0), 16),
