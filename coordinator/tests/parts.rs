@@ -52,7 +52,7 @@ struct Pair {
 
 impl Pair {
     async fn start() -> Self {
-        Self::of([paced::start().await, paced::start().await]).await
+        Self::of([paced::start().await.url, paced::start().await.url]).await
     }
 
     async fn of(engines: [String; 2]) -> Self {
@@ -172,12 +172,14 @@ async fn engines_get_parts_that_requests_are_placed_by_unless_an_operator_has_sp
 
 #[tokio::test]
 async fn parts_are_taken_back_where_handoffs_have_become_slow() {
-    let pair = Pair::start().await;
+    let engines = [paced::start().await, paced::start().await];
+    let pair = Pair::of(engines.clone().map(|engine| engine.url)).await;
     pair.busy_until(LONG, "an engine only decodes", async || pair.decode_only().await == 1.0).await;
     // With nothing new, nothing changes.
     sleep(Duration::from_millis(2500)).await;
     assert_eq!(pair.decode_only().await, 1.0);
     // A prompt of 160 tokens, 40 KiB, takes a second from now on.
+    engines.iter().for_each(|engine| engine.transfer_ms.store(1000, Ordering::Relaxed));
     for (id, source) in [("e0", "e1"), ("e1", "e0")] {
         let (bytes, seconds) = (1 << 20, 25.6);
         let sample = v1::LinkSample { source: source.into(), bytes, seconds, rtt_seconds: 0.001 };
@@ -195,7 +197,7 @@ async fn requests_that_find_no_room_in_time_count_as_missed() {
     engines.iter().for_each(|engine| engine.behave(Behaviour::Hang));
     let pair = Pair::of(engines.map(|engine| engine.url())).await;
     // The first ones never end, and those behind them are turned away: nothing else says that anything is missed.
-    pair.busy_until(SHORT, "an engine only decodes", async || pair.decode_only().await == 1.0).await;
+    pair.busy_until(LONG, "an engine only decodes", async || pair.decode_only().await == 1.0).await;
     let turned_away = pair.fleet.metric("baton_requests_total{mode=\"none\",outcome=\"no_room\"}").await;
     assert!(turned_away >= 40.0, "{turned_away}");
 }
