@@ -221,10 +221,14 @@ impl Heads {
         let part = &mut self.parts[key.part as usize];
         if let Some((at, slot)) = part.position(entry(key.rest, place)) {
             part.delete(at, slot);
-            let (word, bit) = range(key.rest);
-            let mut left = part.buckets.iter().flat_map(|bucket| bucket.0).filter(|entry| *entry != 0);
-            if !left.any(|entry| range(rest_of(entry)) == (word, bit)) {
-                self.sieve[key.part as usize][word] &= !bit;
+            // With more entries than ranges it tells nothing, and reading them all would take long.
+            if part.len as usize <= SIEVE {
+                let mut sieve = [0; SIEVE / 64];
+                for entry in part.buckets.iter().flat_map(|bucket| bucket.0).filter(|entry| *entry != 0) {
+                    let (word, bit) = range(rest_of(entry));
+                    sieve[word] |= bit;
+                }
+                self.sieve[key.part as usize] = sieve;
             }
         }
     }
