@@ -120,6 +120,7 @@ pub(crate) fn engine(n: u32, role: Role, block_size: u32, speed: Speed) -> Engin
         prefill_share: 0.0,
         part: None,
         answer_tokens: None,
+        reused: Some(0.5),
     }
 }
 

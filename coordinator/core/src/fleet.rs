@@ -95,6 +95,8 @@ pub struct Engine {
     pub part: Option<Role>,
     /// Tokens of the answers that it gave, on average; `None` where it gave none yet.
     pub answer_tokens: Option<f64>,
+    /// The share of the tokens of its prompts that were cached, 0 to 1; `None` where it had none yet.
+    pub reused: Option<f64>,
 }
 
 impl Engine {
@@ -117,6 +119,8 @@ pub(crate) struct Hot {
     pub(crate) prefill_share: f64,
     /// Tokens of an answer, on average over the engines of its model.
     pub(crate) answer_tokens: f64,
+    /// The share of prompts' tokens that are cached, likewise.
+    pub(crate) reused: f64,
     pub(crate) slot: Slot,
     /// Equal on engines of one host; not known counts as a host of its own.
     pub(crate) host: u32,
@@ -163,10 +167,12 @@ impl Fleet {
         let mut layouts: Vec<&str> = engines.iter().map(|engine| engine.info.layout.as_str()).collect();
         layouts.sort_unstable();
         layouts.dedup();
-        let answers = answer_tokens(&engines);
+        let answers = by_model(&engines, |engine| engine.answer_tokens.map(|tokens| tokens.max(1.0)));
+        let reused = by_model(&engines, |engine| engine.reused.map(|share| share.clamp(0.0, 1.0)));
         let hosts = hosts(&engines);
+        let habits = [&answers, &reused];
         let hot: Vec<Hot> =
-            engines.iter().zip(hosts).map(|(engine, host)| hot(engine, host, &layouts, &answers)).collect();
+            engines.iter().zip(hosts).map(|(engine, host)| hot(engine, host, &layouts, habits)).collect();
         let mut exchanges: Vec<u32> = hot.iter().filter_map(|hot| hot.exchange).collect();
         exchanges.sort_unstable();
         exchanges.dedup();
@@ -268,13 +274,16 @@ impl Fleet {
     }
 }
 
-/// By model, in order: tokens of an answer, on average over the engines that gave any.
-fn answer_tokens(engines: &[Engine]) -> Vec<(&str, f64)> {
+/// By model, in order: a figure.
+type Figures<'a> = Vec<(&'a str, f64)>;
+
+/// A figure of each model, on average over the engines of which it is known.
+fn by_model(engines: &[Engine], of: impl Fn(&Engine) -> Option<f64>) -> Figures<'_> {
     let known = engines.iter().filter_map(|engine| {
-        let tokens = engine.answer_tokens.filter(|tokens| tokens.is_finite())?;
-        Some((engine.info.models.first()?.as_str(), tokens.max(1.0)))
+        let figure = of(engine).filter(|figure| figure.is_finite())?;
+        Some((engine.info.models.first()?.as_str(), figure))
     });
-    let mut known: Vec<(&str, f64)> = known.collect();
+    let mut known: Figures<'_> = known.collect();
     // Engines are in order of their names, so sums are made in one order whatever theirs was.
     known.sort_by(|a, b| a.0.cmp(b.0));
     let mean = |of: &[(&str, f64)]| of.iter().map(|entry| entry.1).sum::<f64>() / of.len() as f64;
@@ -299,16 +308,19 @@ fn hosts(engines: &[Engine]) -> Vec<u32> {
     numbers
 }
 
-fn hot(engine: &Engine, host: u32, layouts: &[&str], answers: &[(&str, f64)]) -> Hot {
+fn hot(engine: &Engine, host: u32, layouts: &[&str], [answers, reused]: [&Figures<'_>; 2]) -> Hot {
     let info = &engine.info;
     let model = info.models.first().map_or("", String::as_str);
-    let answers = answers.binary_search_by(|entry| entry.0.cmp(model)).map(|at| answers[at].1);
+    let of_model = |figures: &Figures<'_>| {
+        figures.binary_search_by(|entry| entry.0.cmp(model)).map(|at| figures[at].1).ok()
+    };
     let layout = layouts.binary_search(&info.layout.as_str()).ok().map(|at| at as u32);
     Hot {
         speed: engine.speed,
         block_bytes: info.block_bytes,
         prefill_share: engine.prefill_share.clamp(0.0, crate::load::PrefillShare::MOST),
-        answer_tokens: answers.unwrap_or(EXPECTED_OUTPUT_TOKENS),
+        answer_tokens: of_model(answers).unwrap_or(EXPECTED_OUTPUT_TOKENS),
+        reused: of_model(reused).unwrap_or(0.0),
         slot: info.slot,
         host,
         block_size: info.block_size.max(1),

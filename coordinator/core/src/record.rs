@@ -19,7 +19,7 @@ use crate::placement::{self, Decider, Decision, Policy, Request};
 use crate::speed::Speed;
 
 /// The form of records.
-pub const VERSION: u32 = 5;
+pub const VERSION: u32 = 6;
 /// Slots of recorded engines are below this, so that a broken record does not make a huge table.
 const MOST_SLOTS: u32 = 1 << 20;
 
@@ -106,6 +106,7 @@ pub struct RecordedEngine {
     pub foreign_running: u32,
     pub prefill_share: f64,
     pub answer_tokens: Option<f64>,
+    pub reused: Option<f64>,
     pub reserved: Reserved,
 }
 
@@ -336,6 +337,7 @@ impl Inputs {
             prefill_share: of.prefill_share,
             part: None,
             answer_tokens: of.answer_tokens,
+            reused: of.reused,
         };
         let known = self
             .links
@@ -535,6 +537,7 @@ impl Kept {
                 foreign_running: engine.foreign_running,
                 prefill_share: engine.prefill_share,
                 answer_tokens: engine.answer_tokens,
+                reused: engine.reused,
                 reserved,
             }
         };

@@ -31,6 +31,8 @@ const LEAST_DECODE_TOKENS: u64 = 4;
 
 /// Weight of an answer's length in the mean of all, once there are many.
 const ANSWER_WEIGHT: f64 = 1.0 / 64.0;
+/// The same, of a prompt's tokens.
+const PROMPT_WEIGHT: f64 = 1.0 / 256.0;
 
 /// An engine's speed, as one decision uses it: the coefficients of the module's formulas, in seconds.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -114,13 +116,15 @@ pub struct DecodeSample {
     pub context_tokens: f64,
 }
 
-/// Learns an engine's speed, and how long its answers are.
+/// Learns an engine's speed, how long its answers are, and how much of its prompts is cached.
 #[derive(Clone, Debug)]
 pub struct SpeedEstimate {
     prefill: Regression,
     decode: Regression,
     /// Tokens on average, and how many answers.
     answers: (f64, u32),
+    /// Tokens found cached, and all; older ones weigh less.
+    prompts: (f64, f64),
 }
 
 impl Default for SpeedEstimate {
@@ -129,6 +133,7 @@ impl Default for SpeedEstimate {
             prefill: Regression::new([PRIOR.request_seconds, PRIOR.token_seconds, PRIOR.attention_seconds]),
             decode: Regression::new([PRIOR.step_seconds, PRIOR.sequence_seconds, PRIOR.context_seconds]),
             answers: (0.0, 0),
+            prompts: (0.0, 0.0),
         }
     }
 }
@@ -156,6 +161,18 @@ impl SpeedEstimate {
         let seconds = (sample.seconds - sample.stalled_seconds.max(0.0)).max(sample.seconds / 2.0);
         let features = [1.0, sample.sequences.max(1.0), sample.context_tokens.max(0.0)];
         self.decode.observe(features, seconds / sample.tokens as f64);
+    }
+
+    /// Learns from a prompt that the engine is to compute, with so many of its tokens cached there or pulled.
+    pub fn observe_prompt(&mut self, tokens: u64, cached: u64) {
+        let (found, all) = &mut self.prompts;
+        *found += cached.min(tokens) as f64 - PROMPT_WEIGHT * *found;
+        *all += tokens as f64 - PROMPT_WEIGHT * *all;
+    }
+
+    /// The share of prompts' tokens that are cached, 0 to 1; `None` before the first.
+    pub fn reused(&self) -> Option<f64> {
+        (self.prompts.1 > 0.0).then(|| self.prompts.0 / self.prompts.1)
     }
 
     /// Tokens of an answer, on average; `None` before the first.
@@ -366,6 +383,18 @@ mod tests {
         assert_eq!(answer(99, 1), Some(100.0));
         assert_eq!(answer(1, 1), Some(51.0));
         assert!((answer(999, 500).unwrap() - 1000.0).abs() < 1.0);
+    }
+
+    #[test]
+    fn what_is_reused_is_a_share_of_tokens_and_the_latest_weigh_most() {
+        let mut estimate = SpeedEstimate::default();
+        assert_eq!(estimate.reused(), None);
+        estimate.observe_prompt(900, 0);
+        assert_eq!(estimate.reused(), Some(0.0));
+        estimate.observe_prompt(100, 100);
+        assert!((estimate.reused().unwrap() - 0.1).abs() < 1e-3);
+        (0..2000).for_each(|_| estimate.observe_prompt(100, 75));
+        assert!((estimate.reused().unwrap() - 0.75).abs() < 1e-3);
     }
 
     #[test]

@@ -242,6 +242,7 @@ impl Flow<'_> {
             serde_json::to_string(&explanation).ok().and_then(|json| HeaderValue::try_from(json).ok())
         });
         let tokens = self.wanted.prompt.tokens();
+        prefill.learn(|speed| speed.observe_prompt(tokens, priced.hit_tokens));
         let speed = |at: u32| fleet.engines()[at as usize].speed;
         let prefill_reservation =
             prefill.load.reserve_prefill(priced.uncached_tokens, priced.prefill_seconds);

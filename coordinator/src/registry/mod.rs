@@ -144,9 +144,9 @@ impl Entry {
     /// The engine as a decision sees it.
     pub fn snapshot(&self, now: Instant) -> Engine {
         let live = self.live();
-        let (speed, answer_tokens) = {
+        let (speed, answer_tokens, reused) = {
             let estimate = self.speed.lock().expect(POISON);
-            (estimate.speed(), estimate.answer_tokens())
+            (estimate.speed(), estimate.answer_tokens(), estimate.reused())
         };
         Engine {
             info: live.info.clone(),
@@ -155,6 +155,7 @@ impl Entry {
             speed,
             part: None,
             answer_tokens,
+            reused,
             load: self.load.clone(),
             foreign_waiting: live.foreign_waiting,
             foreign_running: live.foreign_running,

@@ -80,6 +80,7 @@ mod tests {
             prefill_share: 0.1,
             part: None,
             answer_tokens: Some(200.0),
+            reused: None,
         }
     }
 

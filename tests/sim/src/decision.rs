@@ -256,6 +256,7 @@ impl Production {
             prefill_share: member.prefill_share,
             part: None,
             answer_tokens: member.estimate.answer_tokens(),
+            reused: member.estimate.reused(),
         };
         let mut engines: Vec<core::Engine> = self.members.iter().map(engine).collect();
         self.parts.give(&mut engines);
@@ -345,6 +346,8 @@ impl Placer for Production {
             self.sessions.pin(now_ms, session, Slot(plan.decode()));
         }
         let chosen = &decision.chosen;
+        let prefill = &mut self.members[plan.prefill() as usize];
+        prefill.estimate.observe_prompt(u64::from(request.prompt_tokens), chosen.hit_tokens);
         let load = |engine: u32| &self.members[engine as usize].load;
         let before = load(plan.prefill()).reserved();
         let transfer = plan.transfer().map(|(source, destination)| {

@@ -52,6 +52,8 @@ pub(crate) struct DecodeCost {
     pub(crate) queue: f64,
     /// Of a handoff only.
     pub(crate) first_step: f64,
+    /// Of a handoff only.
+    pub(crate) second_copy: f64,
     pub(crate) decode: f64,
     pub(crate) batch: f64,
     pub(crate) itl: f64,
@@ -213,9 +215,28 @@ impl<'a> Pricing<'a> {
         let fetched = cost.queue.max(fetch.queue + fetch.hold) + fetch.way.wait + fetch.way.transfer;
         let added = fetched - cost.queue;
         cost.queue = cost.queue.max(fetch.queue);
+        let displaced = self.displaced(at, cached.saturating_sub(self.hit_tokens(at)));
+        cost.second_copy += displaced;
         cost.sums.own += added;
-        cost.sums.seconds += added;
+        cost.sums.seconds += added + displaced;
         cost
+    }
+
+    /// What it costs those to come that so many tokens of KV which another engine has, too, take room on this one: a part of what they
+    /// displace is computed again, beside what decodes here now.
+    #[inline]
+    fn displaced(&self, at: u32, tokens: u64) -> f64 {
+        let hot = self.hot(at);
+        if hot.reused == 0.0 {
+            return 0.0;
+        }
+        let reserved = &self.loads.engines[at as usize];
+        let (sequences, context) = decoding(hot, reserved);
+        let others = sequences + reserved.prefills as f64 + f64::from(hot.foreign_waiting);
+        let computing = hot.reused * tokens as f64 * hot.speed.token_seconds;
+        let itl = hot.speed.decode_step_seconds(sequences, context) / (1.0 - hot.prefill_share);
+        let risk = |seconds: f64| self.itl_risk(itl + seconds / self.answer_tokens);
+        computing * (1.0 + others) + sequences * self.promised * (risk(computing) - risk(0.0))
     }
 
     /// Until the engine has computed the prompts dispatched to it before.
@@ -293,9 +314,11 @@ impl<'a> Pricing<'a> {
         let slo_risk = sequences * self.promised * others;
         let seconds = decode + batch + slo_risk;
         let handoff_own = queue + first_step;
+        let second_copy = self.displaced(at, self.handoff_blocks(at) * u64::from(hot.block_size));
         DecodeCost {
             queue,
             first_step,
+            second_copy,
             decode,
             batch,
             itl,
@@ -303,7 +326,7 @@ impl<'a> Pricing<'a> {
             sums: DecodeSums {
                 seconds,
                 handoff_own,
-                handoff_seconds: handoff_own + seconds,
+                handoff_seconds: handoff_own + second_copy + seconds,
                 itl_risk: risk(itl, hot.prefill_share * queue, self.output_tokens),
                 handoff_itl_risk: risk(itl, queue, self.output_tokens),
             },
@@ -435,7 +458,7 @@ impl<'a> Pricing<'a> {
         let mut terms = Terms::default();
         let decode = self.decode(plan.decode());
         let (mut hit_tokens, mut transfer_bytes) = (self.hit_tokens(plan.prefill()), 0);
-        let mut itl_risk = decode.sums.itl_risk;
+        let (mut itl_risk, mut copied) = (decode.sums.itl_risk, 0.0);
         let (prefill, key) = match plan {
             Plan::Colocated { engine } | Plan::Append { engine } => {
                 let prefill = self.prefill(engine);
@@ -456,7 +479,7 @@ impl<'a> Pricing<'a> {
             Plan::Disaggregated { prefill: from, decode: to } => {
                 let prefill = self.prefill(from);
                 let way = self.handoff(from, to, &prefill.sums);
-                itl_risk = decode.sums.handoff_itl_risk;
+                (itl_risk, copied) = (decode.sums.handoff_itl_risk, decode.second_copy);
                 transfer_bytes = self.handoff_bytes(from, to);
                 terms.set(Term::TransferWait, way.wait);
                 terms.set(Term::Transfer, way.transfer);
@@ -469,7 +492,7 @@ impl<'a> Pricing<'a> {
         terms.set(Term::MixedSteps, prefill.mixed);
         terms.set(Term::Prefill, prefill.sums.prefill);
         terms.set(Term::DecodeStall, prefill.stall);
-        terms.set(Term::SecondCopy, prefill.second_copy);
+        terms.set(Term::SecondCopy, prefill.second_copy + copied);
         terms.set(Term::Decode, decode.decode);
         terms.set(Term::DecodeBatch, decode.batch);
         let own_risk = self.own_risk(key.ttft, itl_risk);
@@ -613,6 +636,40 @@ mod tests {
         let mut long = Pricing::new(&fleet, &loads, &[0, 6000], 100_000, (128.0, Some(11)), Slo::default());
         long.longest_hit = 96_000;
         assert_eq!(charged(&long, 0).0, MOST_SECOND_COPY_SECONDS);
+    }
+
+    #[test]
+    fn what_a_copy_displaces_is_charged_by_how_much_is_found_again_and_by_who_waits() {
+        let charged = |reused: f64, reserved: Reserved, slo: Slo, plan: Plan| {
+            let of = |n| {
+                let engine = with(engine(n), |info| info.can_pull_cached = true);
+                crate::fleet::Engine { reused: Some(reused), ..engine }
+            };
+            let fleet = Fleet::new(vec![of(0), of(1)], Links::default());
+            let loads = Loads::new(vec![Reserved::default(), reserved], Vec::new());
+            let held = [1000, 10];
+            let pricing = Pricing::new(&fleet, &loads, &held, 20_000, (100.0, None), slo);
+            let priced = pricing.price(plan);
+            sum_is_total(&priced);
+            priced.terms.get(Term::SecondCopy)
+        };
+        let near = |a: f64, b: f64| assert!((a - b).abs() < 1e-9, "{a} is not {b}");
+        let (pull, handoff) =
+            (Plan::Pull { source: 0, engine: 1 }, Plan::Disaggregated { prefill: 0, decode: 1 });
+        let (idle, free) = (Reserved::default(), Slo::default());
+        let token = engine(0).speed.token_seconds;
+        for (plan, tokens) in [(pull, 990.0 * 16.0), (handoff, 1240.0 * 16.0)] {
+            near(charged(0.0, idle, free, plan), 0.0);
+            near(charged(0.5, idle, free, plan), 0.5 * tokens * token);
+            let busy = Reserved { sequences: 3, context_tokens: 3000, prefills: 2, ..idle };
+            near(charged(0.5, busy, free, plan), 6.0 * 0.5 * tokens * token);
+            // Three that are as likely late as not without it, more likely with it.
+            let itl = engine(0).speed.decode_step_seconds(3.0, 3000.0);
+            let slo = Slo { itl_seconds: Some(itl), ..free };
+            let computing = 1e-4 * tokens * token;
+            let risk = 3.0 * 100.0 * itl * (computing / 100.0 / itl / (2.0 * SPREAD));
+            near(charged(1e-4, busy, slo, plan), 6.0 * computing + risk);
+        }
     }
 
     #[test]

@@ -113,6 +113,7 @@ fn build(
         engine.foreign_running = foreign;
         engine.foreign_waiting = foreign / 2;
         engine.prefill_share = f64::from(foreign) / 8.0;
+        engine.reused = (foreign % 3 == 0).then(|| f64::from(foreign) / 8.0);
         engine.answer_tokens = (foreign % 2 == 0).then(|| 10.0 + 50.0 * f64::from(foreign));
         let s = &mut engine.speed;
         for coefficient in [&mut s.request_seconds, &mut s.token_seconds, &mut s.attention_seconds] {

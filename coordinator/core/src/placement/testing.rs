@@ -34,6 +34,7 @@ pub(crate) fn engine(n: u32) -> Engine {
         prefill_share: 0.0,
         part: None,
         answer_tokens: None,
+        reused: None,
     }
 }
 

@@ -52,10 +52,11 @@ impl Capacity {
     }
 }
 
-/// When more than so many requests miss, the rate is given up. In a steady state about as many are measured as the workload has, so
+/// When more than so many requests miss, the rate is given up. In a steady state about as many are measured in a lap as the workload has, so
 /// a quarter more may miss before nothing can mend it.
-fn may_miss(workload: &Workload) -> u64 {
-    let part = if workload.is_closed_loop() { 1.25 } else { 1.0 };
+fn may_miss(fleet: &Fleet, workload: &Workload, rate: f64) -> u64 {
+    let laps = fleet.slo.and_then(|slo| workload.laps(rate, &slo));
+    let part = laps.map_or(1.0, |laps| 1.25 * laps as f64);
     let most = |requests: u64| (requests as f64 * (1.0 - ATTAINMENT) * part).floor() as u64;
     workload.requests().map_or(u64::MAX, most)
 }
@@ -76,11 +77,10 @@ pub fn capacity(
         .clone()
         .recorded()
         .map_err(|error| BenchError::Workload { workload: workload.to_string(), error })?;
-    let most_missed = may_miss(workload);
     let offered_per_second = workload.offered_per_second().unwrap_or(0.0);
     let mut found = Capacity { rate: 0.0, run: None, probes: Vec::new(), offered_per_second };
     let mut keeps = |rate: f64| -> Result<bool, BenchError> {
-        let run = bench.run_within(fleet, mode, workload, rate, most_missed)?;
+        let run = bench.run_within(fleet, mode, workload, rate, may_miss(fleet, workload, rate))?;
         // A run that was given up has requests under way.
         let kept = run.report.unfinished == 0 && run.report.attainment >= ATTAINMENT;
         found.probes.push(Probe {

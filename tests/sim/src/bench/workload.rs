@@ -246,19 +246,27 @@ impl Workload {
     /// In a closed loop only sessions begin at a rate; their later turns take their time. A recording that is run once from its beginning to its end is over
     /// before its sessions overlap, however high the rate: no rate would break an SLO. So it is repeated. The time before the window is what a
     /// session takes on average where each of its turns takes all the time that the SLOs allow, which few sessions exceed as long as the SLOs are kept. The
-    /// window is one lap: the time in which all sessions of the recording begin once. As many requests arrive in it as the recording has, those of earlier
-    /// laps' sessions standing for those of its own that come later.
+    /// window is as many [laps](Workload::laps) as take at least as long again: within less than a session's time engines that were given too much have
+    /// not yet come to a standstill. As many requests arrive in a lap as the recording has, those of earlier laps' sessions standing for those of its own that come later.
     pub fn steady(&self, rate: f64, slo: &Slo) -> Option<(Box<dyn Source>, Window)> {
         let Origin::Recorded(recording) = &self.origin else { return None };
-        if !self.is_closed_loop() || recording.span() == 0 {
-            return None;
-        }
+        let laps = self.laps(rate, slo)?;
         // In the recording's time and in the run's.
         let recorded = |time: Nanos| (time as f64 * rate).round() as Nanos;
         let run = |time: Nanos| (time as f64 / rate).round() as Nanos;
         let before = recording.session_within(slo);
         let source = Scaled::new(recording.laps(self.copies, recorded(before)), rate);
-        Some((Box::new(source), Window { from: before, until: before + run(recording.span()) }))
+        Some((Box::new(source), Window { from: before, until: before + run(laps * recording.span()) }))
+    }
+
+    /// How many laps a [steady state](Workload::steady) is measured for: times in which all sessions of the recording begin once.
+    pub fn laps(&self, rate: f64, slo: &Slo) -> Option<u64> {
+        let Origin::Recorded(recording) = &self.origin else { return None };
+        if !self.is_closed_loop() || recording.span() == 0 {
+            return None;
+        }
+        let sessions = recording.session_within(slo) as f64 * rate / recording.span() as f64;
+        Some((sessions.ceil() as u64).max(1))
     }
 
     /// Bounds for it on a fleet, whatever the mode. In a [steady state](Workload::steady) the blocks that several sessions have are there already; the
