@@ -144,7 +144,7 @@ fn a_window_counts_who_arrives_in_it() {
     let (mut source, window) = workload.steady(0.3, &slo).expect("a closed loop");
     let mut arrived = Vec::new();
     let report = run_observed(&fleet, 64, &mut *source, &mut Turns, window, &mut |outcome| {
-        arrived.push(outcome.arrived);
+        arrived.extend(outcome.map(|outcome| outcome.arrived));
         ControlFlow::Continue(())
     })
     .report;

@@ -23,7 +23,7 @@ fn outcomes(fleet: &Fleet, placer: &mut dyn Placer, requests: u64, seed: u64) ->
     let mut outcomes = Vec::new();
     let mut source = workload(requests, seed);
     let results = run_observed(fleet, 64, &mut source, placer, Window::ALL, &mut |outcome| {
-        outcomes.push(*outcome);
+        outcomes.extend(outcome.copied());
         ControlFlow::Continue(())
     });
     (outcomes, serde_json::to_string(&results.report).expect("a report is JSON"))
@@ -123,7 +123,7 @@ fn a_pull_brings_what_the_source_has_cached() {
     let fleet = example().with_gbit(10.0);
     let mut outcomes = Vec::new();
     let report = run_observed(&fleet, 16, &mut source, &mut placer, Window::ALL, &mut |outcome| {
-        outcomes.push(*outcome);
+        outcomes.extend(outcome.copied());
         ControlFlow::Continue(())
     })
     .report;

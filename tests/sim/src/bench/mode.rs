@@ -161,7 +161,9 @@ impl Naive {
 
 impl Placer for Naive {
     fn place(&mut self, _now: crate::Nanos, request: &Request<'_>) -> Option<Plan> {
-        let turn = |engines: &[u32]| engines[(request.number % engines.len() as u64) as usize];
+        // One that failed is tried once more somewhere else: so much every proxy does.
+        let number = request.number + request.avoid.len() as u64;
+        let turn = |engines: &[u32]| engines[(number % engines.len() as u64) as usize];
         Some(Plan::Disaggregated { prefill: turn(&self.prefill), decode: turn(&self.decode) })
     }
 }

@@ -188,6 +188,9 @@ pub(super) struct Metrics {
     pub(super) requests: u64,
     pub(super) refused: u64,
     pub(super) too_long: u64,
+    pub(super) failed: u64,
+    pub(super) retried: u64,
+    pub(super) failed_transfers: u64,
     pub(super) expired_holds: u64,
     pub(super) transfers: u64,
     finished: u64,
@@ -253,7 +256,7 @@ impl Metrics {
 
     /// Requests under way.
     pub(super) fn unfinished(&self) -> u64 {
-        self.requests - self.finished - self.refused - self.too_long
+        self.requests - self.finished - self.refused - self.too_long - self.failed
     }
 
     /// `measured`: the time in which requests were measured.
@@ -272,6 +275,8 @@ impl Metrics {
             finished: self.finished,
             refused: self.refused,
             too_long: self.too_long,
+            failed: self.failed,
+            retried: self.retried,
             unfinished: self.unfinished(),
             seconds: seconds(self.end),
             measured_seconds: span,
@@ -286,6 +291,7 @@ impl Metrics {
             fetched_tokens: self.fetched_tokens,
             output_tokens: self.output_tokens,
             transfers: self.transfers,
+            failed_transfers: self.failed_transfers,
             expired_holds: self.expired_holds,
             bytes_moved: (self.fetched_tokens as f64 * kv_bytes_per_token).round() as u64,
             plans: self.plans,
@@ -330,6 +336,10 @@ pub struct Report {
     pub refused: u64,
     /// Those that fit on no engine that they were sent to.
     pub too_long: u64,
+    /// Those whose answer broke off, or that no engine could take after one had failed them.
+    pub failed: u64,
+    /// How often a request was sent to another engine after one had failed it.
+    pub retried: u64,
     /// Those that were under way when the run was stopped.
     pub unfinished: u64,
     /// When the last request ended.
@@ -358,6 +368,8 @@ pub struct Report {
     pub output_tokens: u64,
     /// Transfers between engines.
     pub transfers: u64,
+    /// Those that ended early, or had nothing to fetch any more: what was missing was computed.
+    pub failed_transfers: u64,
     /// Held blocks that were freed because nobody fetched them in time.
     pub expired_holds: u64,
     /// Bytes that their transfers moved.

@@ -1,7 +1,10 @@
 //! The coordinator's own decision as a [`Placer`]: the same index, cost model and policies, fed with what a coordinator sees.
 //!
 //! All engines serve one model, everything that runs on them came through here, and no token of an answer is seen between the first and the last.
+//! Of engines that die [`health`] tells.
 //! Engine `i` of the fleet has slot `i` and a name whose order is that of the numbers, so its place in the coordinator's fleet is `i` too.
+
+mod health;
 
 use std::sync::Arc;
 
@@ -16,15 +19,14 @@ use baton_coordinator_core::placement::{self, Decider, POLICIES, Policy};
 use baton_coordinator_core::planner::{Beginnings, Finished, Parts, Placed, Planner};
 use baton_coordinator_core::sessions::Sessions;
 use baton_coordinator_core::speed::{DecodeSample, PrefillSample, Speed, SpeedEstimate};
-use baton_proto::{BlockHash, Epoch};
+use baton_proto::{BlockHash, EngineId};
 
+use self::health::Life;
 use crate::engine::events::{Change, KvEvents};
-use crate::fleet::{self, Fleet, Role};
-use crate::sim::{LoadReport, Placer, Plan, Progress, Request};
+use crate::fleet::{Fleet, Role};
+use crate::sim::{Health, LoadReport, Placer, Plan, Progress, Request};
 use crate::{MILLISECOND, Nanos, mix, seconds};
 
-/// All engines live once.
-const EPOCH: Epoch = Epoch(1);
 /// Memberships that the index takes; more than any fleet of [`Fleet::check`]'s bounds needs in blocks of 16 tokens.
 const MEMBERSHIPS: u64 = 1 << 26;
 /// Sessions that are remembered, and for how long after their last request.
@@ -51,6 +53,7 @@ pub struct UnknownPolicy {
 #[derive(Debug)]
 struct Member {
     info: Arc<core::EngineInfo>,
+    life: Life,
     load: Arc<EngineLoad>,
     known: Speed,
     estimate: SpeedEstimate,
@@ -65,7 +68,11 @@ struct Member {
 struct Live {
     plan: Plan,
     number: u64,
+    prompt_tokens: u64,
+    arrived: Nanos,
     placed: Nanos,
+    /// Whether the first part failed.
+    fell_back: bool,
     alone: bool,
     uncached_tokens: u64,
     hit_tokens: u64,
@@ -111,8 +118,11 @@ pub struct Production {
     parts: Parts,
     /// Of each engine.
     hosts: Vec<u32>,
-    net: fleet::Links,
+    described: Fleet,
     probes: usize,
+    decisions: u64,
+    /// When an engine's health changes by the passing of time alone.
+    health_changes: Nanos,
 }
 
 /// The index's hash of a block. Its second half is made of the first, so distinct ids have distinct hashes.
@@ -138,12 +148,13 @@ impl Production {
         let index = KvIndex::new(Limits::of(MEMBERSHIPS), 1);
         let member = |(at, member): (usize, &crate::fleet::Member<'_>)| {
             let slot = Slot(at as u32);
-            index.open(slot, EPOCH).expect("a fleet has fewer engines than the index takes");
+            let life = Life::default();
+            index.open(slot, life.epoch).expect("a fleet has fewer engines than the index takes");
             let constants = &member.speed;
             let info = core::EngineInfo {
                 slot,
                 id: format!("e{at:04}").parse().expect("a DNS label"),
-                epoch: EPOCH,
+                epoch: life.epoch,
                 host: format!("h{}", member.host),
                 models: vec![fleet.model.clone()],
                 role: match member.role {
@@ -160,6 +171,7 @@ impl Production {
             };
             Member {
                 info: Arc::new(info),
+                life,
                 load: Arc::default(),
                 known: Speed {
                     request_seconds: constants.a / 1e3,
@@ -199,15 +211,17 @@ impl Production {
             live: Vec::new(),
             planner: policy.gives_parts().then(Planner::new),
             parts: Parts::default(),
-            net: fleet.links.clone(),
+            described: fleet.clone(),
             probes: 0,
+            decisions: 0,
+            health_changes: Nanos::MAX,
             hosts: fleet.members().iter().map(|member| member.host).collect(),
         };
         for member in &production.members {
             production.links.place(member.info.slot, &member.info.host);
         }
         production.probe(0);
-        production.renew();
+        production.renew(0);
         Ok(production)
     }
 
@@ -222,44 +236,28 @@ impl Production {
         let engines = self.members.len();
         let idle = |at: usize| {
             let reserved = self.members[at].load.reserved();
-            reserved.sending_bytes == 0 && reserved.receiving_bytes == 0
+            self.members[at].life.is_there() && reserved.sending_bytes == 0 && reserved.receiving_bytes == 0
         };
-        let rtt = self.net.rtt_us / 1e6;
+        let net = &self.described.links;
+        let card = |at: usize| self.described.card_gbit(self.hosts[at], crate::seconds(now));
+        let rtt = net.rtt_us / 1e6;
         for to in (0..engines).filter(|to| idle(*to)) {
             let from = (to + 1 + self.probes % (engines - 1).max(1)) % engines;
             if from != to && idle(from) {
                 let gbit = match self.hosts[from] == self.hosts[to] {
-                    true => self.net.local_gbit,
-                    false => self.net.gbit * self.net.efficiency,
+                    true => net.local_gbit,
+                    false => card(from).min(card(to)) * net.efficiency,
                 };
+                // A probe that does not get through says nothing.
+                if gbit == 0.0 {
+                    continue;
+                }
                 let seconds = 2.0 * rtt + BYTES as f64 / (gbit * 1e9 / 8.0);
                 let link = (Slot(from as u32), Slot(to as u32));
                 self.links.observe(crate::seconds(now), link, BYTES, seconds, rtt);
             }
         }
         self.probes += 1;
-    }
-
-    /// What was learnt goes into the fleet that decisions see.
-    fn renew(&mut self) {
-        let engine = |member: &Member| core::Engine {
-            info: Arc::clone(&member.info),
-            healthy: true,
-            can_transfer: true,
-            speed: match self.speeds {
-                Speeds::Learned => member.estimate.speed(),
-                Speeds::Known => member.known,
-            },
-            load: Arc::clone(&member.load),
-            foreign_waiting: member.foreign_waiting,
-            foreign_running: member.foreign_running,
-            prefill_share: member.prefill_share,
-            part: None,
-            answer_tokens: member.estimate.answer_tokens(),
-        };
-        let mut engines: Vec<core::Engine> = self.members.iter().map(engine).collect();
-        self.parts.give(&mut engines);
-        self.fleet = self.fleet.renewed(engines, self.links.clone());
     }
 
     /// The prompt of a request was computed.
@@ -270,7 +268,7 @@ impl Production {
         // What was gone at the source was not pulled.
         live.hold = None;
         // A time with a transfer in it says little about the engine.
-        if live.alone && !matches!(live.plan, Plan::Pull { .. }) {
+        if live.alone && !live.fell_back && !matches!(live.plan, Plan::Pull { .. }) {
             self.members[live.plan.prefill() as usize].estimate.observe_prefill(&PrefillSample {
                 new: live.uncached_tokens,
                 cached: live.hit_tokens,
@@ -299,7 +297,7 @@ impl Production {
         if let Some(planner) = &mut self.planner {
             let finished = Finished {
                 tokens: u64::from(tokens),
-                ttft_seconds: seconds(first.at - live.placed),
+                ttft_seconds: seconds(first.at - live.arrived),
                 itl_seconds: seconds(now - first.at) / f64::from(tokens.saturating_sub(1)).max(1.0),
             };
             planner.finished(live.number, &finished);
@@ -324,25 +322,36 @@ impl Placer for Production {
         self.hashes.clear();
         self.hashes.extend(request.blocks.iter().take(findable).map(|id| hash(*id)));
         self.index.overlaps(&self.hashes, &mut self.overlaps);
+        if now >= self.health_changes {
+            self.renew(now);
+        }
         let now_ms = now / MILLISECOND;
+        let avoid: Vec<EngineId> =
+            request.avoid.iter().map(|at| self.members[*at as usize].info.id.clone()).collect();
+        let slo_left = |slo: f64| (slo - seconds(now - request.arrived)).max(0.0);
+        let slo = Slo { ttft_seconds: self.slo.ttft_seconds.map(slo_left), ..self.slo };
         let pinned = request.session.and_then(|session| self.sessions.get(now_ms, session));
         let asked = placement::Request {
-            slo: self.slo,
+            slo,
             max_tokens: self.max_tokens,
-            seed: request.number,
+            splittable: if avoid.is_empty() { Ok(()) } else { Err("another engine failed") },
+            avoid: &avoid,
+            seed: self.decisions,
             pinned,
             prefix_key: placement::prefix_key(&self.hashes, self.block_tokens),
             fresh_key: placement::fresh_key(&self.hashes, &self.overlaps),
             ..placement::Request::new(&self.model, u64::from(request.prompt_tokens), &self.overlaps)
         };
+        self.decisions += 1;
         let decision = self.decider.decide(self.policy, &self.fleet, &asked)?;
         let plan = match decision.plan() {
             CorePlan::Colocated { engine } | CorePlan::Append { engine } => Plan::Colocated { engine },
             CorePlan::Pull { source, engine } => Plan::Pull { source, engine },
             CorePlan::Disaggregated { prefill, decode } => Plan::Disaggregated { prefill, decode },
         };
-        if let (Some(session), None) = (request.session, pinned) {
-            self.sessions.pin(now_ms, session, Slot(plan.decode()));
+        let answers = Slot(plan.decode());
+        if let Some(session) = request.session.filter(|_| pinned != Some(answers)) {
+            self.sessions.pin(now_ms, session, answers);
         }
         let chosen = &decision.chosen;
         let load = |engine: u32| &self.members[engine as usize].load;
@@ -354,14 +363,14 @@ impl Placer for Production {
                 chosen.transfer_bytes,
             )
         });
-        if let Some(planner) = &mut self.planner {
+        if let (Some(planner), true) = (&mut self.planner, avoid.is_empty()) {
             let placed = Placed {
                 now_ms,
                 model: self.model.clone(),
                 prompt_tokens: u64::from(request.prompt_tokens),
                 beginnings: Beginnings::of(&self.hashes, self.block_tokens),
                 cached: (Slot(plan.prefill()), chosen.hit_tokens),
-                slo: self.slo,
+                slo,
             };
             planner.placed(request.number, placed);
         }
@@ -375,7 +384,10 @@ impl Placer for Production {
         let live = Live {
             plan,
             number: request.number,
+            prompt_tokens: u64::from(request.prompt_tokens),
+            arrived: request.arrived,
             placed: now,
+            fell_back: false,
             alone: decision.alone,
             uncached_tokens: chosen.uncached_tokens,
             hit_tokens: chosen.hit_tokens,
@@ -401,7 +413,7 @@ impl Placer for Production {
     }
 
     fn kv_events(&mut self, _now: Nanos, engine: u32, events: &KvEvents) {
-        let holder = Holder::new(Slot(engine), EPOCH);
+        let holder = Holder::new(Slot(engine), self.members[engine as usize].life.epoch);
         for (change, ids) in events.iter() {
             self.hashes.clear();
             self.hashes.extend(ids.iter().map(|id| hash(*id)));
@@ -423,13 +435,18 @@ impl Placer for Production {
         member.foreign_waiting = report.waiting.saturating_sub(reserved.prefills as u32);
         member.foreign_running =
             report.running.saturating_sub((reserved.sequences + reserved.prefills) as u32);
-        if engine as usize + 1 == self.members.len() {
-            self.probe(now);
-            if let Some(planner) = &mut self.planner {
-                self.parts = planner.plan(now / MILLISECOND, &self.fleet);
-            }
-            self.renew();
+    }
+
+    fn loads_reported(&mut self, now: Nanos) {
+        self.probe(now);
+        if let Some(planner) = &mut self.planner {
+            self.parts = planner.plan(now / MILLISECOND, &self.fleet);
         }
+        self.renew(now);
+    }
+
+    fn health(&mut self, now: Nanos, engine: u32, health: Health) {
+        self.heard(now, engine, health);
     }
 
     fn progress(&mut self, now: Nanos, key: u32, progress: &Progress) {
@@ -447,6 +464,9 @@ impl Placer for Production {
                 self.first_token(now, key);
             }
             Progress::Finished { tokens, .. } => self.finished(now, key, tokens),
+            Progress::FellBack => self.fell_back(key),
+            // What was reserved for it ends.
+            Progress::Failed => drop(self.live.get_mut(key as usize).and_then(Option::take)),
         }
     }
 }
