@@ -9,15 +9,21 @@ use baton_sim::decision::{Production, Speeds};
 use baton_sim::engine::speed::known;
 use baton_sim::fleet::{Card, Fleet, Outage};
 use baton_sim::sim::{
-    Health, MAX_ATTEMPTS, Outcome, Placer, Plan, Progress, Report, Request, Window, run, run_observed,
+    Answer, Health, MAX_ATTEMPTS, Outcome, Placer, Plan, Progress, Report, Request, Turn, Window, run,
+    run_observed,
 };
 use baton_sim::trace::{First, Generator, Length, Shape};
 use baton_sim::{Nanos, SECOND, seconds};
 use proptest::prelude::*;
 use support::{FixedSplit, RoundRobin};
 
-fn example() -> Fleet {
+fn promised() -> Fleet {
     Fleet::parse(include_str!("../../../benches/fleets/8b-h100x8.toml")).expect("an example")
+}
+
+/// The same without SLOs: nobody waits.
+fn example() -> Fleet {
+    Fleet { slo: None, ..promised() }
 }
 
 fn outage(engine: u32, from_seconds: f64, until_seconds: Option<f64>) -> Outage {
@@ -57,14 +63,24 @@ fn watched_box(placer: Box<dyn Placer>) -> Watched {
 }
 
 impl Placer for Watched {
-    fn place(&mut self, now: Nanos, request: &Request<'_>) -> Option<Plan> {
-        let plan = self.placer.place(now, request);
+    fn place(&mut self, now: Nanos, request: &Request<'_>) -> Answer {
+        let answer = self.placer.place(now, request);
+        let plan = match answer {
+            Answer::Goes(plan) => Some(plan),
+            Answer::Waits | Answer::Refused => None,
+        };
         self.placed.extend(plan.map(|plan| (now, plan)));
         self.attempts = self.attempts.max(request.avoid.len() + 1);
         if let (Some(plan), false) = (plan, request.avoid.is_empty()) {
             assert!(!request.avoid.contains(&plan.decode()), "{:?} {plan:?}", request.avoid);
         }
-        plan
+        answer
+    }
+    fn turn(&mut self, now: Nanos) -> Option<Turn> {
+        self.placer.turn(now)
+    }
+    fn next_turn(&self) -> Option<Nanos> {
+        self.placer.next_turn()
     }
     fn wants_kv_events(&self) -> bool {
         self.placer.wants_kv_events()
@@ -116,7 +132,9 @@ fn an_engine_dies_under_load_and_comes_back_empty() {
         let fell_back = placer.progress.iter().filter(|of| of.2 == Progress::FellBack).count();
         match policy {
             "disaggregated@2P6D" => assert!(report.failed < 200, "{policy}: {}", report.failed),
-            "disaggregated@4P4D" => assert!(report.failed == 0 && fell_back > 0, "{policy}: {}", report.failed),
+            "disaggregated@4P4D" => {
+                assert!(report.failed == 0 && fell_back > 0, "{policy}: {}", report.failed)
+            }
             _ => assert!(report.failed > 0 && report.failed < 200, "{policy}: {}", report.failed),
         }
         let second = |at: &Nanos| seconds(*at);
@@ -141,8 +159,8 @@ fn what_came_back_has_nothing_cached() {
     // The same prompt again and again, to an engine that dies between.
     struct Always;
     impl Placer for Always {
-        fn place(&mut self, _now: Nanos, _request: &Request<'_>) -> Option<Plan> {
-            Some(Plan::Colocated { engine: 0 })
+        fn place(&mut self, _now: Nanos, _request: &Request<'_>) -> Answer {
+            Answer::Goes(Plan::Colocated { engine: 0 })
         }
     }
     let shape = Shape {
@@ -169,9 +187,9 @@ fn what_came_back_has_nothing_cached() {
 struct Next;
 
 impl Placer for Next {
-    fn place(&mut self, _now: Nanos, request: &Request<'_>) -> Option<Plan> {
+    fn place(&mut self, _now: Nanos, request: &Request<'_>) -> Answer {
         assert_eq!(request.avoid.len() as u32, request.avoid.last().map_or(0, |last| last + 1));
-        Some(Plan::Colocated { engine: request.avoid.len() as u32 })
+        Answer::Goes(Plan::Colocated { engine: request.avoid.len() as u32 })
     }
 }
 
@@ -254,8 +272,8 @@ fn a_transfer_from_an_engine_that_dies_ends_early_and_the_rest_is_computed() {
     let dies = Fleet { outages: vec![outage(1, begins + takes / 2.0, None)], ..fleet };
     struct Then;
     impl Placer for Then {
-        fn place(&mut self, _now: Nanos, request: &Request<'_>) -> Option<Plan> {
-            Some(match request.avoid.len() {
+        fn place(&mut self, _now: Nanos, request: &Request<'_>) -> Answer {
+            Answer::Goes(match request.avoid.len() {
                 0 => Plan::Disaggregated { prefill: 0, decode: 1 },
                 _ => Plan::Colocated { engine: 2 },
             })
@@ -324,7 +342,7 @@ fn links_are_measured_as_wide_as_they_are() {
 
 #[test]
 fn two_runs_with_failures_are_equal_to_the_byte() {
-    let mut fleet = example();
+    let mut fleet = promised();
     fleet.outages = vec![outage(2, 40.0, Some(90.0)), outage(5, 60.0, None), outage(2, 120.0, Some(130.0))];
     fleet.cards = vec![Card { host: 0, from_seconds: 30.0, until_seconds: Some(80.0), gbit: 0.0 }];
     let json = || {
@@ -368,7 +386,7 @@ proptest! {
         mode in 0..4usize,
     ) {
         let card = |(host, from_seconds, gbit)| Card { host, from_seconds, until_seconds: Some(35.0), gbit };
-        let mut fleet = Fleet { outages, cards: cut.map(card).into_iter().collect(), ..example().with_gbit(10.0) };
+        let mut fleet = Fleet { outages, cards: cut.map(card).into_iter().collect(), ..promised().with_gbit(10.0) };
         fleet.engines[0].per_host = 2;
         fleet.check().expect("consistent");
         let mode: Mode = ["adaptive", "4P4D", "naive@4P4D", "round_robin"][mode].parse().expect("a mode");

@@ -487,8 +487,6 @@ impl Source for OneByOne {
         Some(Arrival { when, ..arrival })
     }
 
-    fn abandon(&mut self, _session: u64) {}
-
     fn rows(&self) -> &Rows {
         &self.rows
     }

@@ -81,13 +81,15 @@ pub fn row(name: &str, report: &Report, bound: &Bound) -> Vec<String> {
     ]
 }
 
-/// What went wrong in a run, if anything did.
+/// What went otherwise than it should in a run, if anything did.
 pub fn troubles(name: &str, report: &Report) -> Option<String> {
     let said = [
-        (report.refused, "refused"),
+        (report.waited, "waited for room"),
+        (report.refused, "turned away"),
         (report.too_long, "too long for their engine"),
         (report.failed, "failed with an engine"),
         (report.retried, "sent to another engine after one had failed"),
+        (report.lost_turns, "more did not come, since their session had ended"),
         (report.failed_transfers, "transfers failed"),
         (report.expired_holds, "held blocks freed that nobody fetched"),
     ];

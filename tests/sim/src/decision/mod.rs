@@ -1,13 +1,15 @@
 //! The coordinator's own decision as a [`Placer`]: the same index, cost model and policies, fed with what a coordinator sees.
 //!
 //! All engines serve one model, everything that runs on them came through here, and no token of an answer is seen between the first and the last.
-//! Of engines that die [`health`] tells.
+//! Of engines that die [`health`] tells, and of requests that wait for room [`room`].
 //! Engine `i` of the fleet has slot `i` and a name whose order is that of the numbers, so its place in the coordinator's fleet is `i` too.
 
 mod health;
+mod room;
 
 use std::sync::Arc;
 
+use baton_coordinator_core::admission;
 use baton_coordinator_core::cost::{Plan as CorePlan, Slo};
 use baton_coordinator_core::fleet as core;
 use baton_coordinator_core::kv_index::{Holder, KvIndex, Limits, Overlaps, Run, Slot, Tier};
@@ -16,15 +18,16 @@ use baton_coordinator_core::load::{
     DecodeReservation, EngineLoad, PrefillReservation, PrefillShare, TransferReservation,
 };
 use baton_coordinator_core::placement::{self, Decider, POLICIES, Policy};
-use baton_coordinator_core::planner::{Beginnings, Finished, Parts, Placed, Planner};
+use baton_coordinator_core::planner::{Finished, Parts, Planner};
 use baton_coordinator_core::sessions::Sessions;
 use baton_coordinator_core::speed::{DecodeSample, PrefillSample, Speed, SpeedEstimate};
 use baton_proto::{BlockHash, EngineId};
 
 use self::health::Life;
+use self::room::Room;
 use crate::engine::events::{Change, KvEvents};
 use crate::fleet::{Fleet, Role};
-use crate::sim::{Health, LoadReport, Placer, Plan, Progress, Request};
+use crate::sim::{Answer, Health, LoadReport, Placer, Plan, Progress, Request, Turn};
 use crate::{MILLISECOND, Nanos, mix, seconds};
 
 /// Memberships that the index takes; more than any fleet of [`Fleet::check`]'s bounds needs in blocks of 16 tokens.
@@ -113,6 +116,9 @@ pub struct Production {
     overlaps: Overlaps,
     hashes: Vec<BlockHash>,
     live: Vec<Option<Live>>,
+    /// How many of them there are.
+    flying: u64,
+    room: Room,
     /// Where the policy leaves it to one.
     planner: Option<Planner>,
     parts: Parts,
@@ -209,6 +215,8 @@ impl Production {
             overlaps: Overlaps::default(),
             hashes: Vec::new(),
             live: Vec::new(),
+            flying: 0,
+            room: Room::new(&fleet.control),
             planner: policy.gives_parts().then(Planner::new),
             parts: Parts::default(),
             described: fleet.clone(),
@@ -281,6 +289,8 @@ impl Production {
 
     fn first_token(&mut self, now: Nanos, key: u32) {
         let Some(live) = self.live.get_mut(key as usize).and_then(Option::as_mut) else { return };
+        // Also where it failed, or there was nothing to move.
+        live.transfer = None;
         let load = &self.members[live.plan.decode() as usize].load;
         let reserved = load.reserved();
         live.first_token = Some(FirstToken {
@@ -291,8 +301,16 @@ impl Production {
         });
     }
 
+    /// A request, or an attempt of it, is over: what it had reserved is free when what is returned is dropped.
+    fn over(&mut self, now: Nanos, key: u32) -> Option<Live> {
+        let live = self.live.get_mut(key as usize).and_then(Option::take)?;
+        self.flying -= 1;
+        self.room.departed(now / MILLISECOND);
+        Some(live)
+    }
+
     fn finished(&mut self, now: Nanos, key: u32, tokens: u32) {
-        let Some(live) = self.live.get_mut(key as usize).and_then(Option::take) else { return };
+        let Some(live) = self.over(now, key) else { return };
         let Some(first) = live.first_token else { return };
         if let Some(planner) = &mut self.planner {
             let finished = Finished {
@@ -316,7 +334,12 @@ impl Production {
 }
 
 impl Placer for Production {
-    fn place(&mut self, now: Nanos, request: &Request<'_>) -> Option<Plan> {
+    fn place(&mut self, now: Nanos, request: &Request<'_>) -> Answer {
+        let control = &self.described.control;
+        let (waits, again) = (self.room.has(request.key), !request.avoid.is_empty());
+        if !waits && !again && self.flying + self.room.len() >= control.max_requests {
+            return Answer::Refused;
+        }
         // vLLM never reuses a prompt whole.
         let findable = ((request.prompt_tokens - 1) / self.block_tokens) as usize;
         self.hashes.clear();
@@ -336,6 +359,7 @@ impl Placer for Production {
             max_tokens: self.max_tokens,
             splittable: if avoid.is_empty() { Ok(()) } else { Err("another engine failed") },
             avoid: &avoid,
+            most_in_flight: Some(self.described.control.max_engine_requests),
             seed: self.decisions,
             pinned,
             prefix_key: placement::prefix_key(&self.hashes, self.block_tokens),
@@ -343,7 +367,31 @@ impl Placer for Production {
             ..placement::Request::new(&self.model, u64::from(request.prompt_tokens), &self.overlaps)
         };
         self.decisions += 1;
-        let decision = self.decider.decide(self.policy, &self.fleet, &asked)?;
+        let decision = self.decider.decide(self.policy, &self.fleet, &asked);
+        let is_ready = match &decision {
+            Some(decision) => {
+                let plan = decision.plan();
+                let holder = plan.transfer().map_or(plan.prefill(), |of| of.0);
+                let in_flight = |at: u32| self.decider.loads().engines()[at as usize].in_flight();
+                let beside = [holder, plan.prefill(), plan.decode()].map(in_flight).into_iter().max();
+                !admission::had_better_wait(&slo, &decision.chosen, beside.unwrap_or(0))
+            }
+            None => !room::is_full(&self.fleet, &asked),
+        };
+        let noted = match &decision {
+            Some(decision) if !again && !self.room.is_noted(request.key) => {
+                self.note(now_ms, request, decision, slo)
+            }
+            _ => None,
+        };
+        if !again && !(is_ready && (waits || self.room.is_empty())) {
+            let priced = decision.as_ref().map(|decision| &decision.chosen);
+            return self.wait(now, request, priced, noted);
+        }
+        if waits {
+            self.room.admitted(now_ms, request.key);
+        }
+        let Some(decision) = decision else { return Answer::Refused };
         let plan = match decision.plan() {
             CorePlan::Colocated { engine } | CorePlan::Append { engine } => Plan::Colocated { engine },
             CorePlan::Pull { source, engine } => Plan::Pull { source, engine },
@@ -363,17 +411,6 @@ impl Placer for Production {
                 chosen.transfer_bytes,
             )
         });
-        if let (Some(planner), true) = (&mut self.planner, avoid.is_empty()) {
-            let placed = Placed {
-                now_ms,
-                model: self.model.clone(),
-                prompt_tokens: u64::from(request.prompt_tokens),
-                beginnings: Beginnings::of(&self.hashes, self.block_tokens),
-                cached: (Slot(plan.prefill()), chosen.hit_tokens),
-                slo,
-            };
-            planner.placed(request.number, placed);
-        }
         let hold = match plan {
             Plan::Pull { source, .. } => {
                 let speed = &self.fleet.engines()[source as usize].speed;
@@ -405,7 +442,20 @@ impl Placer for Production {
             self.live.resize_with(key + 1, || None);
         }
         self.live[key] = Some(live);
-        Some(plan)
+        self.flying += 1;
+        Answer::Goes(plan)
+    }
+
+    fn turn(&mut self, now: Nanos) -> Option<Turn> {
+        let turn = self.room.turn(now);
+        if let Some((Turn::Refused(_), Some(noted))) = &turn {
+            self.turned_away(*noted);
+        }
+        turn.map(|(turn, _)| turn)
+    }
+
+    fn next_turn(&self) -> Option<Nanos> {
+        self.room.next_turn()
     }
 
     fn wants_kv_events(&self) -> bool {
@@ -466,7 +516,7 @@ impl Placer for Production {
             Progress::Finished { tokens, .. } => self.finished(now, key, tokens),
             Progress::FellBack => self.fell_back(key),
             // What was reserved for it ends.
-            Progress::Failed => drop(self.live.get_mut(key as usize).and_then(Option::take)),
+            Progress::Failed => drop(self.over(now, key)),
         }
     }
 }

@@ -109,6 +109,8 @@ impl Fleet {
         positive("control.load_interval_ms", control.load_interval_ms)?;
         positive("control.hold_seconds", control.hold_seconds)?;
         positive("control.pull_deadline_ms", control.pull_deadline_ms)?;
+        positive("control.max_requests", control.max_requests as f64)?;
+        positive("control.max_engine_requests", f64::from(control.max_engine_requests))?;
         if let Some(slo) = &self.slo {
             positive("slo.ttft_ms", slo.ttft_ms)?;
             positive("slo.tpot_ms", slo.tpot_ms)?;

@@ -45,7 +45,11 @@
 //! event_delay_ms = 20             # from a block's change to the index
 //! load_interval_ms = 1000         # between two load reports of an engine
 //! hold_seconds = 60               # blocks that nobody fetches are freed
-//! pull_deadline_ms = 10000        # an engine that fetches blocks for so long computes what has not come; of a fleet with outages or cards
+//! pull_deadline_ms = 10000        # an engine that fetches blocks for so long computes what has not come
+//! max_requests = 4096             # these four as in the coordinator's limits: requests that wait or are under way,
+//! max_engine_requests = 512       # those on one engine,
+//! max_waiting = 1024              # those that wait for room at an engine,
+//! longest_wait_ms = 30000         # and for how long
 //!
 //! [slo]                           # optional: both, for goodput
 //! ttft_ms = 2000
@@ -222,8 +226,16 @@ pub struct Control {
     pub load_interval_ms: f64,
     /// Held blocks that nobody began to fetch are freed after this.
     pub hold_seconds: f64,
-    /// An engine that fetches blocks for so long computes what has not come. Of a fleet with outages or cards.
+    /// An engine that fetches blocks for so long computes what has not come.
     pub pull_deadline_ms: f64,
+    /// Most requests that wait or are under way; further ones are turned away.
+    pub max_requests: u64,
+    /// Most requests on an engine; further ones wait.
+    pub max_engine_requests: u32,
+    /// Most requests that wait for room at an engine; past it the last in order are turned away.
+    pub max_waiting: u64,
+    /// Longest that one waits before it is turned away.
+    pub longest_wait_ms: u32,
 }
 
 impl Default for Control {
@@ -234,6 +246,10 @@ impl Default for Control {
             load_interval_ms: 1000.0,
             hold_seconds: 60.0,
             pull_deadline_ms: 10_000.0,
+            max_requests: 4_096,
+            max_engine_requests: 512,
+            max_waiting: 1_024,
+            longest_wait_ms: 30_000,
         }
     }
 }

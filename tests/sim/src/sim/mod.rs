@@ -11,6 +11,8 @@
 //! A transfer takes a round trip before its first byte and one after its last. A hold that nobody has begun to fetch from in time is freed;
 //! the decode engine then computes the prompt. So it does with what has not come when it has fetched for as long as it may.
 //!
+//! Where the placer says so, a request waits before it is sent anywhere, until it is its turn ([`Placer::turn`]) or it is refused.
+//!
 //! # Failures
 //! happen by the fleet's script. An engine that dies loses its requests and its cache. Whoever waits for it hears so after the time of a
 //! dispatch, and so does who sends it something before it is back. As with a coordinator,
@@ -30,7 +32,7 @@ mod requests;
 mod transfers;
 
 use std::cmp::Reverse;
-use std::collections::{BinaryHeap, VecDeque};
+use std::collections::{BTreeMap, BinaryHeap, VecDeque};
 use std::ops::ControlFlow;
 
 use self::failures::Script;
@@ -38,9 +40,9 @@ use self::metrics::Metrics;
 pub use self::metrics::{
     Distributions, Durations, EngineReport, Outcome, Plans, Point, Report, Results, Summary,
 };
-pub use self::placer::{Health, LoadReport, Placer, Plan, Progress, Request};
-use self::requests::Flight;
+pub use self::placer::{Answer, Health, LoadReport, Placer, Plan, Progress, Request, Turn};
 pub use self::requests::MAX_ATTEMPTS;
+use self::requests::{Asked, Flight};
 use crate::engine::events::KvEvents;
 use crate::engine::{Engine, Output, Settings};
 use crate::fleet::{Fleet, Slo};
@@ -74,7 +76,7 @@ pub fn run(fleet: &Fleet, block_tokens: u32, source: &mut dyn Source, placer: &m
     run_observed(fleet, block_tokens, source, placer, Window::ALL, &mut |_| ControlFlow::Continue(()))
 }
 
-/// Runs a trace until all requests of the window have ended, or the observer, who sees each of those that ended (`None`: without its answer), breaks. `block_tokens` is the
+/// Runs a trace until all requests of the window have ended, or the observer, who sees each of those that ended (`None`: without its answer, or it did not come at all), breaks. `block_tokens` is the
 /// engines' block size, which must be the one that the source cuts its requests by. A source that does not end needs a window that does.
 pub fn run_observed(
     fleet: &Fleet,
@@ -115,6 +117,8 @@ enum Event {
     Died(u32),
     /// It is heard of an engine that it is back.
     Back(u32),
+    /// It is the turn of somebody who waits.
+    Turn,
     Load,
 }
 
@@ -157,8 +161,7 @@ struct Simulation<'a> {
     event_delay: Nanos,
     load_interval: Nanos,
     hold: Nanos,
-    /// Where it is possible that transfers do not end.
-    pull_deadline: Option<Nanos>,
+    pull_deadline: Nanos,
     rtt: Nanos,
     now: Nanos,
     heap: BinaryHeap<Reverse<Entry>>,
@@ -175,6 +178,12 @@ struct Simulation<'a> {
     kv_events: VecDeque<(Nanos, u32, KvEvents)>,
     flights: Vec<Option<Flight>>,
     vacant: Vec<u32>,
+    /// Requests that wait to be placed again.
+    waiting: BTreeMap<u32, Asked>,
+    /// Whether a request has ended, or waits, since it was last asked whose turn it is.
+    is_turn: bool,
+    /// When it is asked again; for that time an event lies in the heap.
+    turn_at: Option<Nanos>,
     outputs: Vec<Output>,
     script: Script,
     /// Attempts that broke off with their engine and have not heard of it: by engine, in order of its deaths.
@@ -220,8 +229,7 @@ impl<'a> Simulation<'a> {
             event_delay: nanos(fleet.control.event_delay_ms / 1e3),
             load_interval: nanos(fleet.control.load_interval_ms / 1e3).max(1),
             hold: nanos(fleet.control.hold_seconds),
-            pull_deadline: (!fleet.outages.is_empty() || !fleet.cards.is_empty())
-                .then(|| nanos(fleet.control.pull_deadline_ms / 1e3)),
+            pull_deadline: nanos(fleet.control.pull_deadline_ms / 1e3),
             rtt: nanos(fleet.links.rtt_us / 1e6),
             now: 0,
             heap: BinaryHeap::new(),
@@ -234,6 +242,9 @@ impl<'a> Simulation<'a> {
             kv_events: VecDeque::new(),
             flights: Vec::new(),
             vacant: Vec::new(),
+            waiting: BTreeMap::new(),
+            is_turn: false,
+            turn_at: None,
             outputs: Vec::new(),
             script: Script::of(fleet),
             broken: VecDeque::new(),
@@ -276,6 +287,9 @@ impl<'a> Simulation<'a> {
                 }
                 (_, None) => break,
             }
+            if self.is_turn && !self.waiting.is_empty() {
+                self.turns();
+            }
         }
     }
 
@@ -305,6 +319,7 @@ impl<'a> Simulation<'a> {
             Event::Refused(key, attempt) => self.refused(key, attempt),
             Event::Died(engine) => self.died(engine),
             Event::Back(engine) => self.placer.health(self.now, engine, Health::Back),
+            Event::Turn => self.turn_came(),
             Event::Load => self.report_load(),
         }
     }

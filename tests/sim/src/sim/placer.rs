@@ -56,6 +56,26 @@ impl Plan {
     }
 }
 
+/// What becomes of a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// It is sent on this way.
+    Goes(Plan),
+    /// It waits until it is its [`Turn`].
+    Waits,
+    /// It is turned away.
+    Refused,
+}
+
+/// Whose turn it is among requests that wait. They go by their keys.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Turn {
+    /// This one is placed again.
+    Again(u32),
+    /// This one is turned away: its time is over, or a more urgent one took its place.
+    Refused(u32),
+}
+
 /// A request that is to be placed.
 #[derive(Clone, Copy, Debug)]
 pub struct Request<'a> {
@@ -137,8 +157,18 @@ pub enum Progress {
 /// Decides, from what a coordinator can see: delayed events of blocks, load reports as of their time, and what it remembers of
 /// its own decisions. Nothing else of the simulation is visible to it. Calls come in order of time.
 pub trait Placer {
-    /// Where the request goes; `None` refuses it.
-    fn place(&mut self, now: Nanos, request: &Request<'_>) -> Option<Plan>;
+    /// What becomes of the request.
+    fn place(&mut self, now: Nanos, request: &Request<'_>) -> Answer;
+
+    /// Whose turn it is: to be asked at [`Placer::next_turn`] and whenever a request has ended or waits, until it is nobody's.
+    fn turn(&mut self, _now: Nanos) -> Option<Turn> {
+        None
+    }
+
+    /// When it will be somebody's turn, if somebody waits and nothing ends before.
+    fn next_turn(&self) -> Option<Nanos> {
+        None
+    }
 
     /// Whether [`Placer::kv_events`] is to be called. Leaving that out makes a run faster.
     fn wants_kv_events(&self) -> bool {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::metrics::Outcome;
-use super::placer::{Plan, Progress, Request};
+use super::placer::{Answer, Plan, Progress, Request, Turn};
 use super::{Event, Simulation};
 use crate::Nanos;
 use crate::engine::{Handle, Job, Output};
@@ -23,6 +23,7 @@ pub(super) struct Asked {
     output_tokens: u32,
     arrived: Nanos,
     pub(super) measured: bool,
+    has_waited: bool,
     /// Engines that failed it.
     pub(super) avoid: Vec<u32>,
 }
@@ -81,6 +82,7 @@ impl Simulation<'_> {
             output_tokens: arrival.output_tokens,
             arrived: self.now,
             measured,
+            has_waited: false,
             avoid: Vec::new(),
         };
         let key = self.vacant.pop().unwrap_or_else(|| {
@@ -90,8 +92,34 @@ impl Simulation<'_> {
         self.place(key, asked);
     }
 
+    /// Requests that wait may go now, or have waited for too long.
+    pub(super) fn turns(&mut self) {
+        self.deliver_kv_events();
+        while let Some(turn) = self.placer.turn(self.now) {
+            let (Turn::Again(key) | Turn::Refused(key)) = turn;
+            let asked = self.waiting.remove(&key).expect("it waits");
+            match turn {
+                Turn::Again(_) => self.place(key, asked),
+                Turn::Refused(_) => self.refuse(key, &asked),
+            }
+        }
+        self.is_turn = false;
+        if let Some(at) = self.placer.next_turn().filter(|at| self.turn_at.is_none_or(|known| *at < known)) {
+            self.turn_at = Some(at);
+            self.push(at.max(self.now), Event::Turn);
+        }
+    }
+
+    /// The time of a turn has come.
+    pub(super) fn turn_came(&mut self) {
+        if self.turn_at.is_some_and(|at| at <= self.now) {
+            self.turn_at = None;
+            self.turns();
+        }
+    }
+
     /// Has a request decided on, for the first time or again.
-    pub(super) fn place(&mut self, key: u32, asked: Asked) {
+    pub(super) fn place(&mut self, key: u32, mut asked: Asked) {
         let whole = (asked.prompt_tokens / self.block_tokens) as usize;
         let request = Request {
             key,
@@ -105,16 +133,25 @@ impl Simulation<'_> {
             avoid: &asked.avoid,
         };
         match self.placer.place(self.now, &request) {
-            Some(plan) => self.dispatch(key, asked, plan),
-            None => {
-                let refused = match asked.avoid.is_empty() {
-                    true => &mut self.metrics.refused,
-                    false => &mut self.metrics.failed,
-                };
-                *refused += u64::from(asked.measured);
-                self.lose(key, &asked);
+            Answer::Goes(plan) => self.dispatch(key, asked, plan),
+            Answer::Waits => {
+                self.metrics.waited += u64::from(asked.measured && !asked.has_waited);
+                asked.has_waited = true;
+                self.waiting.insert(key, asked);
+                self.is_turn = true;
             }
+            Answer::Refused => self.refuse(key, &asked),
         }
+    }
+
+    /// A request is turned away.
+    fn refuse(&mut self, key: u32, asked: &Asked) {
+        let refused = match asked.avoid.is_empty() {
+            true => &mut self.metrics.refused,
+            false => &mut self.metrics.failed,
+        };
+        *refused += u64::from(asked.measured);
+        self.lose(key, asked);
     }
 
     /// Sends a request on its way.
@@ -155,13 +192,18 @@ impl Simulation<'_> {
         self.push(self.now + self.dispatch, Event::Submit(key));
     }
 
-    /// A request ends without its answer.
+    /// A request ends without its answer. Its session does too: its later turns will not come, and nobody is served with them either.
     pub(super) fn lose(&mut self, key: u32, asked: &Asked) {
         self.vacant.push(key);
-        asked.session.into_iter().for_each(|session| self.source.abandon(session));
+        self.is_turn = true;
+        let turns = || asked.session.and_then(|session| self.source.follow(session));
+        let later = std::iter::from_fn(turns).count();
         if asked.measured {
             self.metrics.end = self.now;
-            self.stop |= (self.observer)(None).is_break();
+            self.metrics.lost_turns += later as u64;
+            for _ in 0..=later {
+                self.stop |= (self.observer)(None).is_break();
+            }
         }
     }
 
@@ -291,6 +333,7 @@ impl Simulation<'_> {
         let now = self.now;
         let Some(flight) = self.flights[key as usize].take() else { return };
         self.vacant.push(key);
+        self.is_turn = true;
         let asked = &flight.asked;
         let cached_tokens = flight.hit_tokens.unwrap_or(0);
         self.placer.progress(now, key, &Progress::Finished { tokens: asked.output_tokens, cached_tokens });

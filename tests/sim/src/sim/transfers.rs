@@ -23,9 +23,7 @@ impl Simulation<'_> {
         flight.fetch_began = now;
         let attempt = flight.attempt;
         self.push(now + self.rtt, Event::Send(key, attempt));
-        if let Some(deadline) = self.pull_deadline {
-            self.push(now + deadline, Event::Late(key, attempt));
-        }
+        self.push(now + self.pull_deadline, Event::Late(key, attempt));
     }
 
     pub(super) fn send(&mut self, key: u32, attempt: u64) {
