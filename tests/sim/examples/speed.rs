@@ -10,7 +10,7 @@ use std::time::Instant;
 use baton_sim::Nanos;
 use baton_sim::decision::{Production, Speeds};
 use baton_sim::fleet::Fleet;
-use baton_sim::sim::{Placer, Plan, Request, run};
+use baton_sim::sim::{Answer, Placer, Plan, Request, run};
 use baton_sim::trace::{First, Generator, Shape};
 
 /// Half of the sessions stay on one engine each, the others are handed off; all events are asked for.
@@ -19,10 +19,10 @@ struct Sticky {
 }
 
 impl Placer for Sticky {
-    fn place(&mut self, _now: Nanos, request: &Request<'_>) -> Option<Plan> {
+    fn place(&mut self, _now: Nanos, request: &Request<'_>) -> Answer {
         let session = request.session.unwrap_or(request.number);
         let engine = (session % self.engines) as u32;
-        Some(match session / self.engines % 2 {
+        Answer::Goes(match session / self.engines % 2 {
             0 => Plan::Colocated { engine },
             _ => Plan::Disaggregated {
                 prefill: engine,

@@ -5,6 +5,7 @@ use std::sync::atomic::AtomicBool;
 use baton_sim::bench::{Bench, Mode, Run, Workload, oracle};
 use baton_sim::decision::Speeds;
 use baton_sim::fleet::{Fleet, Slo};
+use baton_sim::sim::{self, Report};
 use baton_sim::trace::{Length, Shape};
 use proptest::prelude::*;
 
@@ -13,6 +14,15 @@ static RUNNING: AtomicBool = AtomicBool::new(false);
 fn run(fleet: &Fleet, mode: &Mode, workload: &Workload, rate: f64) -> Run {
     let bench = Bench { speeds: Speeds::Learned, threads: 1, stop: &RUNNING, progress: &|_| () };
     bench.replay(fleet, mode, workload, rate).expect("it runs")
+}
+
+/// The same where nobody waits for room and nobody is turned away: the decision does not know what is promised.
+fn run_all(fleet: &Fleet, mode: &Mode, workload: &Workload, rate: f64) -> Report {
+    let shaped = mode.fleet(fleet).expect("it has the engines");
+    let unpromised = Fleet { slo: None, ..shaped.clone() };
+    let mut placer = mode.placer(&unpromised, workload.block_tokens(), Speeds::Learned).expect("a placer");
+    let mut source = workload.open(rate).expect("it is in memory");
+    sim::run(&shaped, workload.block_tokens(), &mut *source, &mut *placer).report
 }
 
 fn bound(fleet: &Fleet, workload: &Workload, rate: f64) -> oracle::Bound {
@@ -94,20 +104,28 @@ proptest! {
         ],
         rate in 0.02..60.0f64,
         seed in any::<u64>(),
+        turns_away in any::<bool>(),
     ) {
         // A split of half and half.
         let half = fleet.len() as u32 / 2;
         let mode: Mode = mode.replace("1P1D", &format!("{half}P{}D", fleet.len() as u32 - half)).parse().expect("a mode");
         // Recorded: which requests come does not depend on how fast earlier ones are served.
         let workload = Workload::generated("random", shapes, 64, seed).with_requests(150).recorded().expect("generated");
-        let report = run(&fleet, &mode, &workload, rate).report;
-        prop_assert_eq!(report.finished, report.requests);
+        let report = match turns_away {
+            true => run(&fleet, &mode, &workload, rate).report,
+            false => run_all(&fleet, &mode, &workload, rate),
+        };
         let bound = bound(&fleet, &workload, rate);
         let most = bound.most_goodput(report.attainment);
-        prop_assert_eq!(report.requests, bound.requests);
-        prop_assert!(bound.ttft_ms <= report.ttft_ms.mean + 1e-6, "{} {}", bound.ttft_ms, report.ttft_ms.mean);
-        prop_assert!(bound.e2e_ms <= report.e2e_ms.mean + 1e-6, "{} {}", bound.e2e_ms, report.e2e_ms.mean);
-        prop_assert!(bound.hit_rate >= report.hit_rate, "{} {}", bound.hit_rate, report.hit_rate);
+        prop_assert!(turns_away || report.finished == bound.requests);
+        prop_assert_eq!(report.finished + report.refused, report.requests);
+        prop_assert_eq!(report.requests + report.lost_turns, bound.requests);
+        // These are of all requests.
+        if report.finished == bound.requests {
+            prop_assert!(bound.ttft_ms <= report.ttft_ms.mean + 1e-6, "{} {}", bound.ttft_ms, report.ttft_ms.mean);
+            prop_assert!(bound.e2e_ms <= report.e2e_ms.mean + 1e-6, "{} {}", bound.e2e_ms, report.e2e_ms.mean);
+            prop_assert!(bound.hit_rate >= report.hit_rate, "{} {}", bound.hit_rate, report.hit_rate);
+        }
         prop_assert!(report.goodput_per_second <= most * (1.0 + 1e-9), "{} {most}", report.goodput_per_second);
     }
 }
@@ -116,8 +134,9 @@ proptest! {
 fn flood(shape: Shape, requests: u64, tpot_ms: f64) -> f64 {
     let mut fleet = example();
     fleet.slo = Some(Slo { ttft_ms: 1e9, tpot_ms });
+    (fleet.control.max_requests, fleet.control.max_engine_requests) = (100_000, 100_000);
     let workload = Workload::generated("flood", vec![shape], 64, 3).with_requests(requests);
-    let report = run(&fleet, &"least_loaded".parse().expect("a mode"), &workload, 1e6).report;
+    let report = run_all(&fleet, &"least_loaded".parse().expect("a mode"), &workload, 1e6);
     assert_eq!(report.attainment, 1.0);
     report.goodput_per_second / bound(&fleet, &workload, 1e6).most_goodput(1.0)
 }

@@ -151,8 +151,6 @@ impl Source for Spaced {
         None
     }
 
-    fn abandon(&mut self, _session: u64) {}
-
     fn rows(&self) -> &Rows {
         &self.1
     }

@@ -6,7 +6,9 @@ use std::ops::ControlFlow;
 
 use baton_sim::engine::speed::known;
 use baton_sim::fleet::Fleet;
-use baton_sim::sim::{LoadReport, Outcome, Placer, Plan, Progress, Request, Window, run, run_observed};
+use baton_sim::sim::{
+    Answer, LoadReport, Outcome, Placer, Plan, Progress, Request, Window, run, run_observed,
+};
 use baton_sim::trace::{First, Generator, Length, Scaled, Shape};
 use baton_sim::{Nanos, SECOND};
 use support::{FirstBlock, FixedSplit, RoundRobin, plain_fleet};
@@ -23,7 +25,7 @@ fn outcomes(fleet: &Fleet, placer: &mut dyn Placer, requests: u64, seed: u64) ->
     let mut outcomes = Vec::new();
     let mut source = workload(requests, seed);
     let results = run_observed(fleet, 64, &mut source, placer, Window::ALL, &mut |outcome| {
-        outcomes.push(*outcome);
+        outcomes.extend(outcome.copied());
         ControlFlow::Continue(())
     });
     (outcomes, serde_json::to_string(&results.report).expect("a report is JSON"))
@@ -99,8 +101,8 @@ fn a_handoff_takes_the_time_of_its_parts() {
 struct Puller(Vec<(Nanos, Progress)>);
 
 impl Placer for Puller {
-    fn place(&mut self, _now: Nanos, request: &Request<'_>) -> Option<Plan> {
-        Some(match request.number {
+    fn place(&mut self, _now: Nanos, request: &Request<'_>) -> Answer {
+        Answer::Goes(match request.number {
             0 => Plan::Colocated { engine: 0 },
             2.. => Plan::Colocated { engine: 2 },
             1 => Plan::Pull { source: 0, engine: 7 },
@@ -123,7 +125,7 @@ fn a_pull_brings_what_the_source_has_cached() {
     let fleet = example().with_gbit(10.0);
     let mut outcomes = Vec::new();
     let report = run_observed(&fleet, 16, &mut source, &mut placer, Window::ALL, &mut |outcome| {
-        outcomes.push(*outcome);
+        outcomes.extend(outcome.copied());
         ControlFlow::Continue(())
     })
     .report;
@@ -167,9 +169,9 @@ fn what_the_placer_sees_is_late() {
         reports: u64,
     }
     impl Placer for Watcher {
-        fn place(&mut self, now: Nanos, _request: &Request<'_>) -> Option<Plan> {
+        fn place(&mut self, now: Nanos, _request: &Request<'_>) -> Answer {
             assert!(now >= self.latest);
-            Some(Plan::Colocated { engine: 0 })
+            Answer::Goes(Plan::Colocated { engine: 0 })
         }
         fn wants_kv_events(&self) -> bool {
             true

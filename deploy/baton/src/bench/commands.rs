@@ -149,6 +149,7 @@ pub(super) fn replay(arguments: &Replay, stop: &AtomicBool) -> anyhow::Result<()
     say_bad_rows(&run.report.rows);
     let bound = bound_of(&fleet, &workload, *rate)?;
     output.say(table(&compare::HEAD, vec![compare::row(&policy.to_string(), &run.report, &bound)]));
+    compare::troubles(&policy.to_string(), &run.report).iter().for_each(|said| output.say(said));
     output.put("fleet", &fleet.name)?;
     output.put("trace", workload.to_string())?;
     output.put("rate", rate)?;
@@ -207,16 +208,18 @@ pub(super) fn compare(arguments: &Compare, stop: &AtomicBool) -> anyhow::Result<
     let mut results = Vec::new();
     for rate in rates {
         let bound = bound_of(&fleet, &workload, *rate)?;
-        let mut rows = Vec::new();
+        let (mut rows, mut troubles) = (Vec::new(), Vec::new());
         for (mode, reports) in &all {
             let Some((_, report)) = reports.iter().find(|entry| entry.0 == *rate) else { continue };
             rows.push(compare::row(&mode.to_string(), report, &bound));
+            troubles.extend(compare::troubles(&mode.to_string(), report));
             results.push(json!({
                 "rate": rate, "policy": mode.to_string(), "regret": Regret::of(report, &bound), "report": brief(report)?
             }));
         }
         output.say(format!("rate {rate} {}, {} requests", workload.rate_unit(), bound.requests));
         output.say(table(&compare::HEAD, rows));
+        troubles.iter().for_each(|said| output.say(said));
         output.say(format!(
             "bound: mean TTFT {:.0} ms, mean time to last token {:.0} ms, hit rate {:.1} %\n",
             bound.ttft_ms,

@@ -348,6 +348,8 @@ async fn calibrate(bed: &mut Bed, prompts: &Prompts, unit: u32, block_tokens: u3
             rtt_us: 1e6 * ((fixed - last_token) / 2.0).max(0.0),
         },
         background: Vec::new(),
+        outages: Vec::new(),
+        cards: Vec::new(),
         control: Control { dispatch_us: 0.0, ..Control::default() },
         slo: None,
     })
@@ -485,8 +487,6 @@ impl Source for OneByOne {
         Some(Arrival { when, ..arrival })
     }
 
-    fn abandon(&mut self, _session: u64) {}
-
     fn rows(&self) -> &Rows {
         &self.rows
     }
@@ -551,6 +551,8 @@ mod tests {
                 rtt_us: 5000.0,
             },
             background: Vec::new(),
+            outages: Vec::new(),
+            cards: Vec::new(),
             control: Control { dispatch_us: 0.0, ..Control::default() },
             slo: None,
         };

@@ -81,6 +81,23 @@ pub fn row(name: &str, report: &Report, bound: &Bound) -> Vec<String> {
     ]
 }
 
+/// What went otherwise than it should in a run, if anything did.
+pub fn troubles(name: &str, report: &Report) -> Option<String> {
+    let said = [
+        (report.waited, "waited for room"),
+        (report.refused, "turned away"),
+        (report.too_long, "too long for their engine"),
+        (report.failed, "failed with an engine"),
+        (report.retried, "sent to another engine after one had failed"),
+        (report.lost_turns, "more did not come, since their session had ended"),
+        (report.failed_transfers, "transfers failed"),
+        (report.expired_holds, "held blocks freed that nobody fetched"),
+    ];
+    let said: Vec<String> =
+        said.iter().filter(|(count, _)| *count > 0).map(|(count, what)| format!("{count} {what}")).collect();
+    (!said.is_empty()).then(|| format!("{name}: of {} requests, {}", report.requests, said.join(", ")))
+}
+
 /// Points of a cumulative distribution, milliseconds.
 fn distribution(durations: &Durations) -> Vec<(f64, f64)> {
     let histogram = durations.histogram();
@@ -114,6 +131,9 @@ pub fn show(page: &mut Page, rate: &str, runs: &[Compared], bound: &Bound) {
     let rows: Vec<Vec<String>> =
         runs.iter().map(|compared| row(&compared.mode.to_string(), &compared.run.report, bound)).collect();
     page.table(&HEAD, &rows);
+    for compared in runs {
+        troubles(&compared.mode.to_string(), &compared.run.report).iter().for_each(|said| page.note(said));
+    }
     page.note(&format!(
         "Bound: no policy has a mean TTFT below {:.0} ms, a mean time to last token below {:.0} ms, or a hit rate above {:.1} % on this workload (see the section on the oracle).",
         bound.ttft_ms,

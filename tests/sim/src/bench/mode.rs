@@ -7,7 +7,7 @@ use baton_coordinator_core::placement::{self, POLICIES};
 
 use crate::decision::{Production, Speeds};
 use crate::fleet::{Fleet, Role, Split, SplitError};
-use crate::sim::{Placer, Plan, Request};
+use crate::sim::{Answer, Placer, Plan, Request};
 
 /// The name of [`Naive`].
 const NAIVE: &str = "naive";
@@ -160,9 +160,11 @@ impl Naive {
 }
 
 impl Placer for Naive {
-    fn place(&mut self, _now: crate::Nanos, request: &Request<'_>) -> Option<Plan> {
-        let turn = |engines: &[u32]| engines[(request.number % engines.len() as u64) as usize];
-        Some(Plan::Disaggregated { prefill: turn(&self.prefill), decode: turn(&self.decode) })
+    fn place(&mut self, _now: crate::Nanos, request: &Request<'_>) -> Answer {
+        // One that failed is tried once more somewhere else: so much every proxy does.
+        let number = request.number + request.avoid.len() as u64;
+        let turn = |engines: &[u32]| engines[(number % engines.len() as u64) as usize];
+        Answer::Goes(Plan::Disaggregated { prefill: turn(&self.prefill), decode: turn(&self.decode) })
     }
 }
 

@@ -204,10 +204,6 @@ impl Source for Replay {
         Some(arrival)
     }
 
-    fn abandon(&mut self, session: u64) {
-        self.live.remove(&session);
-    }
-
     fn rows(&self) -> &Rows {
         &self.recording.rows
     }

@@ -124,11 +124,12 @@ impl Bench<'_> {
         let (mut later_ttft, mut missed, mut seen) = (Durations::default(), 0, 0u64);
         let results =
             sim::run_observed(&shaped, block_tokens, &mut *source, &mut *placer, window, &mut |outcome| {
-                if outcome.turn > 0 {
+                if let Some(outcome) = outcome.filter(|outcome| outcome.turn > 0) {
                     later_ttft.record(outcome.ttft);
                 }
                 seen += 1;
-                missed += u64::from(fleet.slo.is_some_and(|slo| !outcome.within(&slo)));
+                let within = |slo| outcome.is_some_and(|outcome| outcome.within(&slo));
+                missed += u64::from(fleet.slo.is_some_and(|slo| !within(slo)));
                 let looks = seen.is_multiple_of(PATIENCE);
                 if looks {
                     (self.progress)(PATIENCE);

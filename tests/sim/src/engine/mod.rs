@@ -11,6 +11,8 @@
 //! A request may come with KV that lies elsewhere: when its turn comes it gets its blocks, [`Output::Fetch`] says what is missing, and it is let
 //! in when [`Engine::fetched`] was called. A request may keep its blocks when it ends ([`Job::hold`]), until [`Engine::release`].
 //!
+//! An engine that dies ([`Engine::stop`]) loses its requests and its cache ([`Engine::restart`]).
+//!
 //! # Coarse where that is exact
 //! As long as the same sequences decode, nothing else runs and blocks suffice, the steps until the next sequence ends are taken together: their
 //! lengths grow evenly, so the sum is known. A request that arrives meanwhile cuts the run at the next step's border. Nothing that a caller can see
@@ -209,6 +211,7 @@ pub struct Engine {
     /// The prompts of the step that is being computed, with the tokens of each.
     chunks: Vec<(u32, u32)>,
     work: Option<Work>,
+    is_down: bool,
     version: u64,
     outputs: Vec<Output>,
     totals: Totals,
@@ -227,6 +230,7 @@ impl Engine {
             running: Vec::new(),
             chunks: Vec::new(),
             work: None,
+            is_down: false,
             version: 0,
             outputs: Vec::new(),
             totals: Totals::default(),
@@ -317,14 +321,12 @@ impl Engine {
         Handle(at)
     }
 
-    /// The KV that a request waits for is there, or will not come (`arrived` false): then it is computed.
-    pub fn fetched(&mut self, now: Nanos, handle: Handle, arrived: bool) {
+    /// The KV that a request waits for is there, as many tokens of it as came; the others are computed.
+    pub fn fetched(&mut self, now: Nanos, handle: Handle, tokens: u32) {
         let sequence = &mut self.sequences[handle.0 as usize];
         debug_assert_eq!(sequence.state, State::Fetching);
-        if arrived {
-            // At least one token is left to compute: the next one comes out of it.
-            sequence.computed = sequence.computed.max(sequence.job.remote_tokens.min(sequence.tokens() - 1));
-        }
+        // At least one token is left to compute: the next one comes out of it.
+        sequence.computed = (sequence.computed + tokens).min(sequence.tokens() - 1);
         sequence.job.remote_tokens = 0;
         sequence.state = State::Ready;
         self.fetching -= 1;
@@ -349,9 +351,44 @@ impl Engine {
         self.schedule(now);
     }
 
+    /// The engine dies. What its steps have made by now it still says; then it does nothing, until [`Engine::restart`] was called and a
+    /// request comes.
+    pub fn stop(&mut self, now: Nanos) {
+        if let Some(mut work) = self.work.take() {
+            let (mut low, mut high) = (0, work.steps);
+            while low < high {
+                let middle = low + (high - low).div_ceil(2);
+                if work.end_of(middle) <= now { low = middle } else { high = middle - 1 }
+            }
+            // The step in hand is lost, but not its time.
+            let lost = now - if low > 0 { work.end_of(low) } else { work.start };
+            match self.chunks.is_empty() {
+                true => self.totals.decode += lost,
+                false => self.totals.prefill += lost,
+            }
+            if low > 0 {
+                (work.steps, work.end) = (low, work.end_of(low));
+                self.complete(now, &work);
+            }
+        }
+        self.is_down = true;
+    }
+
+    /// Forgets all requests and everything cached, as a new process has none of it. What it did is still counted. `is_down`: whether it stays away.
+    pub fn restart(&mut self, is_down: bool) {
+        let (totals, version) = (self.totals, self.version + 1);
+        *self = Self { totals, version, is_down, ..Self::new(self.settings) };
+    }
+
+    /// Whether it died and is not back.
+    pub fn is_down(&self) -> bool {
+        self.is_down
+    }
+
     /// Something changed that the next step may depend on.
     fn interrupt(&mut self, now: Nanos) {
         match &mut self.work {
+            None if self.is_down => {}
             None => self.schedule(now),
             Some(work) if work.steps > 1 => {
                 // The step in hand is the first one that ends now or later; sums of its length grow with each step.

@@ -102,11 +102,15 @@ impl Fleet {
             }
             positive(&format!("background[{at}].gbit"), of.gbit)?;
         }
+        self.check_failures()?;
         let control = &self.control;
         not_negative("control.dispatch_us", control.dispatch_us)?;
         not_negative("control.event_delay_ms", control.event_delay_ms)?;
         positive("control.load_interval_ms", control.load_interval_ms)?;
         positive("control.hold_seconds", control.hold_seconds)?;
+        positive("control.pull_deadline_ms", control.pull_deadline_ms)?;
+        positive("control.max_requests", control.max_requests as f64)?;
+        positive("control.max_engine_requests", f64::from(control.max_engine_requests))?;
         if let Some(slo) = &self.slo {
             positive("slo.ttft_ms", slo.ttft_ms)?;
             positive("slo.tpot_ms", slo.tpot_ms)?;
@@ -149,6 +153,17 @@ impl Fleet {
         Ok(())
     }
 
+    fn check_failures(&self) -> Result<(), FleetError> {
+        let outages = self.outages.iter().map(|of| (of.engine, of.from_seconds, of.until_seconds));
+        check_times("outages", "engine", self.len() as u32, outages.collect())?;
+        let cards = self.cards.iter().map(|of| (of.host, of.from_seconds, of.until_seconds));
+        check_times("cards", "host", self.hosts(), cards.collect())?;
+        for (at, card) in self.cards.iter().enumerate() {
+            not_negative(&format!("cards[{at}].gbit"), card.gbit)?;
+        }
+        Ok(())
+    }
+
     fn check_links(&self) -> Result<(), FleetError> {
         let links = &self.links;
         positive("links.gbit", links.gbit)?;
@@ -166,6 +181,42 @@ impl Fleet {
         positive("links.local_gbit", links.local_gbit)?;
         not_negative("links.rtt_us", links.rtt_us)
     }
+}
+
+/// Times at which something of a number below `count` is otherwise than it should be.
+fn check_times(
+    table: &str,
+    what: &str,
+    count: u32,
+    times: Vec<(u32, f64, Option<f64>)>,
+) -> Result<(), FleetError> {
+    for (at, (number, from, until)) in times.iter().enumerate() {
+        let name = |name: &str| format!("{table}[{at}].{name}");
+        if *number >= count {
+            let mend = format!("{what}s are numbered from 0 to {}", count - 1);
+            return Err(field(name(what), format!("there is no {what} {number}"), mend));
+        }
+        not_negative(&name("from_seconds"), *from)?;
+        if let Some(until) = until
+            && !(until.is_finite() && until > from)
+        {
+            return Err(field(
+                name("until_seconds"),
+                format!("is {until}"),
+                "give a time after from_seconds",
+            ));
+        }
+        let before = |(other, began, ended): &(u32, f64, Option<f64>)| {
+            other == number
+                && ended.is_none_or(|ended| *from < ended)
+                && until.is_none_or(|until| *began < until)
+        };
+        if let Some(other) = times[..at].iter().position(before) {
+            let mend = format!("one table for each time of a {what}");
+            return Err(field(name("from_seconds"), format!("{table}[{other}] is not over then"), mend));
+        }
+    }
+    Ok(())
 }
 
 fn check_speed(name: &str, speed: &Speed) -> Result<(), FleetError> {

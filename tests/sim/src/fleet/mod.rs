@@ -29,11 +29,27 @@
 //! to = 1
 //! gbit = 5
 //!
+//! [[outages]]                     # an engine that dies, and comes back with an empty cache; optional
+//! engine = 3                      # by number, from 0 in the order above
+//! from_seconds = 60
+//! until_seconds = 90              # left out: it does not come back
+//!
+//! [[cards]]                       # a host's card that has another width for a time; optional
+//! host = 1
+//! from_seconds = 120
+//! until_seconds = 150             # left out: to the end
+//! gbit = 1                        # 0: no block goes through it; requests take another network
+//!
 //! [control]                       # optional, and so is each field
-//! dispatch_us = 500               # from a request's arrival to its engine
+//! dispatch_us = 500               # from a request's arrival to its engine, and from an engine's failure to whoever waits for it
 //! event_delay_ms = 20             # from a block's change to the index
 //! load_interval_ms = 1000         # between two load reports of an engine
 //! hold_seconds = 60               # blocks that nobody fetches are freed
+//! pull_deadline_ms = 10000        # an engine that fetches blocks for so long computes what has not come
+//! max_requests = 4096             # these four as in the coordinator's limits: requests that wait or are under way,
+//! max_engine_requests = 512       # those on one engine,
+//! max_waiting = 1024              # those that wait for room at an engine,
+//! longest_wait_ms = 30000         # and for how long
 //!
 //! [slo]                           # optional: both, for goodput
 //! ttft_ms = 2000
@@ -80,6 +96,12 @@ pub struct Fleet {
     /// Traffic of others.
     #[serde(default)]
     pub background: Vec<Background>,
+    /// Engines that die.
+    #[serde(default)]
+    pub outages: Vec<Outage>,
+    /// Cards that have another width for a time.
+    #[serde(default)]
+    pub cards: Vec<Card>,
     /// What the control plane takes.
     #[serde(default)]
     pub control: Control,
@@ -156,11 +178,47 @@ pub struct Background {
     pub gbit: f64,
 }
 
+/// An engine that dies, and may come back: another life, with nothing cached.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Outage {
+    /// Which, by number in the fleet's order.
+    pub engine: u32,
+    /// When it dies.
+    pub from_seconds: f64,
+    /// When it is back; never where there is none.
+    #[serde(default)]
+    pub until_seconds: Option<f64>,
+}
+
+/// A host's card that has another width for a time. Only blocks cross it: requests, events and load reports take another network.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Card {
+    /// Which host's, by number.
+    pub host: u32,
+    /// From when on.
+    pub from_seconds: f64,
+    /// When it has its own width again; never where there is none.
+    #[serde(default)]
+    pub until_seconds: Option<f64>,
+    /// Its width meanwhile, each direction; 0 where nothing goes through.
+    pub gbit: f64,
+}
+
+impl Card {
+    /// Whether it has that width at a time, seconds.
+    pub fn is_at(&self, seconds: f64) -> bool {
+        self.from_seconds <= seconds && self.until_seconds.is_none_or(|until| seconds < until)
+    }
+}
+
 /// What the control plane takes.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Control {
-    /// From a request's arrival to its engine, and again between the parts of a handoff, microseconds.
+    /// From a request's arrival to its engine, again between the parts of a handoff, and from an engine's failure to whoever waits for
+    /// it, microseconds.
     pub dispatch_us: f64,
     /// From a block's change to the index, milliseconds.
     pub event_delay_ms: f64,
@@ -168,11 +226,31 @@ pub struct Control {
     pub load_interval_ms: f64,
     /// Held blocks that nobody began to fetch are freed after this.
     pub hold_seconds: f64,
+    /// An engine that fetches blocks for so long computes what has not come.
+    pub pull_deadline_ms: f64,
+    /// Most requests that wait or are under way; further ones are turned away.
+    pub max_requests: u64,
+    /// Most requests on an engine; further ones wait.
+    pub max_engine_requests: u32,
+    /// Most requests that wait for room at an engine; past it the last in order are turned away.
+    pub max_waiting: u64,
+    /// Longest that one waits before it is turned away.
+    pub longest_wait_ms: u32,
 }
 
 impl Default for Control {
     fn default() -> Self {
-        Self { dispatch_us: 500.0, event_delay_ms: 20.0, load_interval_ms: 1000.0, hold_seconds: 60.0 }
+        Self {
+            dispatch_us: 500.0,
+            event_delay_ms: 20.0,
+            load_interval_ms: 1000.0,
+            hold_seconds: 60.0,
+            pull_deadline_ms: 10_000.0,
+            max_requests: 4_096,
+            max_engine_requests: 512,
+            max_waiting: 1_024,
+            longest_wait_ms: 30_000,
+        }
     }
 }
 
@@ -276,6 +354,17 @@ impl Fleet {
             spine: links.spine_gbit.map(|gbit| bytes_per_second(gbit) * links.efficiency),
             transfer: links.transfer_gbit.map(bytes_per_second),
         }
+    }
+
+    /// The width of a host's card at a time, in seconds: Gbit/s each direction.
+    pub fn card_gbit(&self, host: u32, seconds: f64) -> f64 {
+        let of = |card: &&Card| card.host == host && card.is_at(seconds);
+        self.cards.iter().find(of).map_or(self.links.gbit, |card| card.gbit)
+    }
+
+    /// What it carries then, for the links' model: bytes per second of payload.
+    pub fn card_width(&self, host: u32, seconds: f64) -> f64 {
+        bytes_per_second(self.card_gbit(host, seconds)) * self.links.efficiency
     }
 
     /// Traffic of others, for the links' model.

@@ -3,7 +3,7 @@
 //! Each host has a network card with a direction out and one in, each of its own width (full duplex). Above them there may be a spine that
 //! all traffic between hosts crosses and that is narrower than the cards together. Engines of one host exchange blocks through its memory. At any time each
 //! transfer has the rate that max-min fairness gives it ([`fair`]), as congestion control comes near to in the long run; rates change when
-//! transfers begin and end. Rates are of payload: what the transport costs is taken off the width beforehand. Round trips are the caller's.
+//! transfers begin and end, and when a card gets another width. Rates are of payload: what the transport costs is taken off the width beforehand. Round trips are the caller's.
 
 pub mod fair;
 
@@ -101,6 +101,25 @@ impl Network {
         self.share();
     }
 
+    /// A host's card has this width from now on, each direction; 0 where nothing goes through.
+    pub fn set_card(&mut self, now: Nanos, host: u32, width: f64) {
+        self.advance(now);
+        for link in [host, self.hosts + host] {
+            self.capacities[link as usize] = width;
+        }
+        self.share();
+    }
+
+    /// A transfer ends before its time. Returns how many of its bytes have not come; `None` where it is not under way.
+    pub fn cancel(&mut self, now: Nanos, name: u64) -> Option<f64> {
+        let at = self.transfers.iter().position(|transfer| transfer.name == name)?;
+        self.advance(now);
+        let left = self.transfers.remove(at).left;
+        self.demands.remove(self.background + at);
+        self.share();
+        Some(left)
+    }
+
     /// When a transfer ends next, and the version of this answer; as of an engine's `next`.
     pub fn next(&self) -> Option<(Nanos, u64)> {
         self.next.map(|at| (at, self.version))
@@ -162,8 +181,8 @@ impl Network {
     }
 
     fn predict(&mut self) {
-        let seconds = |transfer: &Transfer| transfer.left / transfer.rate;
-        let soonest = self.transfers.iter().map(seconds).min_by(f64::total_cmp);
+        let moving = self.transfers.iter().filter(|transfer| transfer.rate > 0.0);
+        let soonest = moving.map(|transfer| transfer.left / transfer.rate).min_by(f64::total_cmp);
         // At least a nanosecond: time goes on.
         self.next = soonest.map(|seconds| self.now + ((seconds * 1e9).ceil() as Nanos).max(1));
         self.version += 1;

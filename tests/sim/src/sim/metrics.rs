@@ -187,7 +187,12 @@ impl Timeline {
 pub(super) struct Metrics {
     pub(super) requests: u64,
     pub(super) refused: u64,
+    pub(super) waited: u64,
     pub(super) too_long: u64,
+    pub(super) failed: u64,
+    pub(super) retried: u64,
+    pub(super) lost_turns: u64,
+    pub(super) failed_transfers: u64,
     pub(super) expired_holds: u64,
     pub(super) transfers: u64,
     finished: u64,
@@ -253,7 +258,7 @@ impl Metrics {
 
     /// Requests under way.
     pub(super) fn unfinished(&self) -> u64 {
-        self.requests - self.finished - self.refused - self.too_long
+        self.requests - self.finished - self.refused - self.too_long - self.failed
     }
 
     /// `measured`: the time in which requests were measured.
@@ -271,13 +276,17 @@ impl Metrics {
             requests: self.requests,
             finished: self.finished,
             refused: self.refused,
+            waited: self.waited,
             too_long: self.too_long,
+            failed: self.failed,
+            retried: self.retried,
+            lost_turns: self.lost_turns,
             unfinished: self.unfinished(),
             seconds: seconds(self.end),
             measured_seconds: span,
             requests_per_second: per_second(self.finished),
             goodput_per_second: per_second(self.within),
-            attainment: share(self.within, self.requests),
+            attainment: share(self.within, self.requests + self.lost_turns),
             late_first_token: self.late_first_token,
             slow_tokens: self.slow_tokens,
             prompt_tokens: self.prompt_tokens,
@@ -286,6 +295,7 @@ impl Metrics {
             fetched_tokens: self.fetched_tokens,
             output_tokens: self.output_tokens,
             transfers: self.transfers,
+            failed_transfers: self.failed_transfers,
             expired_holds: self.expired_holds,
             bytes_moved: (self.fetched_tokens as f64 * kv_bytes_per_token).round() as u64,
             plans: self.plans,
@@ -326,10 +336,18 @@ pub struct Report {
     pub requests: u64,
     /// Those that were served.
     pub finished: u64,
-    /// Those that the placer refused.
+    /// Those that the placer turned away, at once or after they had waited.
     pub refused: u64,
+    /// Those that had to wait before they were sent anywhere, or turned away.
+    pub waited: u64,
     /// Those that fit on no engine that they were sent to.
     pub too_long: u64,
+    /// Those whose answer broke off, or that no engine could take after one had failed them.
+    pub failed: u64,
+    /// How often a request was sent to another engine after one had failed it.
+    pub retried: u64,
+    /// Requests that did not come, since an earlier one of their session was turned away or failed.
+    pub lost_turns: u64,
     /// Those that were under way when the run was stopped.
     pub unfinished: u64,
     /// When the last request ended.
@@ -340,7 +358,7 @@ pub struct Report {
     pub requests_per_second: f64,
     /// Requests served within both SLOs, over the measured time; all that were served where there are none.
     pub goodput_per_second: f64,
-    /// Requests served within both SLOs, as a share of those that arrived.
+    /// Requests served within both SLOs, as a share of those that arrived or were lost with their session.
     pub attainment: f64,
     /// Requests whose first token came too late.
     pub late_first_token: u64,
@@ -358,6 +376,8 @@ pub struct Report {
     pub output_tokens: u64,
     /// Transfers between engines.
     pub transfers: u64,
+    /// Those that ended early, or had nothing to fetch any more: what was missing was computed.
+    pub failed_transfers: u64,
     /// Held blocks that were freed because nobody fetched them in time.
     pub expired_holds: u64,
     /// Bytes that their transfers moved.

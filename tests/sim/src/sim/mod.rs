@@ -9,31 +9,46 @@
 //!   request goes straight to its engine. (A coordinator asks for the prefix that it believes to be there, and has the source compute what is not.)
 //!
 //! A transfer takes a round trip before its first byte and one after its last. A hold that nobody has begun to fetch from in time is freed;
-//! the decode engine then computes the prompt.
+//! the decode engine then computes the prompt. So it does with what has not come when it has fetched for as long as it may.
+//!
+//! Where the placer says so, a request waits before it is sent anywhere, until it is its turn ([`Placer::turn`]) or it is refused.
+//!
+//! # Failures
+//! happen by the fleet's script. An engine that dies loses its requests and its cache. Whoever waits for it hears so after the time of a
+//! dispatch, and so does who sends it something before it is back. As with a coordinator,
+//! - a first part that fails is left out: the request goes to the engine that answers, which computes all of it;
+//! - a request that fails on the engine that answers before its first token is placed again, without that engine, [`MAX_ATTEMPTS`] times in all;
+//! - one whose answer breaks off, or that no other engine can take, has failed, and its session ends;
+//! - a transfer from an engine that dies ends early: what has come is used, the rest is computed.
 //!
 //! # What is measured
 //! All requests, or those that arrive in a [`Window`]: others are served too, so that there is a load before and behind, but nobody
 //! counts them.
 
+mod failures;
 mod metrics;
 mod placer;
+mod requests;
+mod transfers;
 
 use std::cmp::Reverse;
-use std::collections::{BinaryHeap, VecDeque};
+use std::collections::{BTreeMap, BinaryHeap, VecDeque};
 use std::ops::ControlFlow;
-use std::sync::Arc;
 
+use self::failures::Script;
 use self::metrics::Metrics;
 pub use self::metrics::{
     Distributions, Durations, EngineReport, Outcome, Plans, Point, Report, Results, Summary,
 };
-pub use self::placer::{LoadReport, Placer, Plan, Progress, Request};
+pub use self::placer::{Answer, Health, LoadReport, Placer, Plan, Progress, Request, Turn};
+pub use self::requests::MAX_ATTEMPTS;
+use self::requests::{Asked, Flight};
 use crate::engine::events::KvEvents;
-use crate::engine::{Engine, Handle, Job, Output, Settings};
+use crate::engine::{Engine, Output, Settings};
 use crate::fleet::{Fleet, Slo};
 use crate::link::Network;
 use crate::trace::{Arrival, Source, When};
-use crate::{Nanos, nanos, seconds};
+use crate::{Nanos, nanos};
 
 /// Which requests are measured: those that arrive from `from` on and before `until`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,12 +68,15 @@ impl Window {
     }
 }
 
+/// Who looks on.
+pub type Observer<'a> = dyn FnMut(Option<&Outcome>) -> ControlFlow<()> + 'a;
+
 /// Runs a trace to its end.
 pub fn run(fleet: &Fleet, block_tokens: u32, source: &mut dyn Source, placer: &mut dyn Placer) -> Results {
     run_observed(fleet, block_tokens, source, placer, Window::ALL, &mut |_| ControlFlow::Continue(()))
 }
 
-/// Runs a trace until all requests of the window have ended, or the observer, who sees each of those that ended, breaks. `block_tokens` is the
+/// Runs a trace until all requests of the window have ended, or the observer, who sees each of those that ended (`None`: without its answer, or it did not come at all), breaks. `block_tokens` is the
 /// engines' block size, which must be the one that the source cuts its requests by. A source that does not end needs a window that does.
 pub fn run_observed(
     fleet: &Fleet,
@@ -66,10 +84,10 @@ pub fn run_observed(
     source: &mut dyn Source,
     placer: &mut dyn Placer,
     window: Window,
-    observer: &mut dyn FnMut(&Outcome) -> ControlFlow<()>,
+    observer: &mut Observer<'_>,
 ) -> Results {
-    let mut simulation = Simulation::new(fleet, block_tokens, source, placer, window);
-    simulation.run(observer);
+    let mut simulation = Simulation::new(fleet, block_tokens, source, placer, window, observer);
+    simulation.run();
     simulation.results()
 }
 
@@ -85,10 +103,22 @@ enum Event {
     Transfers {
         version: u64,
     },
-    Send(u32),
-    Fetched(u32),
-    /// Hold of request `number` under a key.
+    /// Blocks begin to go. This and what follows is of an attempt of a request.
+    Send(u32, u64),
+    /// All that will come has come.
+    Fetched(u32, u64),
+    /// Blocks have been on their way for as long as they may.
+    Late(u32, u64),
+    /// Held blocks were not asked for in time.
     Expire(u32, u64),
+    /// The engine that a part of the request went to could not be reached.
+    Refused(u32, u64),
+    /// Those who wait for an engine hear that it died.
+    Died(u32),
+    /// It is heard of an engine that it is back.
+    Back(u32),
+    /// It is the turn of somebody who waits.
+    Turn,
     Load,
 }
 
@@ -116,35 +146,10 @@ impl Ord for Entry {
     }
 }
 
-/// A request under way.
-#[derive(Debug)]
-struct Flight {
-    number: u64,
-    session: Option<u64>,
-    turn: u32,
-    ids: Arc<[u64]>,
-    prompt_tokens: u32,
-    output_tokens: u32,
-    arrived: Nanos,
-    measured: bool,
-    plan: Plan,
-    /// Whether it is at the engine that answers.
-    second: bool,
-    handle: Option<Handle>,
-    /// The ended first part, while its engine keeps its blocks.
-    held: Option<Handle>,
-    /// Tokens of the prompt whose KV the first part holds.
-    held_tokens: u32,
-    first_token: Option<Nanos>,
-    hit_tokens: Option<u32>,
-    fetched_tokens: u32,
-    fetching: u32,
-    fetch_began: Nanos,
-}
-
 struct Simulation<'a> {
     source: &'a mut dyn Source,
     placer: &'a mut dyn Placer,
+    observer: &'a mut Observer<'a>,
     window: Window,
     slo: Option<Slo>,
     block_tokens: u32,
@@ -156,12 +161,15 @@ struct Simulation<'a> {
     event_delay: Nanos,
     load_interval: Nanos,
     hold: Nanos,
+    pull_deadline: Nanos,
     rtt: Nanos,
     now: Nanos,
     heap: BinaryHeap<Reverse<Entry>>,
     sequence: u64,
     /// Requests so far, measured or not.
     arrived: u64,
+    /// Attempts so far, of all requests.
+    attempts: u64,
     next_open: Option<Arrival>,
     /// Versions for which an event lies in the heap.
     awaited: Vec<u64>,
@@ -170,7 +178,16 @@ struct Simulation<'a> {
     kv_events: VecDeque<(Nanos, u32, KvEvents)>,
     flights: Vec<Option<Flight>>,
     vacant: Vec<u32>,
+    /// Requests that wait to be placed again.
+    waiting: BTreeMap<u32, Asked>,
+    /// Whether a request has ended, or waits, since it was last asked whose turn it is.
+    is_turn: bool,
+    /// When it is asked again; for that time an event lies in the heap.
+    turn_at: Option<Nanos>,
     outputs: Vec<Output>,
+    script: Script,
+    /// Attempts that broke off with their engine and have not heard of it: by engine, in order of its deaths.
+    broken: VecDeque<(u32, Vec<(u32, u64)>)>,
     metrics: Metrics,
     stop: bool,
 }
@@ -182,6 +199,7 @@ impl<'a> Simulation<'a> {
         source: &'a mut dyn Source,
         placer: &'a mut dyn Placer,
         window: Window,
+        observer: &'a mut Observer<'a>,
     ) -> Self {
         let block_tokens = block_tokens.max(1);
         let wants_kv_events = placer.wants_kv_events();
@@ -199,6 +217,7 @@ impl<'a> Simulation<'a> {
         let mut simulation = Self {
             source,
             placer,
+            observer,
             window,
             slo: fleet.slo,
             block_tokens,
@@ -210,18 +229,25 @@ impl<'a> Simulation<'a> {
             event_delay: nanos(fleet.control.event_delay_ms / 1e3),
             load_interval: nanos(fleet.control.load_interval_ms / 1e3).max(1),
             hold: nanos(fleet.control.hold_seconds),
+            pull_deadline: nanos(fleet.control.pull_deadline_ms / 1e3),
             rtt: nanos(fleet.links.rtt_us / 1e6),
             now: 0,
             heap: BinaryHeap::new(),
             sequence: 0,
             arrived: 0,
+            attempts: 0,
             next_open,
             awaited: vec![0; members.len()],
             awaited_transfers: 0,
             kv_events: VecDeque::new(),
             flights: Vec::new(),
             vacant: Vec::new(),
+            waiting: BTreeMap::new(),
+            is_turn: false,
+            turn_at: None,
             outputs: Vec::new(),
+            script: Script::of(fleet),
+            broken: VecDeque::new(),
             metrics: Metrics::default(),
             stop: false,
         };
@@ -234,12 +260,19 @@ impl<'a> Simulation<'a> {
         self.heap.push(Reverse(Entry(at, self.sequence, event)));
     }
 
-    fn run(&mut self, observer: &mut dyn FnMut(&Outcome) -> ControlFlow<()>) {
+    fn run(&mut self) {
         while !self.stop && (self.now < self.window.until || self.metrics.unfinished() > 0) {
             let opens_at = self.next_open.as_ref().map(|arrival| match arrival.when {
                 When::At(at) | When::After(at) => at,
             });
             let due = self.heap.peek().map(|entry| entry.0.0);
+            // A change of the fleet comes before what else happens at its time, and only where something else will happen.
+            let next = opens_at.into_iter().chain(due).min();
+            if let Some((at, change)) = next.and_then(|next| self.script.next(next)) {
+                self.now = self.now.max(at);
+                self.change(change);
+                continue;
+            }
             match (opens_at, due) {
                 (Some(at), due) if due.is_none_or(|due| at <= due) => {
                     self.now = self.now.max(at);
@@ -249,20 +282,24 @@ impl<'a> Simulation<'a> {
                 (_, Some(_)) => {
                     if let Some(Reverse(Entry(at, _, event))) = self.heap.pop() {
                         self.now = at;
-                        self.handle(event, observer);
+                        self.handle(event);
                     }
                 }
                 (_, None) => break,
             }
+            if self.is_turn && !self.waiting.is_empty() {
+                self.turns();
+            }
         }
     }
 
-    fn handle(&mut self, event: Event, observer: &mut dyn FnMut(&Outcome) -> ControlFlow<()>) {
+    fn handle(&mut self, event: Event) {
         match event {
             Event::Arrive(arrival) => self.arrive(*arrival),
             Event::Submit(key) => {
-                let engine = self.submit(key);
-                self.attend(engine, observer);
+                if let Some(engine) = self.submit(key) {
+                    self.attend(engine);
+                }
             }
             Event::Wake { engine, version } => {
                 let at = engine as usize;
@@ -271,39 +308,19 @@ impl<'a> Simulation<'a> {
                     if let Some(events) = self.engines[at].take_events() {
                         self.kv_events.push_back((self.now + self.event_delay, engine, events));
                     }
-                    self.attend(engine, observer);
+                    self.attend(engine);
                 }
             }
-            Event::Transfers { version } => {
-                if self.network.next().is_some_and(|next| next.1 == version) {
-                    let mut ended = Vec::new();
-                    self.network.ended(self.now, &mut ended);
-                    for key in ended {
-                        self.push(self.now + self.rtt, Event::Fetched(key as u32));
-                    }
-                    self.await_transfers();
-                }
-            }
-            Event::Send(key) => {
-                let flight = self.flights[key as usize].as_ref().expect("it is under way");
-                let (from, to) = flight.plan.transfer().expect("it fetches");
-                let bytes = self.kv_bytes_per_token * f64::from(flight.fetching);
-                let (from, to) = (self.hosts[from as usize], self.hosts[to as usize]);
-                self.network.start(self.now, u64::from(key), from, to, bytes);
-                self.await_transfers();
-            }
-            Event::Fetched(key) => self.fetched(key, observer),
-            Event::Expire(key, number) => self.expire(key, number, observer),
+            Event::Transfers { version } => self.transfers_ended(version),
+            Event::Send(key, attempt) => self.send(key, attempt),
+            Event::Fetched(key, attempt) => self.fetched(key, attempt),
+            Event::Late(key, attempt) => self.late(key, attempt),
+            Event::Expire(key, attempt) => self.expire(key, attempt),
+            Event::Refused(key, attempt) => self.refused(key, attempt),
+            Event::Died(engine) => self.died(engine),
+            Event::Back(engine) => self.placer.health(self.now, engine, Health::Back),
+            Event::Turn => self.turn_came(),
             Event::Load => self.report_load(),
-        }
-    }
-
-    fn await_transfers(&mut self) {
-        if let Some((at, version)) = self.network.next()
-            && version != self.awaited_transfers
-        {
-            self.awaited_transfers = version;
-            self.push(at, Event::Transfers { version });
         }
     }
 
@@ -319,292 +336,21 @@ impl<'a> Simulation<'a> {
         self.deliver_kv_events();
         let (mut busy, mut waiting, mut running) = (0, 0, 0);
         for (at, engine) in self.engines.iter().enumerate() {
+            busy += engine.busy(self.now);
+            if engine.is_down() {
+                continue;
+            }
             let load = engine.load();
             let used = 1.0 - f64::from(load.free_blocks) / f64::from(engine.settings().blocks.max(1));
             let report = LoadReport { waiting: load.waiting, running: load.running, kv_usage: used };
             self.placer.load(self.now, at as u32, &report);
-            busy += engine.busy(self.now);
             waiting += load.waiting;
             running += load.running;
         }
+        self.placer.loads_reported(self.now);
         self.metrics.timeline.sample(self.now, self.engines.len(), busy, waiting, running);
         if self.next_open.is_some() || !self.heap.is_empty() {
             self.push(self.now + self.load_interval, Event::Load);
-        }
-    }
-
-    fn arrive(&mut self, arrival: Arrival) {
-        self.deliver_kv_events();
-        let (number, measured) = (self.arrived, self.window.has(self.now));
-        self.arrived += 1;
-        self.metrics.requests += u64::from(measured);
-        let whole = (arrival.prompt_tokens / self.block_tokens) as usize;
-        let key = self.vacant.last().copied().unwrap_or(self.flights.len() as u32);
-        let request = Request {
-            key,
-            number,
-            session: arrival.session,
-            prompt_tokens: arrival.prompt_tokens,
-            blocks: &arrival.blocks[..whole.min(arrival.blocks.len())],
-            output_tokens: arrival.output_tokens,
-            all_blocks: &arrival.blocks,
-        };
-        let plan = self.placer.place(self.now, &request);
-        let Some(plan) = plan else {
-            self.metrics.refused += u64::from(measured);
-            arrival.session.into_iter().for_each(|session| self.source.abandon(session));
-            return;
-        };
-        // What a coordinator does too: nothing is gained by a second engine.
-        let plan = match plan {
-            Plan::Disaggregated { prefill, decode } if prefill == decode || arrival.output_tokens == 1 => {
-                Plan::Colocated { engine: prefill }
-            }
-            Plan::Pull { source, engine } if source == engine => Plan::Colocated { engine },
-            plan => plan,
-        };
-        let fits =
-            |engine: u32| self.engines[engine as usize].fits(arrival.prompt_tokens, arrival.output_tokens);
-        if !fits(plan.prefill()) || !fits(plan.decode()) {
-            self.metrics.too_long += u64::from(measured);
-            // It was placed, so the placer counts on its end.
-            self.placer.progress(self.now, key, &Progress::Finished { tokens: 0, cached_tokens: 0 });
-            arrival.session.into_iter().for_each(|session| self.source.abandon(session));
-            return;
-        }
-        let flight = Flight {
-            number,
-            session: arrival.session,
-            turn: arrival.turn,
-            ids: arrival.blocks,
-            prompt_tokens: arrival.prompt_tokens,
-            output_tokens: arrival.output_tokens,
-            arrived: self.now,
-            measured,
-            plan,
-            second: false,
-            handle: None,
-            held: None,
-            held_tokens: 0,
-            first_token: None,
-            hit_tokens: None,
-            fetched_tokens: 0,
-            fetching: 0,
-            fetch_began: 0,
-        };
-        match self.vacant.pop() {
-            Some(at) => self.flights[at as usize] = Some(flight),
-            None => self.flights.push(Some(flight)),
-        }
-        self.push(self.now + self.dispatch, Event::Submit(key));
-    }
-
-    fn flight(&mut self, key: u32) -> &mut Flight {
-        self.flights[key as usize].as_mut().expect("engines name requests that are under way")
-    }
-
-    /// Submits a request's next part; returns to which engine.
-    fn submit(&mut self, key: u32) -> u32 {
-        let flight = self.flights[key as usize].as_mut().expect("it is under way");
-        let first = match flight.plan {
-            _ if flight.second => None,
-            Plan::Colocated { .. } => None,
-            Plan::Disaggregated { prefill, .. } => {
-                Some((prefill, flight.prompt_tokens, flight.prompt_tokens))
-            }
-            Plan::Pull { source, .. } => {
-                let engine = &self.engines[source as usize];
-                let findable = ((flight.prompt_tokens - 1) / self.block_tokens) as usize;
-                let cached = engine.cached(&flight.ids[..findable.min(flight.ids.len())]);
-                let fits = cached > 0 && engine.fits(cached + 1, 1);
-                fits.then_some((source, cached + 1, cached))
-            }
-        };
-        let mut job = Job {
-            key,
-            ids: Arc::clone(&flight.ids),
-            prompt_tokens: flight.prompt_tokens,
-            output_tokens: flight.output_tokens,
-            remote_tokens: 0,
-            hold: false,
-        };
-        let engine = match first {
-            Some((engine, prompt_tokens, held_tokens)) => {
-                (job.prompt_tokens, job.output_tokens, job.hold) = (prompt_tokens, 1, true);
-                flight.held_tokens = held_tokens;
-                engine
-            }
-            None => {
-                flight.second = true;
-                if flight.held.is_some() {
-                    job.remote_tokens = flight.held_tokens;
-                }
-                flight.plan.decode()
-            }
-        };
-        flight.handle = Some(self.engines[engine as usize].submit(self.now, job));
-        engine
-    }
-
-    /// Takes what an engine said, and waits for what it does next.
-    fn attend(&mut self, engine: u32, observer: &mut dyn FnMut(&Outcome) -> ControlFlow<()>) {
-        let mut outputs = std::mem::take(&mut self.outputs);
-        let mut released = Vec::new();
-        self.engines[engine as usize].take_outputs(&mut outputs);
-        for output in outputs.drain(..) {
-            self.take(output, &mut released, observer);
-        }
-        self.outputs = outputs;
-        if let Some((at, version)) = self.engines[engine as usize].next()
-            && version != self.awaited[engine as usize]
-        {
-            self.awaited[engine as usize] = version;
-            self.push(at, Event::Wake { engine, version });
-        }
-        // Blocks that became free may let in who waits there.
-        for other in released {
-            self.attend(other, observer);
-        }
-    }
-
-    fn take(
-        &mut self,
-        output: Output,
-        released: &mut Vec<u32>,
-        observer: &mut dyn FnMut(&Outcome) -> ControlFlow<()>,
-    ) {
-        let now = self.now;
-        match output {
-            Output::Gaps { gap, count } if self.window.has(now) => {
-                self.metrics.distributions.itl.record_n(gap, count);
-            }
-            Output::Gaps { .. } => {}
-            Output::Started { key, hit_tokens } => {
-                let flight = self.flight(key);
-                let computes_prompt = match flight.plan {
-                    Plan::Colocated { .. } => true,
-                    Plan::Pull { .. } => flight.second,
-                    Plan::Disaggregated { .. } => !flight.second,
-                };
-                if computes_prompt {
-                    flight.hit_tokens.get_or_insert(hit_tokens);
-                }
-            }
-            Output::Fetch { key, tokens: 0 } => released.extend(self.let_go(key)),
-            Output::Fetch { key, tokens } => {
-                let rtt = self.rtt;
-                let flight = self.flight(key);
-                flight.fetching = tokens;
-                flight.fetch_began = now;
-                // Where its hold has expired meanwhile, there is nothing to fetch.
-                let event = match flight.held {
-                    None => Event::Fetched(key),
-                    Some(_) => Event::Send(key),
-                };
-                self.push(now + rtt, event);
-            }
-            Output::FirstToken { key } => {
-                let flight = self.flight(key);
-                if flight.second {
-                    flight.first_token = Some(now);
-                    self.placer.progress(now, key, &Progress::FirstToken);
-                }
-            }
-            Output::Finished { key } => {
-                let (dispatch, hold) = (self.dispatch, self.hold);
-                let flight = self.flight(key);
-                if !flight.second {
-                    flight.second = true;
-                    flight.held = flight.handle.take();
-                    let number = flight.number;
-                    if matches!(flight.plan, Plan::Disaggregated { .. }) {
-                        self.placer.progress(now, key, &Progress::Prefilled);
-                    }
-                    self.push(now + dispatch, Event::Submit(key));
-                    self.push(now + hold, Event::Expire(key, number));
-                } else {
-                    self.finish(key, observer);
-                }
-            }
-        }
-    }
-
-    fn finish(&mut self, key: u32, observer: &mut dyn FnMut(&Outcome) -> ControlFlow<()>) {
-        let now = self.now;
-        let Some(flight) = self.flights[key as usize].take() else { return };
-        self.vacant.push(key);
-        let cached_tokens = flight.hit_tokens.unwrap_or(0);
-        self.placer.progress(now, key, &Progress::Finished { tokens: flight.output_tokens, cached_tokens });
-        let outcome = Outcome {
-            number: flight.number,
-            session: flight.session,
-            turn: flight.turn,
-            arrived: flight.arrived,
-            ttft: flight.first_token.unwrap_or(now) - flight.arrived,
-            e2e: now - flight.arrived,
-            plan: flight.plan,
-            prompt_tokens: flight.prompt_tokens,
-            hit_tokens: cached_tokens,
-            fetched_tokens: flight.fetched_tokens,
-            output_tokens: flight.output_tokens,
-        };
-        if flight.measured {
-            self.metrics.record(now, &outcome, self.slo.as_ref());
-            self.stop |= observer(&outcome).is_break();
-        }
-        if let Some(next) = flight.session.and_then(|session| self.source.follow(session)) {
-            let at = match next.when {
-                When::At(at) => at.max(now),
-                When::After(pause) => now + pause,
-            };
-            self.push(at, Event::Arrive(Box::new(next)));
-        }
-    }
-
-    fn fetched(&mut self, key: u32, observer: &mut dyn FnMut(&Outcome) -> ControlFlow<()>) {
-        let (now, rtt) = (self.now, self.rtt);
-        let kv_bytes_per_token = self.kv_bytes_per_token;
-        let flight = self.flight(key);
-        let arrived = flight.held.is_some();
-        let handle = flight.handle.expect("it was submitted");
-        let tokens = std::mem::take(&mut flight.fetching);
-        let (plan, measured) = (flight.plan, flight.measured);
-        if arrived {
-            flight.fetched_tokens = tokens;
-            let (source, destination) = plan.transfer().expect("it fetched");
-            let transferred = Progress::Transferred {
-                source,
-                destination,
-                bytes: (kv_bytes_per_token * f64::from(tokens)).round() as u64,
-                seconds: seconds(now - flight.fetch_began),
-                rtt_seconds: seconds(rtt),
-            };
-            self.metrics.transfers += u64::from(measured);
-            self.placer.progress(now, key, &transferred);
-        }
-        self.engines[plan.decode() as usize].fetched(now, handle, arrived);
-        let released = self.let_go(key);
-        self.attend(plan.decode(), observer);
-        released.into_iter().for_each(|engine| self.attend(engine, observer));
-    }
-
-    /// The source of a request's transfer may free its blocks. Returns which engine that is.
-    fn let_go(&mut self, key: u32) -> Option<u32> {
-        let now = self.now;
-        let flight = self.flights[key as usize].as_mut().expect("it is under way");
-        let (source, _) = flight.plan.transfer()?;
-        let handle = flight.held.take()?;
-        self.engines[source as usize].release(now, handle);
-        Some(source)
-    }
-
-    fn expire(&mut self, key: u32, number: u64, observer: &mut dyn FnMut(&Outcome) -> ControlFlow<()>) {
-        let waits =
-            |flight: &Flight| flight.number == number && flight.fetching == 0 && flight.held.is_some();
-        if let Some(flight) = self.flights[key as usize].as_ref().filter(|flight| waits(flight)) {
-            self.metrics.expired_holds += u64::from(flight.measured);
-            let released = self.let_go(key);
-            released.into_iter().for_each(|engine| self.attend(engine, observer));
         }
     }
 

@@ -56,6 +56,26 @@ impl Plan {
     }
 }
 
+/// What becomes of a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// It is sent on this way.
+    Goes(Plan),
+    /// It waits until it is its [`Turn`].
+    Waits,
+    /// It is turned away.
+    Refused,
+}
+
+/// Whose turn it is among requests that wait. They go by their keys.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Turn {
+    /// This one is placed again.
+    Again(u32),
+    /// This one is turned away: its time is over, or a more urgent one took its place.
+    Refused(u32),
+}
+
 /// A request that is to be placed.
 #[derive(Clone, Copy, Debug)]
 pub struct Request<'a> {
@@ -65,6 +85,8 @@ pub struct Request<'a> {
     pub number: u64,
     /// The session that it is a turn of.
     pub session: Option<u64>,
+    /// When it arrived; it may be placed again later.
+    pub arrived: Nanos,
     /// Tokens of its prompt.
     pub prompt_tokens: u32,
     /// Ids of the prompt's whole blocks.
@@ -73,6 +95,8 @@ pub struct Request<'a> {
     pub output_tokens: u32,
     /// Ids of the blocks of prompt and output. Only a clairvoyant may look at those of the output.
     pub all_blocks: &'a Arc<[u64]>,
+    /// Engines that failed it.
+    pub avoid: &'a [u32],
 }
 
 /// An engine's own report.
@@ -84,6 +108,17 @@ pub struct LoadReport {
     pub running: u32,
     /// The share of its blocks that somebody uses.
     pub kv_usage: f64,
+}
+
+/// What is heard of an engine besides its load.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Health {
+    /// It died: its connections broke, and nothing is cached there any more.
+    Died,
+    /// It could not be reached.
+    Refused,
+    /// It is back, in another life, with nothing cached.
+    Back,
 }
 
 /// Where a request has come to.
@@ -113,13 +148,27 @@ pub enum Progress {
         /// Tokens of the prompt that the engine that computed it had cached, as its usage report says.
         cached_tokens: u32,
     },
+    /// The first part failed: the engine that answers is sent all of the request.
+    FellBack,
+    /// The engine that answers failed it. It is over, or placed again at once.
+    Failed,
 }
 
 /// Decides, from what a coordinator can see: delayed events of blocks, load reports as of their time, and what it remembers of
 /// its own decisions. Nothing else of the simulation is visible to it. Calls come in order of time.
 pub trait Placer {
-    /// Where the request goes; `None` refuses it.
-    fn place(&mut self, now: Nanos, request: &Request<'_>) -> Option<Plan>;
+    /// What becomes of the request.
+    fn place(&mut self, now: Nanos, request: &Request<'_>) -> Answer;
+
+    /// Whose turn it is: to be asked at [`Placer::next_turn`] and whenever a request has ended or waits, until it is nobody's.
+    fn turn(&mut self, _now: Nanos) -> Option<Turn> {
+        None
+    }
+
+    /// When it will be somebody's turn, if somebody waits and nothing ends before.
+    fn next_turn(&self) -> Option<Nanos> {
+        None
+    }
 
     /// Whether [`Placer::kv_events`] is to be called. Leaving that out makes a run faster.
     fn wants_kv_events(&self) -> bool {
@@ -131,6 +180,12 @@ pub trait Placer {
 
     /// An engine reports its load.
     fn load(&mut self, _now: Nanos, _engine: u32, _report: &LoadReport) {}
+
+    /// All engines that can have reported their load.
+    fn loads_reported(&mut self, _now: Nanos) {}
+
+    /// Something is heard of an engine.
+    fn health(&mut self, _now: Nanos, _engine: u32, _health: Health) {}
 
     /// A request that was placed comes along.
     fn progress(&mut self, _now: Nanos, _key: u32, _progress: &Progress) {}

@@ -146,8 +146,6 @@ impl<R: BufRead> Source for Azure<R> {
         None
     }
 
-    fn abandon(&mut self, _session: u64) {}
-
     fn rows(&self) -> &Rows {
         &self.rows
     }

@@ -255,10 +255,6 @@ impl Source for Generator {
         self.advance(session, live, None)
     }
 
-    fn abandon(&mut self, session: u64) {
-        self.live.remove(&session);
-    }
-
     fn rows(&self) -> &Rows {
         &self.rows
     }

@@ -76,9 +76,6 @@ pub trait Source {
     /// The turn after the one that this session ended last; `None` where it was the last one.
     fn follow(&mut self, session: u64) -> Option<Arrival>;
 
-    /// The session ends early: a turn of it was refused.
-    fn abandon(&mut self, session: u64);
-
     /// What was read so far.
     fn rows(&self) -> &Rows;
 
@@ -96,10 +93,6 @@ impl<S: Source + ?Sized> Source for Box<S> {
 
     fn follow(&mut self, session: u64) -> Option<Arrival> {
         (**self).follow(session)
-    }
-
-    fn abandon(&mut self, session: u64) {
-        (**self).abandon(session);
     }
 
     fn rows(&self) -> &Rows {
@@ -138,10 +131,6 @@ impl<S: Source> Source for Scaled<S> {
 
     fn follow(&mut self, session: u64) -> Option<Arrival> {
         self.source.follow(session)
-    }
-
-    fn abandon(&mut self, session: u64) {
-        self.source.abandon(session);
     }
 
     fn rows(&self) -> &Rows {
@@ -187,10 +176,6 @@ impl<S: Source> Source for First<S> {
         }
         let arrival = self.source.follow(session);
         self.count(arrival)
-    }
-
-    fn abandon(&mut self, session: u64) {
-        self.source.abandon(session);
     }
 
     fn rows(&self) -> &Rows {

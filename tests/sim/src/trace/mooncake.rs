@@ -150,8 +150,6 @@ impl<R: BufRead> Source for Mooncake<R> {
         None
     }
 
-    fn abandon(&mut self, _session: u64) {}
-
     fn rows(&self) -> &rows::Rows {
         &self.rows.report
     }

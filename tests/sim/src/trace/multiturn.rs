@@ -297,10 +297,6 @@ impl<R: BufRead, T: Tokenise> Source for MultiTurn<R, T> {
         self.advance(session, live, None)
     }
 
-    fn abandon(&mut self, session: u64) {
-        self.live.remove(&session);
-    }
-
     fn rows(&self) -> &Rows {
         &self.rows
     }

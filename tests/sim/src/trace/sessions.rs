@@ -217,10 +217,6 @@ impl<T: Tokenise> Source for Sessions<T> {
         None
     }
 
-    fn abandon(&mut self, session: u64) {
-        self.live.remove(&session);
-    }
-
     fn rows(&self) -> &Rows {
         &self.rows
     }

@@ -4,15 +4,15 @@
 
 use baton_sim::Nanos;
 use baton_sim::fleet::Fleet;
-use baton_sim::sim::{Placer, Plan, Request};
+use baton_sim::sim::{Answer, Placer, Plan, Request};
 
 /// One engine after the other.
 #[derive(Debug)]
 pub(crate) struct RoundRobin(pub u32);
 
 impl Placer for RoundRobin {
-    fn place(&mut self, _now: Nanos, request: &Request<'_>) -> Option<Plan> {
-        Some(Plan::Colocated { engine: (request.number % u64::from(self.0)) as u32 })
+    fn place(&mut self, _now: Nanos, request: &Request<'_>) -> Answer {
+        Answer::Goes(Plan::Colocated { engine: (request.number % u64::from(self.0)) as u32 })
     }
 }
 
@@ -21,9 +21,9 @@ impl Placer for RoundRobin {
 pub(crate) struct FirstBlock(pub u32);
 
 impl Placer for FirstBlock {
-    fn place(&mut self, _now: Nanos, request: &Request<'_>) -> Option<Plan> {
+    fn place(&mut self, _now: Nanos, request: &Request<'_>) -> Answer {
         let block = request.blocks.first().copied().unwrap_or(request.number);
-        Some(Plan::Colocated { engine: (block % u64::from(self.0)) as u32 })
+        Answer::Goes(Plan::Colocated { engine: (block % u64::from(self.0)) as u32 })
     }
 }
 
@@ -35,9 +35,12 @@ pub(crate) struct FixedSplit {
 }
 
 impl Placer for FixedSplit {
-    fn place(&mut self, _now: Nanos, request: &Request<'_>) -> Option<Plan> {
+    fn place(&mut self, _now: Nanos, request: &Request<'_>) -> Answer {
         let at = |count: u32| (request.number % u64::from(count)) as u32;
-        Some(Plan::Disaggregated { prefill: at(self.prefill), decode: self.prefill + at(self.decode) })
+        Answer::Goes(Plan::Disaggregated {
+            prefill: at(self.prefill),
+            decode: self.prefill + at(self.decode),
+        })
     }
 }
 

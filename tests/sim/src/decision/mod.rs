@@ -1,10 +1,15 @@
 //! The coordinator's own decision as a [`Placer`]: the same index, cost model and policies, fed with what a coordinator sees.
 //!
 //! All engines serve one model, everything that runs on them came through here, and no token of an answer is seen between the first and the last.
+//! Of engines that die [`health`] tells, and of requests that wait for room [`room`].
 //! Engine `i` of the fleet has slot `i` and a name whose order is that of the numbers, so its place in the coordinator's fleet is `i` too.
+
+mod health;
+mod room;
 
 use std::sync::Arc;
 
+use baton_coordinator_core::admission;
 use baton_coordinator_core::cost::{Plan as CorePlan, Slo};
 use baton_coordinator_core::fleet as core;
 use baton_coordinator_core::kv_index::{Holder, KvIndex, Limits, Overlaps, Run, Slot, Tier};
@@ -13,18 +18,18 @@ use baton_coordinator_core::load::{
     DecodeReservation, EngineLoad, PrefillReservation, PrefillShare, TransferReservation,
 };
 use baton_coordinator_core::placement::{self, Decider, POLICIES, Policy};
-use baton_coordinator_core::planner::{Beginnings, Finished, Parts, Placed, Planner};
+use baton_coordinator_core::planner::{Finished, Parts, Planner};
 use baton_coordinator_core::sessions::Sessions;
 use baton_coordinator_core::speed::{DecodeSample, PrefillSample, Speed, SpeedEstimate};
-use baton_proto::{BlockHash, Epoch};
+use baton_proto::{BlockHash, EngineId};
 
+use self::health::Life;
+use self::room::Room;
 use crate::engine::events::{Change, KvEvents};
-use crate::fleet::{self, Fleet, Role};
-use crate::sim::{LoadReport, Placer, Plan, Progress, Request};
+use crate::fleet::{Fleet, Role};
+use crate::sim::{Answer, Health, LoadReport, Placer, Plan, Progress, Request, Turn};
 use crate::{MILLISECOND, Nanos, mix, seconds};
 
-/// All engines live once.
-const EPOCH: Epoch = Epoch(1);
 /// Memberships that the index takes; more than any fleet of [`Fleet::check`]'s bounds needs in blocks of 16 tokens.
 const MEMBERSHIPS: u64 = 1 << 26;
 /// Sessions that are remembered, and for how long after their last request.
@@ -51,6 +56,7 @@ pub struct UnknownPolicy {
 #[derive(Debug)]
 struct Member {
     info: Arc<core::EngineInfo>,
+    life: Life,
     load: Arc<EngineLoad>,
     known: Speed,
     estimate: SpeedEstimate,
@@ -65,7 +71,11 @@ struct Member {
 struct Live {
     plan: Plan,
     number: u64,
+    prompt_tokens: u64,
+    arrived: Nanos,
     placed: Nanos,
+    /// Whether the first part failed.
+    fell_back: bool,
     alone: bool,
     uncached_tokens: u64,
     hit_tokens: u64,
@@ -106,13 +116,19 @@ pub struct Production {
     overlaps: Overlaps,
     hashes: Vec<BlockHash>,
     live: Vec<Option<Live>>,
+    /// How many of them there are.
+    flying: u64,
+    room: Room,
     /// Where the policy leaves it to one.
     planner: Option<Planner>,
     parts: Parts,
     /// Of each engine.
     hosts: Vec<u32>,
-    net: fleet::Links,
+    described: Fleet,
     probes: usize,
+    decisions: u64,
+    /// When an engine's health changes by the passing of time alone.
+    health_changes: Nanos,
 }
 
 /// The index's hash of a block. Its second half is made of the first, so distinct ids have distinct hashes.
@@ -138,12 +154,13 @@ impl Production {
         let index = KvIndex::new(Limits::of(MEMBERSHIPS), 1);
         let member = |(at, member): (usize, &crate::fleet::Member<'_>)| {
             let slot = Slot(at as u32);
-            index.open(slot, EPOCH).expect("a fleet has fewer engines than the index takes");
+            let life = Life::default();
+            index.open(slot, life.epoch).expect("a fleet has fewer engines than the index takes");
             let constants = &member.speed;
             let info = core::EngineInfo {
                 slot,
                 id: format!("e{at:04}").parse().expect("a DNS label"),
-                epoch: EPOCH,
+                epoch: life.epoch,
                 host: format!("h{}", member.host),
                 models: vec![fleet.model.clone()],
                 role: match member.role {
@@ -160,6 +177,7 @@ impl Production {
             };
             Member {
                 info: Arc::new(info),
+                life,
                 load: Arc::default(),
                 known: Speed {
                     request_seconds: constants.a / 1e3,
@@ -197,17 +215,21 @@ impl Production {
             overlaps: Overlaps::default(),
             hashes: Vec::new(),
             live: Vec::new(),
+            flying: 0,
+            room: Room::new(&fleet.control),
             planner: policy.gives_parts().then(Planner::new),
             parts: Parts::default(),
-            net: fleet.links.clone(),
+            described: fleet.clone(),
             probes: 0,
+            decisions: 0,
+            health_changes: Nanos::MAX,
             hosts: fleet.members().iter().map(|member| member.host).collect(),
         };
         for member in &production.members {
             production.links.place(member.info.slot, &member.info.host);
         }
         production.probe(0);
-        production.renew();
+        production.renew(0);
         Ok(production)
     }
 
@@ -222,45 +244,28 @@ impl Production {
         let engines = self.members.len();
         let idle = |at: usize| {
             let reserved = self.members[at].load.reserved();
-            reserved.sending_bytes == 0 && reserved.receiving_bytes == 0
+            self.members[at].life.is_there() && reserved.sending_bytes == 0 && reserved.receiving_bytes == 0
         };
-        let rtt = self.net.rtt_us / 1e6;
+        let net = &self.described.links;
+        let card = |at: usize| self.described.card_gbit(self.hosts[at], crate::seconds(now));
+        let rtt = net.rtt_us / 1e6;
         for to in (0..engines).filter(|to| idle(*to)) {
             let from = (to + 1 + self.probes % (engines - 1).max(1)) % engines;
             if from != to && idle(from) {
                 let gbit = match self.hosts[from] == self.hosts[to] {
-                    true => self.net.local_gbit,
-                    false => self.net.gbit * self.net.efficiency,
+                    true => net.local_gbit,
+                    false => card(from).min(card(to)) * net.efficiency,
                 };
+                // A probe that does not get through says nothing.
+                if gbit == 0.0 {
+                    continue;
+                }
                 let seconds = 2.0 * rtt + BYTES as f64 / (gbit * 1e9 / 8.0);
                 let link = (Slot(from as u32), Slot(to as u32));
                 self.links.observe(crate::seconds(now), link, BYTES, seconds, rtt);
             }
         }
         self.probes += 1;
-    }
-
-    /// What was learnt goes into the fleet that decisions see.
-    fn renew(&mut self) {
-        let engine = |member: &Member| core::Engine {
-            info: Arc::clone(&member.info),
-            healthy: true,
-            can_transfer: true,
-            speed: match self.speeds {
-                Speeds::Learned => member.estimate.speed(),
-                Speeds::Known => member.known,
-            },
-            load: Arc::clone(&member.load),
-            foreign_waiting: member.foreign_waiting,
-            foreign_running: member.foreign_running,
-            prefill_share: member.prefill_share,
-            part: None,
-            answer_tokens: member.estimate.answer_tokens(),
-            reused: member.estimate.reused(),
-        };
-        let mut engines: Vec<core::Engine> = self.members.iter().map(engine).collect();
-        self.parts.give(&mut engines);
-        self.fleet = self.fleet.renewed(engines, self.links.clone());
     }
 
     /// The prompt of a request was computed.
@@ -271,7 +276,7 @@ impl Production {
         // What was gone at the source was not pulled.
         live.hold = None;
         // A time with a transfer in it says little about the engine.
-        if live.alone && !matches!(live.plan, Plan::Pull { .. }) {
+        if live.alone && !live.fell_back && !matches!(live.plan, Plan::Pull { .. }) {
             self.members[live.plan.prefill() as usize].estimate.observe_prefill(&PrefillSample {
                 new: live.uncached_tokens,
                 cached: live.hit_tokens,
@@ -284,6 +289,8 @@ impl Production {
 
     fn first_token(&mut self, now: Nanos, key: u32) {
         let Some(live) = self.live.get_mut(key as usize).and_then(Option::as_mut) else { return };
+        // Also where it failed, or there was nothing to move.
+        live.transfer = None;
         let load = &self.members[live.plan.decode() as usize].load;
         let reserved = load.reserved();
         live.first_token = Some(FirstToken {
@@ -294,13 +301,21 @@ impl Production {
         });
     }
 
+    /// A request, or an attempt of it, is over: what it had reserved is free when what is returned is dropped.
+    fn over(&mut self, now: Nanos, key: u32) -> Option<Live> {
+        let live = self.live.get_mut(key as usize).and_then(Option::take)?;
+        self.flying -= 1;
+        self.room.departed(now / MILLISECOND);
+        Some(live)
+    }
+
     fn finished(&mut self, now: Nanos, key: u32, tokens: u32) {
-        let Some(live) = self.live.get_mut(key as usize).and_then(Option::take) else { return };
+        let Some(live) = self.over(now, key) else { return };
         let Some(first) = live.first_token else { return };
         if let Some(planner) = &mut self.planner {
             let finished = Finished {
                 tokens: u64::from(tokens),
-                ttft_seconds: seconds(first.at - live.placed),
+                ttft_seconds: seconds(first.at - live.arrived),
                 itl_seconds: seconds(now - first.at) / f64::from(tokens.saturating_sub(1)).max(1.0),
             };
             planner.finished(live.number, &finished);
@@ -319,31 +334,72 @@ impl Production {
 }
 
 impl Placer for Production {
-    fn place(&mut self, now: Nanos, request: &Request<'_>) -> Option<Plan> {
+    fn place(&mut self, now: Nanos, request: &Request<'_>) -> Answer {
+        let control = &self.described.control;
+        let (waits, again) = (self.room.has(request.key), !request.avoid.is_empty());
+        if !waits && !again && self.flying + self.room.len() >= control.max_requests {
+            return Answer::Refused;
+        }
         // vLLM never reuses a prompt whole.
         let findable = ((request.prompt_tokens - 1) / self.block_tokens) as usize;
         self.hashes.clear();
         self.hashes.extend(request.blocks.iter().take(findable).map(|id| hash(*id)));
         self.index.overlaps(&self.hashes, &mut self.overlaps);
+        if now >= self.health_changes {
+            self.renew(now);
+        }
         let now_ms = now / MILLISECOND;
+        let avoid: Vec<EngineId> =
+            request.avoid.iter().map(|at| self.members[*at as usize].info.id.clone()).collect();
+        let slo_left = |slo: f64| (slo - seconds(now - request.arrived)).max(0.0);
+        let slo = Slo { ttft_seconds: self.slo.ttft_seconds.map(slo_left), ..self.slo };
         let pinned = request.session.and_then(|session| self.sessions.get(now_ms, session));
         let asked = placement::Request {
-            slo: self.slo,
+            slo,
             max_tokens: self.max_tokens,
-            seed: request.number,
+            splittable: if avoid.is_empty() { Ok(()) } else { Err("another engine failed") },
+            avoid: &avoid,
+            most_in_flight: Some(self.described.control.max_engine_requests),
+            seed: self.decisions,
             pinned,
             prefix_key: placement::prefix_key(&self.hashes, self.block_tokens),
             fresh_key: placement::fresh_key(&self.hashes, &self.overlaps),
             ..placement::Request::new(&self.model, u64::from(request.prompt_tokens), &self.overlaps)
         };
-        let decision = self.decider.decide(self.policy, &self.fleet, &asked)?;
+        self.decisions += 1;
+        let decision = self.decider.decide(self.policy, &self.fleet, &asked);
+        let is_ready = match &decision {
+            Some(decision) => {
+                let plan = decision.plan();
+                let holder = plan.transfer().map_or(plan.prefill(), |of| of.0);
+                let in_flight = |at: u32| self.decider.loads().engines()[at as usize].in_flight();
+                let beside = [holder, plan.prefill(), plan.decode()].map(in_flight).into_iter().max();
+                !admission::had_better_wait(&slo, &decision.chosen, beside.unwrap_or(0))
+            }
+            None => !room::is_full(&self.fleet, &asked),
+        };
+        let noted = match &decision {
+            Some(decision) if !again && !self.room.is_noted(request.key) => {
+                self.note(now_ms, request, decision, slo)
+            }
+            _ => None,
+        };
+        if !again && !(is_ready && (waits || self.room.is_empty())) {
+            let priced = decision.as_ref().map(|decision| &decision.chosen);
+            return self.wait(now, request, priced, noted);
+        }
+        if waits {
+            self.room.admitted(now_ms, request.key);
+        }
+        let Some(decision) = decision else { return Answer::Refused };
         let plan = match decision.plan() {
             CorePlan::Colocated { engine } | CorePlan::Append { engine } => Plan::Colocated { engine },
             CorePlan::Pull { source, engine } => Plan::Pull { source, engine },
             CorePlan::Disaggregated { prefill, decode } => Plan::Disaggregated { prefill, decode },
         };
-        if let (Some(session), None) = (request.session, pinned) {
-            self.sessions.pin(now_ms, session, Slot(plan.decode()));
+        let answers = Slot(plan.decode());
+        if let Some(session) = request.session.filter(|_| pinned != Some(answers)) {
+            self.sessions.pin(now_ms, session, answers);
         }
         let chosen = &decision.chosen;
         let prefill = &mut self.members[plan.prefill() as usize];
@@ -357,17 +413,6 @@ impl Placer for Production {
                 chosen.transfer_bytes,
             )
         });
-        if let Some(planner) = &mut self.planner {
-            let placed = Placed {
-                now_ms,
-                model: self.model.clone(),
-                prompt_tokens: u64::from(request.prompt_tokens),
-                beginnings: Beginnings::of(&self.hashes, self.block_tokens),
-                cached: (Slot(plan.prefill()), chosen.hit_tokens),
-                slo: self.slo,
-            };
-            planner.placed(request.number, placed);
-        }
         let hold = match plan {
             Plan::Pull { source, .. } => {
                 let speed = &self.fleet.engines()[source as usize].speed;
@@ -378,7 +423,10 @@ impl Placer for Production {
         let live = Live {
             plan,
             number: request.number,
+            prompt_tokens: u64::from(request.prompt_tokens),
+            arrived: request.arrived,
             placed: now,
+            fell_back: false,
             alone: decision.alone,
             uncached_tokens: chosen.uncached_tokens,
             hit_tokens: chosen.hit_tokens,
@@ -396,7 +444,20 @@ impl Placer for Production {
             self.live.resize_with(key + 1, || None);
         }
         self.live[key] = Some(live);
-        Some(plan)
+        self.flying += 1;
+        Answer::Goes(plan)
+    }
+
+    fn turn(&mut self, now: Nanos) -> Option<Turn> {
+        let turn = self.room.turn(now);
+        if let Some((Turn::Refused(_), Some(noted))) = &turn {
+            self.turned_away(*noted);
+        }
+        turn.map(|(turn, _)| turn)
+    }
+
+    fn next_turn(&self) -> Option<Nanos> {
+        self.room.next_turn()
     }
 
     fn wants_kv_events(&self) -> bool {
@@ -404,7 +465,7 @@ impl Placer for Production {
     }
 
     fn kv_events(&mut self, _now: Nanos, engine: u32, events: &KvEvents) {
-        let holder = Holder::new(Slot(engine), EPOCH);
+        let holder = Holder::new(Slot(engine), self.members[engine as usize].life.epoch);
         for (change, ids) in events.iter() {
             self.hashes.clear();
             self.hashes.extend(ids.iter().map(|id| hash(*id)));
@@ -426,13 +487,18 @@ impl Placer for Production {
         member.foreign_waiting = report.waiting.saturating_sub(reserved.prefills as u32);
         member.foreign_running =
             report.running.saturating_sub((reserved.sequences + reserved.prefills) as u32);
-        if engine as usize + 1 == self.members.len() {
-            self.probe(now);
-            if let Some(planner) = &mut self.planner {
-                self.parts = planner.plan(now / MILLISECOND, &self.fleet);
-            }
-            self.renew();
+    }
+
+    fn loads_reported(&mut self, now: Nanos) {
+        self.probe(now);
+        if let Some(planner) = &mut self.planner {
+            self.parts = planner.plan(now / MILLISECOND, &self.fleet);
         }
+        self.renew(now);
+    }
+
+    fn health(&mut self, now: Nanos, engine: u32, health: Health) {
+        self.heard(now, engine, health);
     }
 
     fn progress(&mut self, now: Nanos, key: u32, progress: &Progress) {
@@ -450,6 +516,9 @@ impl Placer for Production {
                 self.first_token(now, key);
             }
             Progress::Finished { tokens, .. } => self.finished(now, key, tokens),
+            Progress::FellBack => self.fell_back(key),
+            // What was reserved for it ends.
+            Progress::Failed => drop(self.over(now, key)),
         }
     }
 }
