@@ -20,7 +20,7 @@
 //! | `first_step` | `a + (d + e·(B+1) + f·(Σctx+ctx))`: the second request and its step | it |
 //! | `decode` | `(T-1) · (d + e·(B+1) + f·(Σctx+ctx)) / (1-share)`, `share` of the engine's time going to prefills | it |
 //! | `decode_batch` | `B · (T-1) · (e + f·ctx)`: what one more sequence adds to each step of the others | others |
-//! | `second_copy` | [`SHARERS`]` · (prefill - prefill after P)`, at most [`MOST_SECOND_COPY_SECONDS`]; `P` are the most prompt tokens that an engine holds which may take part. For `m` tokens of KV that are copied to an engine, and with `c = reused·b·m`: `c · (1 + B + Q)`, and `B · promise · (risk(itl) with c - without)`; `Q` are prompts that are queued there | those to come |
+//! | `second_copy` | [`SHARERS`]` · (prefill - prefill after P)`, at most [`MOST_SECOND_COPY_SECONDS`]; `P` are the most prompt tokens that an engine holds which may take part. For `m` tokens of KV that are on this engine too then, with `c = reused·b·m`: `c · (1 + B + Q)`, and `B · promise · (risk(itl) with c - without)`; `Q` are prompts that are queued there | those to come |
 //! | `slo_risk` | `promise · (risk(ttft) + risk(itl), at most 1, + B · what it adds to risk(itl) of the others)`; see below | it, others |
 //!
 //! That a step that mixes prefill and decode costs about the sum of its parts, one pass over the weights less, and that chunked prefill
@@ -33,7 +33,7 @@
 //! room of other blocks, which are computed anew in their turn. Without `second_copy` a fleet with engines to spare gives up a
 //! prefix for however little. It is bounded, so that no request waits long for a prefix where an engine is free.
 //!
-//! What a pull or a handoff copies takes room as well: what it displaces was cached, and a part of it will be wanted again and computed anew. That part is
+//! Any second copy takes room, computed, pulled or handed over: what it displaces was cached, and a part of it will be wanted again and computed anew. That part is
 //! `reused`, the share of all prompts' tokens that are found cached: of all the times that a block is computed or found, so many are followed by one more at which it is
 //! found. (What is displaced was not wanted for the longest time, so it is less; how much less is not known.) The time for it is taken from
 //! whoever is served here, which is priced as if it were computed now: at an engine with little to do a copy costs next to nothing, at one that hardly keeps the SLOs

@@ -284,7 +284,8 @@ impl<'a> Pricing<'a> {
             let speed = &self.hot(at).speed;
             let [here, there] =
                 [cached, longest].map(|hit| speed.prefill_seconds(self.prompt_tokens - hit, hit));
-            cost.second_copy = (SHARERS * (here - there)).clamp(0.0, MOST_SECOND_COPY_SECONDS);
+            let shared = (SHARERS * (here - there)).clamp(0.0, MOST_SECOND_COPY_SECONDS);
+            cost.second_copy = shared + self.displaced(at, longest - cached);
             cost.sums.seconds += cost.second_copy;
         }
         cost

@@ -194,17 +194,21 @@ impl Pool {
             let decoding = (split as f64 * slower).round() as usize;
             self.rehearsal.run(&play, decoding, faster * slower)
         };
-        let attained: Vec<f64> = splits.iter().map(|split| rehearse(*split, 1.0)).collect();
+        // The present split comes last, as it was: the verdicts are then its own.
+        let (mut attained, mut faster) = (vec![0.0; splits.len()], vec![0.0; splits.len()]);
+        for at in (0..splits.len()).filter(|at| *at != current).chain([current]) {
+            faster[at] = rehearse(splits[at], FASTER);
+            attained[at] = rehearse(splits[at], 1.0);
+        }
         let (known, remembered) = &mut self.remembered;
         let new = (*known != engines).then(|| *known = engines).is_some();
         remembered.resize(splits.len(), 0.0);
-        for (at, split) in splits.iter().enumerate() {
-            let both = (attained[at] + rehearse(*split, FASTER)) / 2.0;
-            remembered[at] += (both - remembered[at]) * if new { 1.0 } else { NEW };
+        for (remembered, (attained, faster)) in remembered.iter_mut().zip(attained.iter().zip(&faster)) {
+            let both = (attained + faster) / 2.0;
+            *remembered += (both - *remembered) * if new { 1.0 } else { NEW };
         }
 
         // Of the same requests, as far as they are over.
-        rehearse(splits[current], 1.0);
         let both = self.window.iter().zip(self.rehearsal.verdicts()).skip(since);
         let compared = both.filter_map(|(seen, rehearsed)| Some((seen.kept?, rehearsed?)));
         let (seen, rehearsed): (Vec<bool>, Vec<bool>) = compared.unzip();
