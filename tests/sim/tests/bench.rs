@@ -11,7 +11,7 @@ use baton_sim::bench::{Bench, BenchError, Mode, Workload, oracle, scenarios};
 use baton_sim::decision::Speeds;
 use baton_sim::fleet::{Fleet, Slo};
 use baton_sim::sim::{Answer, Placer, Plan, Request, run_observed};
-use baton_sim::trace::Shape;
+use baton_sim::trace::{Length, Shape};
 
 fn fleet() -> Fleet {
     Fleet::parse(include_str!("../../../benches/fleets/8b-h100x8.toml")).expect("an example")
@@ -197,7 +197,10 @@ fn reports_do_not_depend_on_threads() {
         let count = || {
             done.fetch_add(1, Ordering::Relaxed);
         };
-        let grid = Grid { workloads: vec![workload("agent", 150)], fleets: vec![fleet.clone()] };
+        let output = Length { mean: 50.0, sigma: 0.5, least: 5, most: 200 };
+        let shape = Shape { turns: (2, 3), pause_seconds: 1.0, output, ..Shape::agent() };
+        let workload = Workload::generated("short sessions", vec![shape], 64, 1).with_requests(150);
+        let grid = Grid { workloads: vec![workload], fleets: vec![fleet.clone()] };
         let cells = grid.run(&bench(threads), &count).expect("it runs");
         assert_eq!((cells.len(), score(&cells).cells, done.load(Ordering::Relaxed)), (1, 1, grid.len()));
         assert!(cells[0].goodput.iter().all(|(_, goodput)| *goodput > 0.0));
