@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use baton_sim::fleet::{Fleet, FleetError, Role, Split};
+use baton_sim::fleet::{Control, Fleet, FleetError, Role, Split};
 
 fn folder() -> std::path::PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../benches/fleets")
@@ -51,7 +51,12 @@ fn defaults_and_the_form_that_the_documentation_shows() {
         .take_while(|line| *line != "//! ```");
     let shown: String = shown.map(|line| line.trim_start_matches("//!").to_owned() + "\n").collect();
     let fleet = Fleet::parse(&shown).expect("what the documentation shows");
-    assert_eq!(fleet.background.len(), 1);
+    assert_eq!((fleet.background.len(), fleet.outages.len(), fleet.cards.len()), (1, 1, 1));
+    // Fields that are shown with their defaults.
+    assert_eq!(fleet.control, Control::default());
+    let bare = Fleet::parse(GOOD).expect("a fleet");
+    assert_eq!((fleet.engines[0].host_kv_tokens, bare.engines[0].host_kv_tokens), (0, 0));
+    assert_eq!(fleet.engines[0].host_gbit, bare.engines[0].host_gbit);
 }
 
 #[test]
@@ -86,6 +91,43 @@ fn each_fault_names_its_field_and_the_mend() {
             "gbit = 10\n[[background]]\nfrom = 0\nto = 2\ngbit = 1",
             "background[0].to",
             "from 0 to 1",
+        ),
+        ("per_host = 2", "per_host = 2\nhost_gbit = 0", "engines[0].host_gbit", "above 0"),
+        (
+            "gbit = 10",
+            "gbit = 10\n[control]\nmax_engine_requests = 0",
+            "control.max_engine_requests",
+            "above 0",
+        ),
+        (
+            "gbit = 10",
+            "gbit = 10\n[[outages]]\nengine = 4\nfrom_seconds = 1",
+            "outages[0].engine",
+            "from 0 to 3",
+        ),
+        (
+            "gbit = 10",
+            "gbit = 10\n[[outages]]\nengine = 1\nfrom_seconds = 5\nuntil_seconds = 5",
+            "outages[0].until_seconds",
+            "after from_seconds",
+        ),
+        (
+            "gbit = 10",
+            "gbit = 10\n[[outages]]\nengine = 1\nfrom_seconds = 5\n[[outages]]\nengine = 1\nfrom_seconds = 9",
+            "outages[1].from_seconds",
+            "one table for each time",
+        ),
+        (
+            "gbit = 10",
+            "gbit = 10\n[[cards]]\nhost = 2\nfrom_seconds = 1\ngbit = 1",
+            "cards[0].host",
+            "from 0 to 1",
+        ),
+        (
+            "gbit = 10",
+            "gbit = 10\n[[cards]]\nhost = 1\nfrom_seconds = 1\ngbit = -1",
+            "cards[0].gbit",
+            "0 or more",
         ),
         (
             "per_host = 2",

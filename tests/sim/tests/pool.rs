@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use baton_sim::engine::events::Change;
+use baton_sim::engine::events::{Change, Tier};
 use baton_sim::engine::pool::BlockPool;
 use proptest::prelude::*;
 
@@ -134,7 +134,7 @@ proptest! {
                     for id in ids {
                         match change {
                             Change::Stored { .. } => prop_assert!(told.insert(*id), "stored twice"),
-                            Change::Removed => prop_assert!(told.remove(id), "removed twice"),
+                            Change::Removed { .. } => prop_assert!(told.remove(id), "removed twice"),
                         }
                     }
                 }
@@ -154,12 +154,14 @@ fn stored_runs_name_their_parents() {
     pool.publish(blocks[2], Some(10), 12);
     let events = pool.take_events().expect("something was stored");
     let runs: Vec<(Change, Vec<u64>)> = events.iter().map(|(change, ids)| (change, ids.to_vec())).collect();
-    let expected =
-        [(Change::Stored { parent: None }, vec![10, 11]), (Change::Stored { parent: Some(10) }, vec![12])];
+    let expected = [
+        (Change::Stored { tier: Tier::Gpu, parent: None }, vec![10, 11]),
+        (Change::Stored { tier: Tier::Gpu, parent: Some(10) }, vec![12]),
+    ];
     assert_eq!(runs, expected);
     pool.release(&blocks);
     assert!(pool.allocate(8, &mut Vec::new()));
     let events = pool.take_events().expect("something was removed");
     // The leaves of a sequence go before its root.
-    assert_eq!(events.iter().collect::<Vec<_>>(), [(Change::Removed, &[12, 11, 10][..])]);
+    assert_eq!(events.iter().collect::<Vec<_>>(), [(Change::Removed { tier: Tier::Gpu }, &[12, 11, 10][..])]);
 }

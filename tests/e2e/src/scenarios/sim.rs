@@ -336,6 +336,8 @@ async fn calibrate(bed: &mut Bed, prompts: &Prompts, unit: u32, block_tokens: u3
             max_num_seqs: 256,
             max_num_batched_tokens: 2048,
             chunked_prefill: true,
+            host_kv_tokens: 0,
+            host_gbit: FASTEST_GBIT,
             constants: Some(speed),
         }],
         links: Links {
@@ -539,6 +541,8 @@ mod tests {
                 max_num_seqs: 256,
                 max_num_batched_tokens: 2048,
                 chunked_prefill: true,
+                host_kv_tokens: 0,
+                host_gbit: FASTEST_GBIT,
                 constants: Some(speed),
             }],
             links: Links {

@@ -25,7 +25,7 @@ use baton_proto::{BlockHash, EngineId};
 
 use self::health::Life;
 use self::room::Room;
-use crate::engine::events::{Change, KvEvents};
+use crate::engine::events::{self, Change, KvEvents};
 use crate::fleet::{Fleet, Role};
 use crate::sim::{Answer, Health, LoadReport, Placer, Plan, Progress, Request, Turn};
 use crate::{MILLISECOND, Nanos, mix, seconds};
@@ -137,6 +137,14 @@ fn hash(id: u64) -> BlockHash {
     bytes[..8].copy_from_slice(&id.to_le_bytes());
     bytes[8..].copy_from_slice(&mix(id).to_le_bytes());
     BlockHash::from_bytes(bytes)
+}
+
+/// As the coordinator calls it.
+fn index_tier(tier: events::Tier) -> Tier {
+    match tier {
+        events::Tier::Gpu => Tier::Gpu,
+        events::Tier::Host => Tier::Host,
+    }
 }
 
 impl Production {
@@ -470,10 +478,11 @@ impl Placer for Production {
             self.hashes.clear();
             self.hashes.extend(ids.iter().map(|id| hash(*id)));
             let changed = match change {
-                Change::Stored { parent } => {
-                    self.index.store(holder, Tier::Gpu, Run::chain(parent.map(hash), &self.hashes)).map(drop)
+                Change::Stored { tier, parent } => {
+                    let run = Run::chain(parent.map(hash), &self.hashes);
+                    self.index.store(holder, index_tier(tier), run).map(drop)
                 }
-                Change::Removed => self.index.remove(holder, Tier::Gpu, &self.hashes),
+                Change::Removed { tier } => self.index.remove(holder, index_tier(tier), &self.hashes),
             };
             changed.expect("the engine's epoch is open");
         }

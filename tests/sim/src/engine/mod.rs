@@ -11,17 +11,22 @@
 //! A request may come with KV that lies elsewhere: when its turn comes it gets its blocks, [`Output::Fetch`] says what is missing, and it is let
 //! in when [`Engine::fetched`] was called. A request may keep its blocks when it ends ([`Job::hold`]), until [`Engine::release`].
 //!
+//! An engine may have a second tier of blocks in its host's memory ([`host`]). What is found there behind what the GPU has cached of a prompt is copied
+//! instead of computed: the request gets its blocks, waits for the copy, which begins when those before it are over, and is let in. A request that can fetch more than that from
+//! elsewhere does so instead. Copies to the host take the other direction of the bus and no time of anybody's.
+//!
 //! An engine that dies ([`Engine::stop`]) loses its requests and its cache ([`Engine::restart`]).
 //!
 //! # Coarse where that is exact
 //! As long as the same sequences decode, nothing else runs and blocks suffice, the steps until the next sequence ends are taken together: their
 //! lengths grow evenly, so the sum is known. A request that arrives meanwhile cuts the run at the next step's border. Nothing that a caller can see
-//! differs from single steps, but that [events](events::KvEvents) of blocks filled meanwhile come at the end of the run.
+//! differs from single steps, but that [events](events::KvEvents) of blocks filled meanwhile come at the end of the run, and that they are offered to the host then, one sequence's after another's.
 //!
 //! # Where it differs from vLLM
 //! Blocks of a whole prompt are taken when it is let in, not chunk by chunk. No speculative decoding, no priorities, one cache group.
 
 pub mod events;
+pub mod host;
 pub mod pool;
 mod schedule;
 pub mod speed;
@@ -32,6 +37,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use self::events::KvEvents;
+use self::host::HostTier;
 use self::pool::BlockPool;
 use self::speed::Speed;
 use crate::Nanos;
@@ -53,6 +59,10 @@ pub struct Settings {
     pub chunked_prefill: bool,
     /// Whether it tells of its blocks.
     pub kv_events: bool,
+    /// Blocks that its host keeps for it; 0 for no such tier.
+    pub host_blocks: u32,
+    /// How long the copy of one of them to the GPU takes, in seconds.
+    pub host_block_seconds: f64,
 }
 
 /// A request to one engine.
@@ -83,7 +93,7 @@ pub enum Output {
     Started {
         /// Which.
         key: u32,
-        /// Leading tokens that the engine had cached.
+        /// Leading tokens that the engine had cached, in any tier.
         hit_tokens: u32,
     },
     /// The request has blocks for KV that lies elsewhere.
@@ -116,7 +126,7 @@ pub enum Output {
 /// How an engine is doing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Load {
-    /// Requests that wait to be let in, those whose KV is being fetched included.
+    /// Requests that wait to be let in, those whose KV is being fetched or copied included.
     pub waiting: u32,
     /// Sequences that run.
     pub running: u32,
@@ -133,6 +143,8 @@ pub struct Totals {
     pub decode: Nanos,
     /// Tokens of prompts that were computed, those computed again included.
     pub prefill_tokens: u64,
+    /// Tokens of prompts that were copied from the host's memory.
+    pub loaded_tokens: u64,
     /// Tokens that were generated.
     pub output_tokens: u64,
     /// Steps.
@@ -161,6 +173,8 @@ struct Sequence {
     computed: u32,
     /// Leading blocks that can be found by others.
     published: u32,
+    /// Leading blocks that were offered to the host.
+    offered: u32,
     blocks: Vec<u32>,
     last_token: Nanos,
 }
@@ -197,11 +211,22 @@ impl Work {
     }
 }
 
+/// A copy from the host's memory.
+#[derive(Clone, Copy, Debug)]
+struct Copying {
+    ends: Nanos,
+    sequence: u32,
+    tokens: u32,
+}
+
 /// The engine.
 #[derive(Debug)]
 pub struct Engine {
     settings: Settings,
     pool: BlockPool,
+    host: Option<HostTier>,
+    /// One after another.
+    copies: VecDeque<Copying>,
     sequences: Vec<Sequence>,
     vacant: Vec<u32>,
     waiting: VecDeque<u32>,
@@ -222,6 +247,8 @@ impl Engine {
     pub fn new(settings: Settings) -> Self {
         Self {
             pool: BlockPool::new(settings.blocks, settings.kv_events),
+            host: (settings.host_blocks > 0).then(|| HostTier::new(settings.host_blocks, settings.kv_events)),
+            copies: VecDeque::new(),
             settings,
             sequences: Vec::new(),
             vacant: Vec::new(),
@@ -269,15 +296,21 @@ impl Engine {
         chunk && tokens.div_ceil(u64::from(self.settings.block_tokens)) <= u64::from(self.pool.len())
     }
 
-    /// Leading tokens of a prompt that are cached.
+    /// Leading tokens of a prompt that are cached, in any tier.
     pub fn cached(&self, ids: &[u64]) -> u32 {
-        self.pool.hits(ids) as u32 * self.settings.block_tokens
+        let hits = self.pool.hits(ids);
+        (hits + self.host_hits(&ids[hits..])) as u32 * self.settings.block_tokens
+    }
+
+    fn host_hits(&self, ids: &[u64]) -> usize {
+        self.host.as_ref().map_or(0, |host| host.hits(ids))
     }
 
     /// When [`Engine::wake`] is to be called, and the version of this answer: a call with another version comes too early or too late, and
     /// is to be left out.
     pub fn next(&self) -> Option<(Nanos, u64)> {
-        self.work.as_ref().map(|work| (work.end, self.version))
+        let (step, copy) = (self.work.map(|work| work.end), self.copies.front().map(|copy| copy.ends));
+        step.into_iter().chain(copy).min().map(|at| (at, self.version))
     }
 
     /// Takes what it said.
@@ -287,7 +320,11 @@ impl Engine {
 
     /// What changed in its cache. To be asked when it woke: vLLM tells of its blocks at the end of a step.
     pub fn take_events(&mut self) -> Option<KvEvents> {
-        self.pool.take_events()
+        let events = self.pool.take_events();
+        let Some(of_host) = self.host.as_mut().and_then(HostTier::take_events) else { return events };
+        let mut events = events.unwrap_or_default();
+        events.append(&of_host);
+        Some(events)
     }
 
     /// A request arrives.
@@ -302,6 +339,7 @@ impl Engine {
             generated: 0,
             computed: 0,
             published: 0,
+            offered: 0,
             blocks: Vec::new(),
             last_token: now,
         };
@@ -344,11 +382,29 @@ impl Engine {
 
     /// The time of [`Engine::next`] has come.
     pub fn wake(&mut self, now: Nanos) {
-        if let Some(work) = self.work.take() {
-            debug_assert_eq!(work.end, now);
+        if let Some(work) = self.work.filter(|work| work.end <= now) {
+            self.work = None;
+            // A copy may be what comes next.
+            self.version += 1;
             self.complete(now, &work);
         }
-        self.schedule(now);
+        while let Some(copy) = self.copies.pop_front_if(|copy| copy.ends <= now) {
+            self.version += 1;
+            self.totals.loaded_tokens += u64::from(copy.tokens);
+            self.fetched(now, Handle(copy.sequence), copy.tokens);
+        }
+        if self.work.is_none() {
+            self.schedule(now);
+        }
+    }
+
+    /// The copy of so many tokens' blocks begins, or waits for those before it.
+    fn copy(&mut self, now: Nanos, sequence: u32, tokens: u32) {
+        let begins = self.copies.back().map_or(now, |copy| copy.ends.max(now));
+        let blocks = f64::from(tokens / self.settings.block_tokens);
+        let ends = begins + crate::nanos(blocks * self.settings.host_block_seconds).max(1);
+        self.copies.push_back(Copying { ends, sequence, tokens });
+        self.version += 1;
     }
 
     /// The engine dies. What its steps have made by now it still says; then it does nothing, until [`Engine::restart`] was called and a
@@ -420,17 +476,27 @@ impl Engine {
     fn publish(&mut self, at: u32) {
         let sequence = &mut self.sequences[at as usize];
         let computed = sequence.computed;
-        publish(&mut self.pool, sequence, self.settings.block_tokens, computed);
+        publish(&mut self.pool, &mut self.host, sequence, self.settings.block_tokens, computed);
     }
 }
 
-/// Lets others find the blocks of these leading tokens.
-fn publish(pool: &mut BlockPool, sequence: &mut Sequence, block_tokens: u32, tokens: u32) {
+/// Lets others find the blocks of these leading tokens, and offers them to the host.
+fn publish(
+    pool: &mut BlockPool,
+    host: &mut Option<HostTier>,
+    sequence: &mut Sequence,
+    block_tokens: u32,
+    tokens: u32,
+) {
     let whole = (tokens / block_tokens).min(sequence.job.ids.len() as u32);
+    let parent = |at: u32| at.checked_sub(1).map(|before| sequence.job.ids[before as usize]);
     while sequence.published < whole {
-        let at = sequence.published as usize;
-        let parent = at.checked_sub(1).map(|before| sequence.job.ids[before]);
-        pool.publish(sequence.blocks[at], parent, sequence.job.ids[at]);
+        let at = sequence.published;
+        pool.publish(sequence.blocks[at as usize], parent(at), sequence.job.ids[at as usize]);
         sequence.published += 1;
+    }
+    if let Some(host) = host.as_mut().filter(|_| sequence.offered < whole) {
+        host.offer(parent(sequence.offered), &sequence.job.ids[sequence.offered as usize..whole as usize]);
+        sequence.offered = whole;
     }
 }

@@ -8,11 +8,11 @@
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 
-use super::events::KvEvents;
+use super::events::{KvEvents, Tier};
 
 /// Ids are hashes already.
 #[derive(Clone, Copy, Debug, Default)]
-struct Identity(u64);
+pub(super) struct Identity(u64);
 
 impl Hasher for Identity {
     fn finish(&self) -> u64 {
@@ -145,7 +145,7 @@ impl BlockPool {
             None => {
                 self.cached.insert(id, block);
                 if let Some(events) = &mut self.events {
-                    events.stored(parent, id);
+                    events.stored(Tier::Gpu, parent, id);
                 }
             }
         }
@@ -198,7 +198,7 @@ impl BlockPool {
         } else {
             self.cached.remove(&id);
             if let Some(events) = &mut self.events {
-                events.removed(id);
+                events.removed(Tier::Gpu, id);
             }
         }
     }

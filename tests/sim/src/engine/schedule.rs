@@ -1,5 +1,6 @@
 //! One step after another.
 
+use super::host::HostTier;
 use super::speed::{Step, pairs};
 use super::{Engine, Output, Sequence, State, Work, publish};
 use crate::{Nanos, nanos};
@@ -17,7 +18,7 @@ impl Engine {
             let preempted = self.plan_running(now, &mut step, &mut budget);
             // As in vLLM: who was just preempted for lack of blocks is not let in again at once.
             if !preempted {
-                self.admit(&mut step, &mut budget);
+                self.admit(now, &mut step, &mut budget);
             }
             if step.new == 0 && step.sequences == 0 {
                 if preempted {
@@ -78,7 +79,7 @@ impl Engine {
         step.new += u64::from(new);
         step.pairs += pairs(u64::from(new), u64::from(sequence.computed));
         let then = sequence.computed + new;
-        publish(&mut self.pool, sequence, self.settings.block_tokens, then);
+        publish(&mut self.pool, &mut self.host, sequence, self.settings.block_tokens, then);
         self.chunks.push((at, new));
     }
 
@@ -87,6 +88,7 @@ impl Engine {
         sequence.state = State::Waiting;
         sequence.computed = 0;
         sequence.published = 0;
+        sequence.offered = 0;
         if sequence.generated > 0 {
             sequence.last_token = now;
         }
@@ -97,11 +99,11 @@ impl Engine {
     }
 
     /// Lets in who waits, in order, while there is room.
-    fn admit(&mut self, step: &mut Step, budget: &mut u32) {
+    fn admit(&mut self, now: Nanos, step: &mut Step, budget: &mut u32) {
         while *budget > 0 && (self.running.len() as u32) < self.settings.max_num_seqs {
             let Some(at) = self.waiting.front().copied() else { return };
             let ready = self.sequences[at as usize].state == State::Ready;
-            if !ready && !self.take_blocks(at, *budget) {
+            if !ready && !self.take_blocks(now, at, *budget) {
                 return;
             }
             let sequence = &mut self.sequences[at as usize];
@@ -126,15 +128,19 @@ impl Engine {
     }
 
     /// Takes the cached blocks of a request, and free ones for all the rest, unless it cannot be let in now.
-    fn take_blocks(&mut self, at: u32, budget: u32) -> bool {
+    fn take_blocks(&mut self, now: Nanos, at: u32, budget: u32) -> bool {
         let block_tokens = self.settings.block_tokens;
         let sequence = &mut self.sequences[at as usize];
         let tokens = sequence.tokens();
         let findable = (((tokens - 1) / block_tokens) as usize).min(sequence.job.ids.len());
         let hits = self.pool.hits(&sequence.job.ids[..findable]);
         let hit_tokens = hits as u32 * block_tokens;
-        let fetches = sequence.job.remote_tokens > hit_tokens;
-        if !fetches && !self.settings.chunked_prefill && tokens - hit_tokens > budget {
+        let in_host = |host: &HostTier| host.hits(&sequence.job.ids[hits..findable]);
+        let host_blocks = self.host.as_ref().map_or(0, in_host);
+        let loaded = host_blocks as u32 * block_tokens;
+        let fetches = sequence.job.remote_tokens > hit_tokens + loaded;
+        let copies = !fetches && loaded > 0;
+        if !fetches && !copies && !self.settings.chunked_prefill && tokens - hit_tokens > budget {
             return false;
         }
         let fresh = tokens.div_ceil(block_tokens) - hits as u32;
@@ -156,6 +162,16 @@ impl Engine {
         } else if sequence.job.remote_tokens > 0 {
             sequence.job.remote_tokens = 0;
             self.outputs.push(Output::Fetch { key, tokens: 0 });
+        }
+        if copies {
+            sequence.state = State::Fetching;
+            if sequence.generated == 0 {
+                self.outputs.push(Output::Started { key, hit_tokens: hit_tokens + loaded });
+            }
+            if let Some(host) = &mut self.host {
+                host.used(&sequence.job.ids[hits..hits + host_blocks]);
+            }
+            self.copy(now, at, loaded);
         }
         true
     }
@@ -229,7 +245,7 @@ impl Engine {
                 debug_assert!(taken, "the run was as long as blocks suffice");
             }
             let computed = sequence.computed;
-            publish(&mut self.pool, sequence, block_tokens, computed);
+            publish(&mut self.pool, &mut self.host, sequence, block_tokens, computed);
             self.totals.output_tokens += u64::from(steps);
             ended |= sequence.generated == sequence.job.output_tokens;
         }
@@ -261,6 +277,9 @@ impl Engine {
     fn finish(&mut self, at: u32) {
         let sequence = &mut self.sequences[at as usize];
         self.outputs.push(Output::Finished { key: sequence.job.key });
+        if let Some(host) = &mut self.host {
+            host.used(&sequence.job.ids[..sequence.offered as usize]);
+        }
         match sequence.job.hold {
             true => sequence.state = State::Held,
             false => self.vacate(at),

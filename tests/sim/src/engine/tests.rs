@@ -6,7 +6,7 @@ use super::speed::{Speed, known};
 use super::{Engine, Job, Output, Settings};
 use crate::{Nanos, SECOND};
 
-fn settings(blocks: u32) -> Settings {
+fn settings(blocks: u32, has_host: bool) -> Settings {
     // Every step takes whole nanoseconds, so that a run of them, which is rounded once, ends where its steps do.
     let row = known("8B", "H100").expect("a row of the table");
     Settings {
@@ -17,12 +17,19 @@ fn settings(blocks: u32) -> Settings {
         max_num_batched_tokens: 512,
         chunked_prefill: true,
         kv_events: true,
+        // With room for all: in a run of steps, blocks come to the host in another order.
+        host_blocks: if has_host { 1 << 20 } else { 0 },
+        host_block_seconds: 1e-4,
     }
 }
 
 /// All that an engine says to these jobs, each with its arrival. `single`: every step by itself.
-fn transcript(blocks: u32, jobs: &[(Nanos, u32, u32)], single: bool) -> (Vec<(Nanos, Output)>, u64, u128) {
-    let mut engine = Engine::new(settings(blocks));
+fn transcript(
+    (blocks, has_host): (u32, bool),
+    jobs: &[(Nanos, u32, u32)],
+    single: bool,
+) -> (Vec<(Nanos, Output)>, u64, u128) {
+    let mut engine = Engine::new(settings(blocks, has_host));
     let mut jobs = jobs.iter().enumerate().peekable();
     let (mut said, mut outputs, mut gaps) = (Vec::new(), Vec::new(), 0);
     loop {
@@ -71,12 +78,13 @@ proptest! {
     #[test]
     fn runs_of_steps_are_exact(
         blocks in 40..400u32,
+        has_host in any::<bool>(),
         jobs in proptest::collection::vec((0..3 * SECOND, 1..500u32, 1..120u32), 1..40),
     ) {
         let mut jobs = jobs;
         jobs.sort();
-        let (coarse, coarse_preemptions, coarse_gaps) = transcript(blocks, &jobs, false);
-        let (single, single_preemptions, single_gaps) = transcript(blocks, &jobs, true);
+        let (coarse, coarse_preemptions, coarse_gaps) = transcript((blocks, has_host), &jobs, false);
+        let (single, single_preemptions, single_gaps) = transcript((blocks, has_host), &jobs, true);
         prop_assert_eq!(coarse.len(), single.len());
         let ends = |output: &Output| matches!(output, Output::Finished { .. });
         prop_assert_eq!(coarse.iter().filter(|said| ends(&said.1)).count(), jobs.len());
@@ -91,7 +99,7 @@ proptest! {
 #[test]
 fn a_full_pool_preempts_and_still_serves_everyone() {
     let jobs: Vec<(Nanos, u32, u32)> = (0..12).map(|at| (at, 100, 300)).collect();
-    let (said, preemptions, _) = transcript(60, &jobs, false);
+    let (said, preemptions, _) = transcript((60, false), &jobs, false);
     assert!(preemptions > 0);
     assert_eq!(said.iter().filter(|said| matches!(said.1, Output::Finished { .. })).count(), 12);
 }

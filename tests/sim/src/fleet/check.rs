@@ -150,6 +150,11 @@ impl Fleet {
             let mend = "vLLM prints it at its start (GPU KV cache size); 1,024 to 2^32";
             return Err(field(name("kv_tokens"), format!("{} tokens of KV", kind.kv_tokens), mend));
         }
+        if kind.host_kv_tokens > 1 << 32 {
+            let problem = format!("{} tokens of KV", kind.host_kv_tokens);
+            return Err(field(name("host_kv_tokens"), problem, "at most 2^32"));
+        }
+        positive(&name("host_gbit"), kind.host_gbit)?;
         Ok(())
     }
 

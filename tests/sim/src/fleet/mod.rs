@@ -13,6 +13,8 @@
 //! max_num_seqs = 256              # as vLLM's options of these names
 //! max_num_batched_tokens = 8192
 //! chunked_prefill = true
+//! host_kv_tokens = 0              # tokens of KV that the host's memory keeps for it besides; 0: none
+//! host_gbit = 252                 # what a copy from there reaches, for all GPUs of the engine together
 //! # constants = { a = 3.26, b = 0.01899, c = 8.17e-7, d = 6.42, e = 0.0103, f = 4.19e-5, kv_kib = 128 }   # ms, KiB a token
 //!
 //! [links]
@@ -135,6 +137,13 @@ pub struct Kind {
     /// Whether prompts are computed in chunks.
     #[serde(default = "yes")]
     pub chunked_prefill: bool,
+    /// Tokens of KV that each has in its host's memory besides; 0 for no such tier.
+    #[serde(default)]
+    pub host_kv_tokens: u64,
+    /// What copies from there to the engine's GPUs reach, Gbit/s. Where nothing is said, as much as 16 lanes of PCI Express 4.0 carry (16 GT/s each, of
+    /// which 128 bits in 130 are data): a bound for one GPU on that bus, and half of one on PCI Express 5.0. Whoever has measured it writes that.
+    #[serde(default = "host_gbit")]
+    pub host_gbit: f64,
     /// How fast they are, where they are not in the table, or were calibrated.
     #[serde(default)]
     pub constants: Option<Speed>,
@@ -277,6 +286,13 @@ pub struct Member<'a> {
     pub speed: Speed,
 }
 
+impl Member<'_> {
+    /// How long the KV of so many tokens takes from the host's memory to the GPU.
+    pub fn host_seconds(&self, tokens: u64) -> f64 {
+        self.speed.kv_bytes(tokens) / bytes_per_second(self.kind.host_gbit)
+    }
+}
+
 const fn one() -> u32 {
     1
 }
@@ -291,6 +307,11 @@ const fn max_num_seqs() -> u32 {
 
 const fn max_num_batched_tokens() -> u32 {
     8192
+}
+
+/// 16 lanes of PCI Express 4.0.
+const fn host_gbit() -> f64 {
+    252.0
 }
 
 const fn efficiency() -> f64 {

@@ -320,6 +320,8 @@ pub struct EngineReport {
     pub prefill_share: f64,
     /// Tokens of prompts that it computed.
     pub prefill_tokens: u64,
+    /// Tokens of prompts that it copied from its host's memory.
+    pub loaded_tokens: u64,
     /// Tokens that it generated.
     pub output_tokens: u64,
     /// Steps.

@@ -212,6 +212,8 @@ impl<'a> Simulation<'a> {
             max_num_batched_tokens: member.kind.max_num_batched_tokens,
             chunked_prefill: member.kind.chunked_prefill,
             kv_events: wants_kv_events,
+            host_blocks: (member.kind.host_kv_tokens / u64::from(block_tokens)) as u32,
+            host_block_seconds: member.host_seconds(u64::from(block_tokens)),
         };
         let next_open = source.open();
         let mut simulation = Self {
@@ -256,6 +258,7 @@ impl<'a> Simulation<'a> {
     }
 
     fn push(&mut self, at: Nanos, event: Event) {
+        debug_assert!(at >= self.now, "{event:?}");
         self.sequence += 1;
         self.heap.push(Reverse(Entry(at, self.sequence, event)));
     }
@@ -362,6 +365,7 @@ impl<'a> Simulation<'a> {
                 utilisation: engine.busy(self.metrics.end) as f64 / span,
                 prefill_share: totals.prefill as f64 / span,
                 prefill_tokens: totals.prefill_tokens,
+                loaded_tokens: totals.loaded_tokens,
                 output_tokens: totals.output_tokens,
                 steps: totals.steps,
                 preemptions: totals.preemptions,
