@@ -8,7 +8,7 @@
 //! Most fleets have a few thousand chains. A table of their heads that lies on a few pages, with all that leads to a bucket in the nearest
 //! caches, is what makes that miss a cheap one. So there are as many parts as the entries need (linear hashing): whenever they
 //! have more than [`MEAN`] each, one of them is split in two, and merged again when they have less than half as many. So a change moves a
-//! part or two at most: a few microseconds.
+//! part or two at most, a few microseconds; now and then the list of parts too, a quarter of a byte for each entry.
 
 use super::key::{CHAIN_BITS, Key, POS_BITS, Place, REST_BITS};
 
@@ -48,7 +48,7 @@ impl Bucket {
     }
 }
 
-/// Which of so many equal ranges of the mixed hash have entries. Small enough to stay in the cache, so that what is no head is told
+/// Which of [`SIEVE`] equal ranges of the mixed hash have entries, or had some. Small enough to stay in the cache, so that what is no head is told
 /// from what may be one at no cost.
 #[derive(Clone, Debug)]
 struct Sieve(Box<[u64; SIEVE / 64]>);
@@ -217,7 +217,7 @@ impl Heads {
         Self { parts: vec![Part::default()], mask: 0, len: 0 }
     }
 
-    /// The number of the part for a hash: its low bits, the highest of them only where that part is there.
+    /// The part for a hash: its low bits, without the highest of them where there is no such part yet.
     #[inline]
     fn part_of(&self, rest: u32) -> usize {
         let part = (rest & self.mask) as usize;
@@ -293,8 +293,11 @@ impl Heads {
     fn split(&mut self) {
         let new = self.parts.len();
         self.mask |= new as u32;
-        let old = std::mem::take(&mut self.parts[new & self.mask as usize >> 1]);
-        self.parts.push(Part::default());
+        let halved = new & self.mask as usize >> 1;
+        let mut half = Part::default();
+        half.resize(self.parts[halved].buckets.len() / 2 + 1);
+        let old = std::mem::replace(&mut self.parts[halved], half.clone());
+        self.parts.push(half);
         self.put_all(&old);
     }
 

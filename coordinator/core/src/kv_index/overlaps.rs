@@ -109,7 +109,6 @@ impl Overlaps {
     }
 
     /// Keeps those reaches only, and their lanes.
-    #[cold]
     pub(super) fn retain(&mut self, keep: impl Fn(&Reach) -> bool) {
         let mut kept = 0;
         for at in 0..self.count {
