@@ -48,8 +48,8 @@ impl Bucket {
     }
 }
 
-/// Which of [`SIEVE`] equal ranges of the mixed hash have entries, or had some. Small enough to stay in the cache, so that what is no head is told
-/// from what may be one at no cost.
+/// Which of [`SIEVE`] equal ranges of the mixed hash have entries, or had some. Small enough to stay in the cache, so that what is no
+/// head is told from what may be one at no cost.
 #[derive(Clone, Debug)]
 struct Sieve(Box<[u64; SIEVE / 64]>);
 
