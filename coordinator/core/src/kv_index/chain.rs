@@ -27,6 +27,13 @@ pub(super) struct Span {
 }
 
 impl Span {
+    /// All but the lane, for comparisons. Tiers are never empty.
+    #[inline]
+    pub(super) fn stretch(&self) -> (u32, u16) {
+        let state = u16::from_le_bytes([self.tiers, self.until]);
+        (u32::from(self.first) | u32::from(self.last) << 16, state)
+    }
+
     fn state(&self) -> State {
         State { tiers: self.tiers, until: self.until }
     }

@@ -5,7 +5,7 @@
 
 use baton_proto::BlockHash;
 
-/// Bits of the mixed hash that choose a table's part.
+/// Bits of the mixed hash that choose a part of the table of inner blocks.
 pub(super) const PART_BITS: u32 = 11;
 /// Bits of the mixed hash below those.
 pub(super) const REST_BITS: u32 = 28;

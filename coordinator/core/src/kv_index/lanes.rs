@@ -23,7 +23,7 @@ pub(super) struct Lane {
 }
 
 /// No engine has this slot: they are counted from 0.
-const NOBODY: Slot = Slot(u32::MAX);
+pub(super) const NOBODY: Slot = Slot(u32::MAX);
 
 /// One slot.
 #[derive(Clone, Debug, Default)]
@@ -57,11 +57,10 @@ pub(super) struct Lanes {
 }
 
 impl Lanes {
-    /// The slot of a lane that is live and its engine's only one.
+    /// The slot of a lane that is live and its engine's only one; else [`NOBODY`].
     #[inline]
-    pub(super) fn alone(&self, lane: u16) -> Option<Slot> {
-        let slot = self.alone[usize::from(lane)];
-        (slot != NOBODY).then_some(slot)
+    pub(super) fn slot(&self, lane: u16) -> Slot {
+        self.alone[usize::from(lane)]
     }
 
     pub(super) fn get(&self, lane: u16) -> &Lane {

@@ -7,8 +7,9 @@
 
 use baton_proto::BlockHash;
 
-use super::chain::{Chain, HELD};
+use super::chain::{Chain, HELD, Span};
 use super::hybrid::{ANY, ANY_TIER, GPU_ONLY, Piece};
+use super::lanes::NOBODY;
 use super::overlaps::{Overlaps, Reach};
 use super::state::Data;
 use super::types::{Tier, Tiers};
@@ -34,7 +35,7 @@ impl Data {
                 let (either, held, gpu) = (overlap(ANY), overlap(ANY_TIER), overlap(GPU_ONLY));
                 let either = either.max(held);
                 if either > 0 {
-                    found.push(Reach { slot: engine.slot, held, gpu, either, lane: engine.lanes[0] });
+                    found.push(Reach { slot: engine.slot, held, gpu, either });
                 }
             }
             found.scratch.pieces = pieces;
@@ -94,7 +95,7 @@ impl Data {
             more = through;
         }
         // Both are in order of lane.
-        let reaches = &mut found.reaches[..found.count];
+        let (reaches, lanes) = found.so_far();
         let mut passed = 0;
         for span in &chain.spans {
             let first = u32::from(span.first).max(pos);
@@ -103,9 +104,9 @@ impl Data {
                 continue;
             }
             let (first, end) = (first - pos + at, end - pos + at);
-            passed += ahead(&reaches[passed..], span.lane);
+            passed += ahead(&lanes[passed..], span.lane);
             let Some(reach) = reaches.get_mut(passed) else { break };
-            if reach.lane != span.lane || reach.either != first {
+            if lanes[passed] != span.lane || reach.either != first {
                 continue;
             }
             reach.either = end;
@@ -123,32 +124,34 @@ impl Data {
     /// Enters the lanes that hold or expect the block at `pos`, the prompt's first, as far as their span over it reaches into `blocks`
     /// blocks. Returns whether any span begins behind it, and whether any lane reaches the end.
     ///
-    /// The longest loop of most lookups: a function of its own, so that it has the registers to itself.
+    /// The longest part of most lookups: a function of its own with two small loops, so that each has the registers to itself.
     #[inline(never)]
     fn enter(&self, chain: &Chain, pos: u32, blocks: u32, found: &mut Overlaps) -> (bool, bool) {
         let end = pos + blocks;
-        let (mut inside, mut through) = (false, false);
-        let reaches = found.room(chain.spans.len());
-        let room = reaches.len();
-        let mut free = reaches.iter_mut();
-        for span in &chain.spans {
-            let (first, after) = (u32::from(span.first), u32::from(span.last) + 1);
-            if first > pos || after <= pos {
-                inside |= first > pos && first < end;
-                continue;
-            }
-            let Some(slot) = self.lanes.alone(span.lane) else { continue };
-            let Some(reach) = free.next() else { break };
-            // Where many share a beginning, most hold all of it.
-            let either = if after >= end { blocks } else { after - pos };
-            through |= after >= end;
-            *reach = Reach { slot, held: either, gpu: either, either, lane: span.lane };
-            if !Tiers::from_bits(span.tiers).contains(Tier::Gpu) {
-                reach.gpu = 0;
-                reach.held = if span.tiers & HELD != 0 { either } else { 0 };
-            }
+        let (reaches, lanes) = found.room(chain.spans.len());
+        let mut holes = false;
+        for ((span, reach), lane) in chain.spans.iter().zip(&mut *reaches).zip(lanes) {
+            *lane = span.lane;
+            reach.slot = self.lanes.slot(span.lane);
+            holes |= reach.slot == NOBODY;
         }
-        found.count = room - free.len();
+        let (mut inside, mut through) = (false, false);
+        // Where many share a beginning, most hold the same stretch of it.
+        let (mut like, mut shared) = (Default::default(), Reach::NONE);
+        for (span, reach) in chain.spans.iter().zip(reaches) {
+            if span.stretch() != like {
+                like = span.stretch();
+                let begins_inside;
+                (shared, begins_inside) = entered(span, pos, end);
+                inside |= begins_inside;
+                through |= shared.either == blocks;
+                holes |= shared.either == 0;
+            }
+            *reach = Reach { slot: reach.slot, ..shared };
+        }
+        if holes {
+            found.retain(|reach| reach.slot != NOBODY && reach.either > 0);
+        }
         (inside, through)
     }
 
@@ -165,14 +168,26 @@ impl Data {
     }
 }
 
-/// How many of the reaches are of lanes before this one.
-fn ahead(reaches: &[Reach], lane: u16) -> usize {
-    let mut bound = 1;
-    while reaches.get(bound - 1).is_some_and(|reach| reach.lane < lane) {
-        bound *= 2;
+/// How far a span lets a prompt reach that enters its chain at `pos` and leaves it at `end`, and whether it begins in between. Apart
+/// from the loop over all spans, which seldom needs it.
+#[inline(never)]
+fn entered(span: &Span, pos: u32, end: u32) -> (Reach, bool) {
+    let (first, after) = (u32::from(span.first), u32::from(span.last) + 1);
+    let either = if first <= pos { after.min(end).saturating_sub(pos) } else { 0 };
+    let held = if span.tiers & HELD != 0 { either } else { 0 };
+    let gpu = if Tiers::from_bits(span.tiers).contains(Tier::Gpu) { either } else { 0 };
+    (Reach { held, gpu, either, ..Reach::NONE }, pos < first && first < end)
+}
+
+/// How many of the lanes, which ascend, come before this one.
+fn ahead(lanes: &[u16], lane: u16) -> usize {
+    let Some(first) = lanes.first() else { return 0 };
+    // As many as their numbers are apart at most; just as many where none between them is missing.
+    let most = usize::from(lane.saturating_sub(*first)).min(lanes.len());
+    match lanes.get(most) == Some(&lane) {
+        true => most,
+        false => lanes[..most].partition_point(|other| *other < lane),
     }
-    let half = bound / 2;
-    half + reaches[half..reaches.len().min(bound)].partition_point(|reach| reach.lane < lane)
 }
 
 /// How many leading hashes are equal; at least the first is. If two are equal, so are all before them.

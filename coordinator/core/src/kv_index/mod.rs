@@ -37,7 +37,7 @@
 //!
 //! # Memory
 //! About 25 bytes for each distinct block (16 hash, 7 to 11 table) and 8 for each stretch that an engine holds, besides
-//! 64 for each chain, and 3 MB for the logs. The worst case, in which every block is a chain of its own with one holder, is about 125 bytes a
+//! 64 for each chain, and 3 MB for the logs. The worst case, in which every block is a chain of its own with one holder, is about 130 bytes a
 //! membership; a cut-up chain may hold three dead blocks, 16 bytes each, for a live one. So [`Limits::memberships`] of 16 million
 //! bounds the index at 2 GB in the worst case and at 0.6 GB in practice. At the cap, a store of a block that its cache does not hold
 //! yet is dropped and counted: the index then knows less than the engines hold, and a request is computed where it could

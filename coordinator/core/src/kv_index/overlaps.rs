@@ -21,13 +21,11 @@ pub(super) struct Reach {
     pub(super) gpu: u32,
     /// Held or expected.
     pub(super) either: u32,
-    /// The lane, in lookups; the first of several.
-    pub(super) lane: u16,
 }
 
 impl Reach {
     /// Room for one.
-    pub(super) const NONE: Self = Self { slot: Slot(0), held: 0, gpu: 0, either: 0, lane: 0 };
+    pub(super) const NONE: Self = Self { slot: Slot(0), held: 0, gpu: 0, either: 0 };
 
     fn overlap(&self) -> Overlap {
         Overlap { blocks: self.held, gpu_blocks: self.gpu }
@@ -50,6 +48,8 @@ pub struct Overlaps {
     /// The first [`Self::count`] count. The others are left from larger lookups: making room is the larger part of a small one.
     pub(super) reaches: Vec<Reach>,
     pub(super) count: usize,
+    /// By reach, while chains are looked at: its lane.
+    lanes: Vec<u16>,
     pub(super) scratch: Scratch,
 }
 
@@ -96,12 +96,34 @@ impl Overlaps {
         self.order();
     }
 
-    /// Room for so many reaches.
-    pub(super) fn room(&mut self, count: usize) -> &mut [Reach] {
+    /// So many reaches, and their lanes, to be written.
+    pub(super) fn room(&mut self, count: usize) -> (&mut [Reach], &mut [u16]) {
+        self.count = count;
         if self.reaches.len() < count {
             self.reaches.resize(count, Reach::NONE);
         }
-        &mut self.reaches[..count]
+        if self.lanes.len() < count {
+            self.lanes.resize(count, 0);
+        }
+        self.so_far()
+    }
+
+    /// Keeps those reaches only, and their lanes.
+    pub(super) fn retain(&mut self, keep: impl Fn(&Reach) -> bool) {
+        let mut kept = 0;
+        for at in 0..self.count {
+            if keep(&self.reaches[at]) {
+                self.reaches[kept] = self.reaches[at];
+                self.lanes[kept] = self.lanes[at];
+                kept += 1;
+            }
+        }
+        self.count = kept;
+    }
+
+    /// The reaches, and their lanes.
+    pub(super) fn so_far(&mut self) -> (&mut [Reach], &mut [u16]) {
+        (&mut self.reaches[..self.count], &mut self.lanes[..self.count])
     }
 
     pub(super) fn push(&mut self, reach: Reach) {
@@ -133,7 +155,7 @@ impl FromIterator<(Slot, Overlap)> for Overlaps {
     fn from_iter<T: IntoIterator<Item = (Slot, Overlap)>>(iter: T) -> Self {
         let mut overlaps = Self::default();
         for (slot, Overlap { blocks, gpu_blocks }) in iter {
-            overlaps.push(Reach { slot, held: blocks, gpu: gpu_blocks, either: blocks, lane: 0 });
+            overlaps.push(Reach { slot, held: blocks, gpu: gpu_blocks, either: blocks });
         }
         overlaps.order();
         overlaps
