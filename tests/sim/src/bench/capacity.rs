@@ -2,7 +2,9 @@
 //!
 //! By bisection on the rate's logarithm: from a guess, rates are doubled or halved until one keeps the SLOs and twice it does not, then the interval
 //! is halved until its ends differ by at most [`PRECISION`]. All rates are of one seed, so a request is the same at all of them. A
-//! rate that misses is given up as soon as it has missed too often. What is in a closed loop is measured in a [steady state](Workload::steady).
+//! rate that misses is given up as soon as it has missed too often. What is in a closed loop is measured in a [steady state](Workload::steady). There one request that is
+//! turned away takes all later ones of its session with it, so that a rate may miss by chance and a higher one not: [`BEYOND`] rates above the highest one that was found
+//! are tried, too, and as many above any of these that keeps the SLOs.
 
 use serde::Serialize;
 
@@ -15,6 +17,8 @@ use crate::fleet::Fleet;
 pub const ATTAINMENT: f64 = 0.9;
 /// How close the highest rate that keeps them is to one that does not.
 pub const PRECISION: f64 = 0.01;
+/// Rates that are tried above the highest one that was found, in steps of twice the precision.
+pub const BEYOND: u32 = 4;
 /// Rates are tried down to the guess over this, and up to as many times the guess.
 const WIDEST: f64 = 4096.0;
 
@@ -118,6 +122,13 @@ pub fn capacity(
     while high / low > 1.0 + precision {
         let middle = (low * high).sqrt();
         if keeps(middle)? { low = middle } else { high = middle }
+    }
+    if workload.is_closed_loop() {
+        let mut missed = 0;
+        while missed < BEYOND && low < guess * WIDEST {
+            low *= 1.0 + 2.0 * precision;
+            missed = if keeps(low)? { 0 } else { missed + 1 };
+        }
     }
     Ok(found)
 }
