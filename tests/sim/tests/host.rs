@@ -232,9 +232,10 @@ fn example() -> Fleet {
     Fleet::parse(include_str!("../../../benches/fleets/8b-h100x8.toml")).expect("an example")
 }
 
+/// Sessions stay where they began, so that what is cached changes no placement.
 fn report(fleet: &Fleet, requests: u64) -> Report {
     let mut source = First::new(Generator::new(vec![Shape::agent()], 0.6, 64, 7), requests);
-    let mut placer = Production::new(fleet, 64, "colocated", Speeds::Learned).expect("a policy");
+    let mut placer = Production::new(fleet, 64, "session_sticky", Speeds::Learned).expect("a policy");
     run(fleet, 64, &mut source, &mut placer).report
 }
 
@@ -260,7 +261,7 @@ fn with_little_room_on_gpus_hosts_keep_what_comes_back() {
     assert!(loaded(&with) > 1_000_000, "{}", loaded(&with));
     assert!(with.hit_rate > without.hit_rate + 0.01, "{} {}", with.hit_rate, without.hit_rate);
     assert!(with.ttft_ms.mean < without.ttft_ms.mean, "{} {}", with.ttft_ms.mean, without.ttft_ms.mean);
-    // A bus that is too slow to be worth it costs time; the decision does not know.
+    // A bus that is too slow to be worth it costs time.
     fleet.engines[0].host_gbit = 1.0;
     assert!(report(&fleet, 1500).ttft_ms.mean > 2.0 * with.ttft_ms.mean);
 }
