@@ -227,16 +227,20 @@ impl<'a> Pricing<'a> {
     #[inline]
     fn displaced(&self, at: u32, tokens: u64) -> f64 {
         let hot = self.hot(at);
-        if hot.reused == 0.0 {
+        if hot.reused == 0.0 || tokens == 0 {
             return 0.0;
         }
         let reserved = &self.loads.engines[at as usize];
         let (sequences, context) = decoding(hot, reserved);
         let others = sequences + reserved.prefills as f64 + f64::from(hot.foreign_waiting);
         let computing = hot.reused * tokens as f64 * hot.speed.token_seconds;
-        let itl = hot.speed.decode_step_seconds(sequences, context) / (1.0 - hot.prefill_share);
-        let risk = |seconds: f64| self.itl_risk(itl + seconds / self.answer_tokens);
-        computing * (1.0 + others) + sequences * self.promised * (risk(computing) - risk(0.0))
+        let mut seconds = computing * (1.0 + others);
+        if sequences > 0.0 && self.slo.itl_seconds.is_some() {
+            let itl = hot.speed.decode_step_seconds(sequences, context) / (1.0 - hot.prefill_share);
+            let risk = |seconds: f64| self.itl_risk(itl + seconds / self.answer_tokens);
+            seconds += sequences * self.promised * (risk(computing) - risk(0.0));
+        }
+        seconds
     }
 
     /// Until the engine has computed the prompts dispatched to it before.
