@@ -36,8 +36,8 @@ struct Args {
     /// Mooncake conversation trace: JSON lines with input_length and hash_ids of 512-token blocks.
     #[arg(long)]
     trace: PathBuf,
-    /// Rounds of each measurement.
-    #[arg(long, default_value_t = 3)]
+    /// Rounds of each measurement; of few, the medians depend on what else the machine does.
+    #[arg(long, default_value_t = 9)]
     rounds: usize,
     /// Ours alone, without the peers.
     #[arg(long)]
