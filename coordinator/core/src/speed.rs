@@ -163,7 +163,7 @@ impl SpeedEstimate {
         self.decode.observe(features, seconds / sample.tokens as f64);
     }
 
-    /// Learns from a prompt that the engine is to compute, with so many of its tokens cached there or pulled.
+    /// Learns from a prompt that is sent to the engine: so many tokens, of which so many are cached there, or pulled.
     pub fn observe_prompt(&mut self, tokens: u64, cached: u64) {
         let (found, all) = &mut self.prompts;
         *found += cached.min(tokens) as f64 - PROMPT_WEIGHT * *found;
