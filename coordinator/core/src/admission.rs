@@ -190,19 +190,20 @@ pub fn latest_dispatch_ms(
     arrived_ms.saturating_add(patience.min(longest_wait_ms))
 }
 
-/// Whether a request had better wait than be dispatched as decided: it would come late, and with fewer requests beside it, it
-/// would not. `slo` is what is left of its own; `beside` counts the requests that are in flight on the plan's engines. A request that no
-/// idle engine could serve in time is dispatched as well as possible.
-pub fn had_better_wait(slo: &Slo, chosen: &Priced, beside: u64) -> bool {
+/// Whether a request that has waited for so long had better wait on than be dispatched as decided: it would come late, and with fewer requests
+/// beside it, it would not. `beside` counts the requests that are in flight on the plan's engines. A request that could not have been served in time by
+/// idle engines when it came is dispatched as well as possible; one that could have been, and waited for too long, would only hold up others.
+pub fn had_better_wait(slo: &Slo, waited_seconds: f64, chosen: &Priced, beside: u64) -> bool {
     let unqueued = unqueued_ttft_seconds(chosen);
-    let first_late = slo.ttft_seconds.is_some_and(|slo| chosen.ttft_seconds > slo && unqueued <= slo);
+    let late = |slo: f64| waited_seconds + chosen.ttft_seconds > slo && unqueued <= slo;
+    let first_late = slo.ttft_seconds.is_some_and(late);
     let others_late = slo.itl_seconds.is_some_and(|slo| chosen.itl_seconds > slo);
     beside > 0 && (first_late || others_late)
 }
 
 /// The time to the first token that a plan would have, were nothing queued before it.
 pub fn unqueued_ttft_seconds(chosen: &Priced) -> f64 {
-    let queues = [Term::QueueWait, Term::TransferWait, Term::DecodeQueueWait];
+    let queues = [Term::QueueWait, Term::TransferWait, Term::DecodeQueueWait, Term::RoomWait];
     let queued: f64 = queues.iter().map(|term| chosen.terms.get(*term)).sum();
     (chosen.ttft_seconds - queued).max(0.0)
 }
@@ -333,17 +334,20 @@ mod tests {
         };
         assert_eq!(unqueued_ttft_seconds(&chosen), 0.5);
         let slo = |ttft_seconds, itl_seconds| Slo { ttft_seconds, itl_seconds };
-        for (slo, beside, waits) in [
-            (slo(None, None), 9, false),
-            (slo(Some(2.0), None), 9, false),
-            (slo(Some(1.0), None), 9, true),
-            (slo(Some(1.0), None), 0, false),
-            (slo(Some(0.4), None), 9, false),
-            (slo(None, Some(0.01)), 9, true),
-            (slo(None, Some(0.01)), 0, false),
-            (slo(None, Some(0.03)), 9, false),
+        for (slo, waited, beside, waits) in [
+            (slo(None, None), 0.0, 9, false),
+            (slo(Some(2.0), None), 0.0, 9, false),
+            (slo(Some(2.0), None), 0.6, 9, true),
+            // There is not even the time for the prefill left.
+            (slo(Some(2.0), None), 1.6, 9, true),
+            (slo(Some(1.0), None), 0.0, 9, true),
+            (slo(Some(1.0), None), 0.0, 0, false),
+            (slo(Some(0.4), None), 0.0, 9, false),
+            (slo(None, Some(0.01)), 5.0, 9, true),
+            (slo(None, Some(0.01)), 0.0, 0, false),
+            (slo(None, Some(0.03)), 5.0, 9, false),
         ] {
-            assert_eq!(had_better_wait(&slo, &chosen, beside), waits, "{slo:?} {beside}");
+            assert_eq!(had_better_wait(&slo, waited, &chosen, beside), waits, "{slo:?} {waited} {beside}");
         }
     }
 

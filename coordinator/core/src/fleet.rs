@@ -72,6 +72,21 @@ pub struct EngineInfo {
     pub can_pull_cached: bool,
 }
 
+impl EngineInfo {
+    /// What its KV cache takes, in tokens, where it is known.
+    pub fn kv_tokens(&self) -> Option<f64> {
+        (self.num_blocks > 0).then(|| self.num_blocks as f64 * f64::from(self.block_size))
+    }
+
+    /// Tokens of KV in use beyond the context of sequences that were sent there, where the engine reports this share of its cache in use, 0 to 1. Answers that grow
+    /// unseen and requests of others make it more than 0; beginnings that sequences share, and those that are not let in yet, less. What is not a
+    /// share counts as 0.
+    pub fn kv_beyond(&self, usage: f64, load: &EngineLoad) -> f64 {
+        let share = if (0.0..=1.0).contains(&usage) { usage } else { 0.0 };
+        self.kv_tokens().map_or(0.0, |tokens| share * tokens - load.sent_tokens() as f64)
+    }
+}
+
 /// One engine.
 #[derive(Clone, Debug)]
 pub struct Engine {
@@ -93,6 +108,8 @@ pub struct Engine {
     pub prefill_share: f64,
     /// What a planner gave it to do ([`crate::planner::Parts`]), if anything.
     pub part: Option<Role>,
+    /// Tokens of KV that are in use there beyond the context that is reserved, as of the last report ([`EngineInfo::kv_beyond`]).
+    pub kv_beyond: f64,
     /// Tokens of the answers that it gave, on average; `None` where it gave none yet.
     pub answer_tokens: Option<f64>,
     /// The share of the tokens of its prompts that were cached, 0 to 1; `None` where it had none yet.
@@ -116,6 +133,9 @@ impl Engine {
 pub(crate) struct Hot {
     pub(crate) speed: Speed,
     pub(crate) block_bytes: u64,
+    /// What its KV cache takes; infinite where it is not known.
+    pub(crate) kv_tokens: f64,
+    pub(crate) kv_beyond: f64,
     pub(crate) prefill_share: f64,
     /// Tokens of an answer, on average over the engines of its model.
     pub(crate) answer_tokens: f64,
@@ -318,6 +338,8 @@ fn hot(engine: &Engine, host: u32, layouts: &[&str], [answers, reused]: [&Figure
     Hot {
         speed: engine.speed,
         block_bytes: info.block_bytes,
+        kv_tokens: info.kv_tokens().unwrap_or(f64::INFINITY),
+        kv_beyond: engine.kv_beyond,
         prefill_share: engine.prefill_share.clamp(0.0, crate::load::PrefillShare::MOST),
         answer_tokens: of_model(answers).unwrap_or(EXPECTED_OUTPUT_TOKENS),
         reused: of_model(reused).unwrap_or(0.0),

@@ -21,6 +21,8 @@ const POISON: &str = "no code that holds this lock panics";
 #[derive(Debug, Default)]
 pub struct EngineLoad {
     counters: Counters,
+    /// Of the context that is reserved, what the engine does not know of yet. No decision reads it.
+    coming_tokens: AtomicU64,
     /// What comes from whom; at most one entry for each transfer in flight.
     receiving_from: Mutex<Vec<(Slot, u64)>>,
 }
@@ -51,11 +53,13 @@ impl EngineLoad {
         PrefillReservation { load: Arc::clone(self), tokens: uncached_tokens, nanos }
     }
 
-    /// Reserves a place among the decoding sequences for one of so many tokens. Drop the guard at the last token.
+    /// Reserves a place among the decoding sequences for one of so many tokens. Call [`DecodeReservation::sent`] when the engine is asked for the answer, and drop the guard at the last
+    /// token.
     pub fn reserve_decode(self: &Arc<Self>, context_tokens: u64) -> DecodeReservation {
         self.counters.sequences.fetch_add(1, Ordering::Relaxed);
         self.counters.context_tokens.fetch_add(context_tokens, Ordering::Relaxed);
-        DecodeReservation { load: Arc::clone(self), tokens: context_tokens }
+        self.coming_tokens.fetch_add(context_tokens, Ordering::Relaxed);
+        DecodeReservation { load: Arc::clone(self), tokens: context_tokens, coming: context_tokens }
     }
 
     /// Reserves bytes on the way from one engine to another. Drop the guard when they are there, or will not come.
@@ -92,6 +96,12 @@ impl EngineLoad {
             sending_bytes: self.counters.sending_bytes.load(Ordering::Relaxed),
             receiving_bytes: self.counters.receiving_bytes.load(Ordering::Relaxed),
         }
+    }
+
+    /// Tokens of context that are reserved for sequences of which the engine knows: what it reports in use has them in it, once they are let in.
+    pub fn sent_tokens(&self) -> u64 {
+        let context = self.counters.context_tokens.load(Ordering::Relaxed);
+        context.saturating_sub(self.coming_tokens.load(Ordering::Relaxed))
     }
 
     /// Predicted seconds of all prefills that ever came to their first token. The difference over a while is what
@@ -266,9 +276,15 @@ impl Drop for PrefillReservation {
 pub struct DecodeReservation {
     load: Arc<EngineLoad>,
     tokens: u64,
+    coming: u64,
 }
 
 impl DecodeReservation {
+    /// The engine was asked for the answer; to say so again changes nothing.
+    pub fn sent(&mut self) {
+        self.load.coming_tokens.fetch_sub(std::mem::take(&mut self.coming), Ordering::Relaxed);
+    }
+
     /// It generated this many more tokens.
     pub fn grew(&mut self, tokens: u64) {
         self.tokens += tokens;
@@ -278,6 +294,7 @@ impl DecodeReservation {
 
 impl Drop for DecodeReservation {
     fn drop(&mut self) {
+        self.sent();
         self.load.counters.sequences.fetch_sub(1, Ordering::Relaxed);
         self.load.counters.context_tokens.fetch_sub(self.tokens, Ordering::Relaxed);
     }
@@ -350,6 +367,13 @@ mod tests {
         let prefill = load.reserve_prefill(100, 0.5);
         let mut decode = load.reserve_decode(1000);
         decode.grew(24);
+        assert_eq!(load.sent_tokens(), 24);
+        decode.sent();
+        decode.sent();
+        assert_eq!(load.sent_tokens(), 1024);
+        let coming = load.reserve_decode(7);
+        assert_eq!(load.sent_tokens(), 1024);
+        drop(coming);
         let transfer = EngineLoad::reserve_transfer((Slot(3), &other), &load, 4096);
         let expected = Reserved {
             prefill_tokens: 100,

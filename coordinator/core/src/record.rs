@@ -19,7 +19,7 @@ use crate::placement::{self, Decider, Decision, Policy, Request};
 use crate::speed::Speed;
 
 /// The form of records.
-pub const VERSION: u32 = 6;
+pub const VERSION: u32 = 7;
 /// Slots of recorded engines are below this, so that a broken record does not make a huge table.
 const MOST_SLOTS: u32 = 1 << 20;
 
@@ -104,6 +104,7 @@ pub struct RecordedEngine {
     pub speed: Speed,
     pub foreign_waiting: u32,
     pub foreign_running: u32,
+    pub kv_beyond: f64,
     pub prefill_share: f64,
     pub answer_tokens: Option<f64>,
     pub reused: Option<f64>,
@@ -334,6 +335,7 @@ impl Inputs {
             load: Arc::default(),
             foreign_waiting: of.foreign_waiting,
             foreign_running: of.foreign_running,
+            kv_beyond: of.kv_beyond,
             prefill_share: of.prefill_share,
             part: None,
             answer_tokens: of.answer_tokens,
@@ -535,6 +537,7 @@ impl Kept {
                 speed: engine.speed,
                 foreign_waiting: engine.foreign_waiting,
                 foreign_running: engine.foreign_running,
+                kv_beyond: engine.kv_beyond,
                 prefill_share: engine.prefill_share,
                 answer_tokens: engine.answer_tokens,
                 reused: engine.reused,

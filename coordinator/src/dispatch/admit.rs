@@ -38,7 +38,7 @@ impl Flow<'_> {
                 self.noted = Noted::new(&self.coordinator.decisions, self.wanted, placement);
             }
             let ready = match &first {
-                Ok(placement) => !placement.had_better_wait(),
+                Ok(placement) => !placement.had_better_wait,
                 Err(unplaced) => *unplaced != Unplaced::Full,
             };
             // Who comes while others wait goes behind them.

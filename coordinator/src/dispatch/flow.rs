@@ -115,7 +115,10 @@ impl Placed {
     /// The prompt was computed in that time: what was predicted of it is measured by that.
     pub(super) fn prefill_seen(&self, account: &Account, seconds: f64) {
         let terms = &self.priced.terms;
-        let own = terms.get(Term::MixedSteps) + terms.get(Term::Prefill);
+        let mut own = terms.get(Term::MixedSteps) + terms.get(Term::Prefill);
+        if self.priced.plan.prefill() == self.priced.plan.decode() {
+            own += terms.get(Term::RoomWait);
+        }
         match self.alone {
             true => account.seen(Term::Prefill, own, seconds),
             // The engine does not say what of it was the queue.
@@ -126,7 +129,7 @@ impl Placed {
     /// The blocks were pulled and the second leg's first token came in that time.
     fn handoff_seen(&self, account: &Account, seconds: f64) {
         let terms = &self.priced.terms;
-        let before = [Term::TransferWait, Term::Transfer, Term::DecodeQueueWait];
+        let before = [Term::TransferWait, Term::Transfer, Term::DecodeQueueWait, Term::RoomWait];
         let before: f64 = before.iter().map(|term| terms.get(*term)).sum();
         account.seen(Term::FirstStep, terms.get(Term::FirstStep), (seconds - before).max(0.0));
     }
@@ -307,6 +310,7 @@ impl Flow<'_> {
                 placed.prefill_reservation = Some(placed.answer.load.reserve_prefill(tokens, seconds));
             }
         }
+        placed.decode_reservation.sent();
         let began = Instant::now();
         let (response, first) = match self.answer_leg(&placed.answer, body).await {
             Ok(begun) => begun,

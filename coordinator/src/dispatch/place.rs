@@ -61,21 +61,14 @@ pub struct Placement {
     pub decision: Decision,
     /// What the prefill engine had reserved before.
     pub reserved: Reserved,
-    /// Requests in flight on the plan's engines, before.
-    pub beside: u64,
     /// The prompt's blocks as the prefill engine hashes them.
     pub hashes: Vec<BlockHash>,
     /// What was left of the SLOs.
     pub slo: Slo,
+    /// Whether it had better wait; see [`admission::had_better_wait`].
+    pub had_better_wait: bool,
     /// The decision in words, where they were asked for.
     pub explanation: Option<Explanation>,
-}
-
-impl Placement {
-    /// Whether it had better wait; see [`admission::had_better_wait`].
-    pub fn had_better_wait(&self) -> bool {
-        admission::had_better_wait(&self.slo, &self.decision.chosen, self.beside)
-    }
 }
 
 /// Why a request cannot be placed now.
@@ -117,7 +110,9 @@ impl Wanted {
         let found = self.prompt.find(&fleet, &self.model, &coordinator.index);
         let splittable =
             if avoid.is_empty() { self.prompt.splittable() } else { Err("another engine failed") };
-        let slo = self.slo_left(self.arrived.elapsed());
+        let waited = self.arrived.elapsed().as_secs_f64();
+        let left = |slo: f64| (slo - waited).max(0.0);
+        let slo = Slo { ttft_seconds: self.slo.ttft_seconds.map(left), ..self.slo };
         let request = placement::Request {
             max_tokens: self.max_tokens,
             splittable,
@@ -150,27 +145,22 @@ impl Wanted {
             let prefill = plan.prefill();
             let holder = plan.transfer().map_or(prefill, |(holder, _)| holder);
             let in_flight = [holder, prefill, plan.decode()].map(|at| reserved(at).in_flight());
+            let beside = in_flight.into_iter().max().unwrap_or(0);
             let placement = Placement {
                 reserved: reserved(prefill),
-                beside: in_flight.into_iter().max().unwrap_or(0),
                 explanation: explained.map(explain),
                 hashes: hashes_of(&found, &fleet, prefill),
                 slo,
+                had_better_wait: admission::had_better_wait(&self.slo, waited, &decision.chosen, beside),
                 decision,
                 fleet: fleet.clone(),
             };
             // One that waits is decided on again.
-            if meant && !placement.had_better_wait() {
+            if meant && !placement.had_better_wait {
                 keep();
             }
             Ok(placement)
         })
-    }
-
-    /// What is left of the SLOs after a time.
-    fn slo_left(&self, waited: Duration) -> Slo {
-        let left = |slo: f64| (slo - waited.as_secs_f64()).max(0.0);
-        Slo { ttft_seconds: self.slo.ttft_seconds.map(left), ..self.slo }
     }
 
     /// Until when it may wait: as long as its first token can still come in time, and `longest` at most. `placed` is the plan that it had

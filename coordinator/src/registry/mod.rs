@@ -79,6 +79,7 @@ struct Live {
     reported: v1::EngineLoad,
     foreign_waiting: u32,
     foreign_running: u32,
+    kv_beyond: f64,
     applied_seq: u64,
     resync_asked: bool,
     gone: CancellationToken,
@@ -159,6 +160,7 @@ impl Entry {
             load: self.load.clone(),
             foreign_waiting: live.foreign_waiting,
             foreign_running: live.foreign_running,
+            kv_beyond: live.kv_beyond,
             prefill_share: self.prefill_share.lock().expect(POISON).1,
         }
     }
@@ -190,6 +192,7 @@ impl Entry {
         let mut live = self.live.write().expect(POISON);
         live.foreign_waiting = foreign(load.waiting, reserved.prefills);
         live.foreign_running = foreign(load.running, reserved.sequences.max(reserved.prefills));
+        live.kv_beyond = live.info.kv_beyond(load.kv_usage, &self.load);
         live.reported = load;
     }
 
@@ -484,6 +487,7 @@ impl Registry {
                 reported: v1::EngineLoad::default(),
                 foreign_waiting: 0,
                 foreign_running: 0,
+                kv_beyond: 0.0,
                 applied_seq,
                 resync_asked: false,
                 gone,

@@ -118,8 +118,14 @@ async fn a_lost_session_ends_transfers_but_not_service() {
 async fn others_requests_are_told_from_ours() {
     let (registry, now) = (registry(), Instant::now());
     let entry = take(&registry, register("e0", 1), now).unwrap().entry;
-    let _ours = (entry.load.reserve_prefill(10, 0.1), entry.load.reserve_decode(10));
-    entry.report(v1::EngineLoad { running: 4, waiting: 3, ..Default::default() });
+    let (_prefill, mut decode) = (entry.load.reserve_prefill(10, 0.1), entry.load.reserve_decode(10));
+    decode.sent();
+    let _coming = entry.load.reserve_decode(100);
+    entry.report(v1::EngineLoad { running: 4, waiting: 3, kv_usage: 0.5, ..Default::default() });
     let engine = entry.snapshot(now);
     assert_eq!((engine.foreign_running, engine.foreign_waiting), (3, 2));
+    let tokens = engine.info.kv_tokens().unwrap();
+    assert_eq!(engine.kv_beyond, tokens / 2.0 - 10.0);
+    entry.report(v1::EngineLoad { kv_usage: f64::NAN, ..Default::default() });
+    assert_eq!(entry.snapshot(now).kv_beyond, -10.0);
 }

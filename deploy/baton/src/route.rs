@@ -77,6 +77,7 @@ mod tests {
             load: Arc::default(),
             foreign_waiting: n,
             foreign_running: 3 * n,
+            kv_beyond: 0.0,
             prefill_share: 0.1,
             part: None,
             answer_tokens: Some(200.0),

@@ -17,6 +17,7 @@
 //! | `decode_stall` | `B · (prefill - ⌈n / chunk⌉ · d)`, at least 0: in each chunk's step every sequence has a token, which is late by what the chunk adds to a step | others |
 //! | `transfer_wait`, `transfer` | [`crate::links`]; a handoff's where layers stream, less what the prefill of later layers hides, but no less than one layer's part | it |
 //! | `decode_queue_wait` | as `queue_wait`, at the decode engine | it |
+//! | `room_wait` | `over / used · A · ITL`: until so many of the others end, who have `A` tokens of answer on average; `used` are the tokens of KV in use on the engine that answers, `over` by how many they and the prompt exceed [`ROOM`] of what its cache takes | it |
 //! | `first_step` | `a + (d + e·(B+1) + f·(Σctx+ctx))`: the second request and its step | it |
 //! | `decode` | `(T-1) · (d + e·(B+1) + f·(Σctx+ctx)) / (1-share)`, `share` of the engine's time going to prefills | it |
 //! | `decode_batch` | `B · (T-1) · (e + f·ctx)`: what one more sequence adds to each step of the others | others |
@@ -51,7 +52,7 @@
 //! `1 - SPREAD` of the SLO, 1 above `1 + SPREAD` of it, and linear between.
 //! Where a miss is certain on any way, it is charged on any way, and the other terms decide.
 //!
-//! The time to first token is the sum of the request's own terms up to it. The inter-token latency (ITL) is a mean over the output:
+//! The time to first token is the sum of the request's own terms up to it, `room_wait` included. The inter-token latency (ITL) is a mean over the output:
 //! `decode / (T-1)`, and the prompts that are queued on the engine spread over `T`. For those that decode there already these are all that
 //! are queued, before and with the request's own; for a handoff's, all that are queued on its decode engine; for a request whose
 //! prompt is computed on the same engine, those that come behind it while it waits, `share` of its queue. [`Priced::late_seconds`] says
@@ -68,6 +69,9 @@ pub const EXPECTED_OUTPUT_TOKENS: f64 = 128.0;
 
 /// What a predicted TTFT or ITL may be off by, as a part of the SLO. An assumption.
 pub const SPREAD: f64 = 0.25;
+
+/// The part of a KV cache that is used before a request is expected to wait for room: those that are there will grow. An assumption.
+pub const ROOM: f64 = 0.9;
 
 /// Sequences that share an engine's time where a fleet is busy: each of them waits for a second that it loses. An assumption: on
 /// the Mooncake conversation trace it keeps the hit rate of ten engines within a point of one common cache's, and 4 does not.
@@ -96,6 +100,8 @@ pub enum Term {
     Transfer,
     /// Handoff: prompts that the decode engine computes first.
     DecodeQueueWait,
+    /// Sequences that end first, so that its KV finds room on the engine that answers.
+    RoomWait,
     /// Handoff: the second request, and its one step.
     FirstStep,
     /// The request's own decode steps.
@@ -110,7 +116,7 @@ pub enum Term {
 
 impl Term {
     /// All terms, in the order in which they happen to a handoff; a pull's transfer comes before its prefill.
-    pub const ALL: [Term; 13] = [
+    pub const ALL: [Term; 14] = [
         Term::QueueWait,
         Term::Hold,
         Term::MixedSteps,
@@ -119,6 +125,7 @@ impl Term {
         Term::TransferWait,
         Term::Transfer,
         Term::DecodeQueueWait,
+        Term::RoomWait,
         Term::FirstStep,
         Term::Decode,
         Term::DecodeBatch,
@@ -137,6 +144,7 @@ impl Term {
             Term::TransferWait => "transfer_wait",
             Term::Transfer => "transfer",
             Term::DecodeQueueWait => "decode_queue_wait",
+            Term::RoomWait => "room_wait",
             Term::FirstStep => "first_step",
             Term::Decode => "decode",
             Term::DecodeBatch => "decode_batch",

@@ -3,7 +3,7 @@
 //! What a plan costs is the sum of what depends on the prefill engine alone, on the decode engine alone, and on the link
 //! between them. Each part is computed once for an engine, whatever the number of plans it is in.
 
-use super::{MOST_SECOND_COPY_SECONDS, Plan, Priced, SHARERS, SPREAD, Slo, Term, Terms};
+use super::{MOST_SECOND_COPY_SECONDS, Plan, Priced, ROOM, SHARERS, SPREAD, Slo, Term, Terms};
 use crate::fleet::{Fleet, Hot};
 use crate::links::{HostQueue, Queued, TransferSeconds};
 use crate::load::{Loads, Reserved};
@@ -50,6 +50,7 @@ pub(crate) struct Fetch {
 pub(crate) struct DecodeCost {
     /// Of a handoff only.
     pub(crate) queue: f64,
+    pub(crate) room: f64,
     /// Of a handoff only.
     pub(crate) first_step: f64,
     /// Of a handoff only.
@@ -65,8 +66,10 @@ pub(crate) struct DecodeCost {
 /// As much of it as plans are compared by.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct DecodeSums {
-    /// Of any plan: `decode + batch + slo_risk`.
+    /// Of any plan: `room + decode + batch + slo_risk`.
     pub(crate) seconds: f64,
+    /// Of any plan: until its KV finds room.
+    pub(crate) room: f64,
     /// Of a handoff: to the first token, without the transfer.
     pub(crate) handoff_own: f64,
     /// Of a handoff: all, without the transfer.
@@ -317,11 +320,12 @@ impl<'a> Pricing<'a> {
         let others =
             risk(itl, queue, self.answer_tokens) - risk(itl - added * running, queue, self.answer_tokens);
         let slo_risk = sequences * self.promised * others;
-        let seconds = decode + batch + slo_risk;
-        let handoff_own = queue + first_step;
+        let room = self.room(at, itl);
+        let seconds = room + decode + batch + slo_risk;
         let second_copy = self.displaced(at, self.handoff_blocks(at) * u64::from(hot.block_size));
         DecodeCost {
             queue,
+            room,
             first_step,
             second_copy,
             decode,
@@ -330,12 +334,23 @@ impl<'a> Pricing<'a> {
             slo_risk,
             sums: DecodeSums {
                 seconds,
-                handoff_own,
-                handoff_seconds: handoff_own + second_copy + seconds,
+                room,
+                handoff_own: queue + room + first_step,
+                handoff_seconds: queue + first_step + second_copy + seconds,
                 itl_risk: risk(itl, hot.prefill_share * queue, self.output_tokens),
                 handoff_itl_risk: risk(itl, queue, self.output_tokens),
             },
         }
+    }
+
+    /// Until the KV of the prompt finds room: as long as it takes sequences to end that hold as much as is too much. What is in use is what the
+    /// engine reported, and what was reserved and released since.
+    #[inline]
+    fn room(&self, at: u32, itl: f64) -> f64 {
+        let hot = self.hot(at);
+        let used = self.loads.engines[at as usize].context_tokens as f64 + hot.kv_beyond;
+        let over = used + self.prompt_tokens as f64 - ROOM * hot.kv_tokens;
+        if over > 0.0 && used > 0.0 { over / used * self.answer_tokens * itl } else { 0.0 }
     }
 
     /// How likely an ITL that is predicted so will be above the SLO.
@@ -426,7 +441,7 @@ impl<'a> Pricing<'a> {
     /// A plan on one engine.
     #[inline]
     pub(crate) fn whole_key(&self, prefill: &PrefillSums, decode: &DecodeSums) -> Key {
-        self.key(prefill.own, decode.itl_risk, prefill.seconds + decode.seconds)
+        self.key(prefill.own + decode.room, decode.itl_risk, prefill.seconds + decode.seconds)
     }
 
     /// A handoff.
@@ -494,6 +509,7 @@ impl<'a> Pricing<'a> {
             }
         };
         terms.set(Term::QueueWait, prefill.queue);
+        terms.set(Term::RoomWait, decode.room);
         terms.set(Term::MixedSteps, prefill.mixed);
         terms.set(Term::Prefill, prefill.sums.prefill);
         terms.set(Term::DecodeStall, prefill.stall);
@@ -618,6 +634,34 @@ mod tests {
         near(Term::DecodeBatch, 3.0 * 10.0 * (0.001 + 4005.5e-6));
         near(Term::Transfer, 0.0);
         sum_is_total(&priced);
+    }
+
+    #[test]
+    fn a_full_cache_makes_wait_until_sequences_end() {
+        let mut full = with(engine(0), |info| info.num_blocks = 10_000 / 16);
+        full.kv_beyond = 1000.0;
+        let fleet = Fleet::new(vec![full, engine(1)], Links::default());
+        let reserved = Reserved { sequences: 4, context_tokens: 7000, ..Reserved::default() };
+        let loads = Loads::new(vec![reserved; 2], Vec::new());
+        let priced = |engine, prompt_tokens| {
+            let priced = pricing(&fleet, &loads, &[0, 0], prompt_tokens).price(Plan::Colocated { engine });
+            sum_is_total(&priced);
+            priced
+        };
+        assert_eq!(priced(0, 1000).terms.get(Term::RoomWait), 0.0);
+        assert_eq!(priced(1, 100_000).terms.get(Term::RoomWait), 0.0, "it is not known what the cache takes");
+        // A quarter of 8,000 tokens is too much: that goes when a quarter of what the others still have to say is said.
+        let over = priced(0, 3000);
+        let wait = over.terms.get(Term::RoomWait);
+        assert!((wait - 0.25 * 128.0 * over.itl_seconds).abs() < 1e-9, "{wait}");
+        let own = [Term::MixedSteps, Term::Prefill, Term::RoomWait].map(|term| over.terms.get(term));
+        assert!((own.iter().sum::<f64>() - over.ttft_seconds).abs() < 1e-12);
+        let to = |decode| {
+            pricing(&fleet, &loads, &[0, 0], 3000).price(Plan::Disaggregated { prefill: 1 - decode, decode })
+        };
+        assert_eq!(to(0).terms.get(Term::RoomWait), wait);
+        assert_eq!(to(1).terms.get(Term::RoomWait), 0.0);
+        sum_is_total(&to(0));
     }
 
     #[test]

@@ -202,6 +202,11 @@ impl Decider {
                         Some(Best { key: whole_key, plan: self.pricing(fleet, request).whole_plan(whole) });
                 }
                 self.search(&mut search, modes);
+                // Better an engine that does more than its part than an answer that comes late.
+                let late = |best: Best| request.slo.ttft_seconds.is_some_and(|slo| best.key.ttft > slo);
+                if modes.whole && scratch.last_resort && search.best.is_some_and(late) {
+                    search.take(whole_key, self.pricing(fleet, request).whole_plan(whole));
+                }
                 fell_back = search.best.is_none();
                 fell_back.then_some(whole)
             }

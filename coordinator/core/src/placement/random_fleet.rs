@@ -103,7 +103,8 @@ fn build(
                 2 => info.models = vec!["other".into()],
                 3 => info.streamed_layers = 32,
                 4 => info.block_size = 32,
-                5..8 => info.can_pull_cached = true,
+                5..7 => info.can_pull_cached = true,
+                7 => (info.can_pull_cached, info.num_blocks) = (true, 4000),
                 _ => {}
             }
         });
@@ -113,6 +114,7 @@ fn build(
         engine.foreign_running = foreign;
         engine.foreign_waiting = foreign / 2;
         engine.prefill_share = f64::from(foreign) / 8.0;
+        engine.kv_beyond = f64::from(foreign) * 20_000.0 - 10_000.0;
         engine.reused = (foreign % 3 == 0).then(|| f64::from(foreign) / 8.0);
         engine.answer_tokens = (foreign % 2 == 0).then(|| 10.0 + 50.0 * f64::from(foreign));
         let s = &mut engine.speed;

@@ -31,6 +31,7 @@ pub(crate) fn engine(n: u32) -> Engine {
         load: Arc::default(),
         foreign_waiting: 0,
         foreign_running: 0,
+        kv_beyond: 0.0,
         prefill_share: 0.0,
         part: None,
         answer_tokens: None,

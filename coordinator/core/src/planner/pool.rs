@@ -16,7 +16,7 @@ const WINDOW: usize = 1600;
 const FRESH: usize = 100;
 /// Requests that must have ended since the last change before the next one.
 const JUDGED: usize = 40;
-/// Where engines do both and more than this share is within the SLOs, nothing is looked for.
+/// Where engines do both and more than this share is within the SLOs, of those that are over and in a rehearsal, nothing is looked for.
 const ENOUGH: f64 = 0.95;
 /// What is rehearsed besides the requests as they came: so many times as fast. It tells splits apart that all keep the SLOs.
 const FASTER: f64 = 1.5;
@@ -170,7 +170,7 @@ impl Pool {
         let is_split = self.decoding > 0;
         let since = self.since.saturating_sub(self.first) as usize;
         let over: Vec<bool> = self.window.iter().skip(since).filter_map(|seen| seen.kept).collect();
-        if over.len() < JUDGED || (!is_split && share(over.into_iter()) >= ENOUGH) {
+        if over.len() < JUDGED {
             return;
         }
         let engines = order.len();
@@ -189,25 +189,13 @@ impl Pool {
             answer_tokens: fleet.hot()[order[0] as usize].answer_tokens,
         };
         let slower = members.len() as f64 / engines as f64;
-        let mut rehearse = |split: usize, faster: f64| {
+        let rehearse = |rehearsal: &mut Rehearsal, split: usize, faster: f64| {
             // The first members are those that come to decode first.
             let decoding = (split as f64 * slower).round() as usize;
-            self.rehearsal.run(&play, decoding, faster * slower)
+            rehearsal.run(&play, decoding, faster * slower)
         };
-        // The present split comes last, as it was: the verdicts are then its own.
         let (mut attained, mut faster) = (vec![0.0; splits.len()], vec![0.0; splits.len()]);
-        for at in (0..splits.len()).filter(|at| *at != current).chain([current]) {
-            faster[at] = rehearse(splits[at], FASTER);
-            attained[at] = rehearse(splits[at], 1.0);
-        }
-        let (known, remembered) = &mut self.remembered;
-        let new = (*known != engines).then(|| *known = engines).is_some();
-        remembered.resize(splits.len(), 0.0);
-        for (remembered, (attained, faster)) in remembered.iter_mut().zip(attained.iter().zip(&faster)) {
-            let both = (attained + faster) / 2.0;
-            *remembered += (both - *remembered) * if new { 1.0 } else { NEW };
-        }
-
+        attained[current] = rehearse(&mut self.rehearsal, splits[current], 1.0);
         // Of the same requests, as far as they are over.
         let both = self.window.iter().zip(self.rehearsal.verdicts()).skip(since);
         let compared = both.filter_map(|(seen, rehearsed)| Some((seen.kept?, rehearsed?)));
@@ -222,6 +210,23 @@ impl Pool {
         if !is_split {
             // What makes requests miss and is not rehearsed will do so on a split too.
             off[1] = off[1].min(off[0]).min(0.0);
+        }
+        // Those that are not over may tell that all is not as well any more.
+        if !is_split && attained[current].min(share(over.into_iter())) >= ENOUGH {
+            return;
+        }
+        for at in 0..splits.len() {
+            faster[at] = rehearse(&mut self.rehearsal, splits[at], FASTER);
+            if at != current {
+                attained[at] = rehearse(&mut self.rehearsal, splits[at], 1.0);
+            }
+        }
+        let (known, remembered) = &mut self.remembered;
+        let new = (*known != engines).then(|| *known = engines).is_some();
+        remembered.resize(splits.len(), 0.0);
+        for (remembered, (attained, faster)) in remembered.iter_mut().zip(attained.iter().zip(&faster)) {
+            let both = (attained + faster) / 2.0;
+            *remembered += (both - *remembered) * if new { 1.0 } else { NEW };
         }
 
         let mut best = current.max(1);
@@ -279,21 +284,17 @@ fn members(fleet: &Fleet, order: &[u32]) -> (Vec<Member>, Vec<(Slot, u32)>) {
     let every = order.len().div_ceil(MOST_MEMBERS);
     let (mut members, mut slots) = (Vec::new(), Vec::new());
     for at in order {
-        let (engine, hot) = (&fleet.engines()[*at as usize], &fleet.hot()[*at as usize]);
+        let hot = &fleet.hot()[*at as usize];
         let host = hosts.binary_search(&hot.host).unwrap_or(0);
         if !host.is_multiple_of(every) {
             continue;
         }
         let size = f64::from(hot.block_size);
-        let kv_tokens = match engine.info.num_blocks {
-            0 => f64::INFINITY,
-            blocks => blocks as f64 * size,
-        };
         slots.push((hot.slot, members.len() as u32));
         members.push(Member {
             speed: hot.speed,
             host: (host / every) as u32,
-            kv_tokens,
+            kv_tokens: hot.kv_tokens,
             token_bytes: hot.block_bytes as f64 / size,
         });
     }

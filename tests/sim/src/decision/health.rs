@@ -98,6 +98,7 @@ impl Production {
             load: Arc::clone(&member.load),
             foreign_waiting: member.foreign_waiting,
             foreign_running: member.foreign_running,
+            kv_beyond: member.kv_beyond,
             prefill_share: member.prefill_share,
             part: None,
             answer_tokens: member.estimate.answer_tokens(),

@@ -64,6 +64,7 @@ struct Member {
     prefill_share: f64,
     foreign_waiting: u32,
     foreign_running: u32,
+    kv_beyond: f64,
 }
 
 /// A request that was placed.
@@ -85,7 +86,7 @@ struct Live {
     /// At the source of a pull, until the blocks are there.
     hold: Option<PrefillReservation>,
     /// Ends with the request.
-    _decode: DecodeReservation,
+    decode: DecodeReservation,
     transfer: Option<TransferReservation>,
     first_token: Option<FirstToken>,
 }
@@ -200,6 +201,7 @@ impl Production {
                 prefill_share: 0.0,
                 foreign_waiting: 0,
                 foreign_running: 0,
+                kv_beyond: 0.0,
             }
         };
         let members: Vec<Member> = fleet.members().iter().enumerate().map(member).collect();
@@ -281,6 +283,7 @@ impl Production {
         let Some(live) = self.live.get_mut(key as usize).and_then(Option::as_mut) else { return };
         let Some(reservation) = live.prefill.take() else { return };
         reservation.computed();
+        live.decode.sent();
         // What was gone at the source was not pulled.
         live.hold = None;
         // A time with a transfer in it says little about the engine.
@@ -359,7 +362,8 @@ impl Placer for Production {
         let now_ms = now / MILLISECOND;
         let avoid: Vec<EngineId> =
             request.avoid.iter().map(|at| self.members[*at as usize].info.id.clone()).collect();
-        let slo_left = |slo: f64| (slo - seconds(now - request.arrived)).max(0.0);
+        let waited = seconds(now - request.arrived);
+        let slo_left = |slo: f64| (slo - waited).max(0.0);
         let slo = Slo { ttft_seconds: self.slo.ttft_seconds.map(slo_left), ..self.slo };
         let pinned = request.session.and_then(|session| self.sessions.get(now_ms, session));
         let asked = placement::Request {
@@ -382,7 +386,7 @@ impl Placer for Production {
                 let holder = plan.transfer().map_or(plan.prefill(), |of| of.0);
                 let in_flight = |at: u32| self.decider.loads().engines()[at as usize].in_flight();
                 let beside = [holder, plan.prefill(), plan.decode()].map(in_flight).into_iter().max();
-                !admission::had_better_wait(&slo, &decision.chosen, beside.unwrap_or(0))
+                !admission::had_better_wait(&self.slo, waited, &decision.chosen, beside.unwrap_or(0))
             }
             None => !room::is_full(&self.fleet, &asked),
         };
@@ -428,6 +432,10 @@ impl Placer for Production {
             }
             _ => None,
         };
+        let mut decode = load(plan.decode()).reserve_decode(u64::from(request.prompt_tokens));
+        if !matches!(plan, Plan::Disaggregated { .. }) {
+            decode.sent();
+        }
         let live = Live {
             plan,
             number: request.number,
@@ -443,7 +451,7 @@ impl Placer for Production {
                 load(plan.prefill()).reserve_prefill(chosen.uncached_tokens, chosen.prefill_seconds),
             ),
             hold,
-            _decode: load(plan.decode()).reserve_decode(u64::from(request.prompt_tokens)),
+            decode,
             transfer,
             first_token: None,
         };
@@ -492,6 +500,7 @@ impl Placer for Production {
         let member = &mut self.members[engine as usize];
         let reserved = member.load.reserved();
         member.prefill_share = member.share.observe(now / MILLISECOND, member.load.prefilled_seconds());
+        member.kv_beyond = member.info.kv_beyond(report.kv_usage, &member.load);
         // What the engine has beyond what came through here; as of the report's time both are the same.
         member.foreign_waiting = report.waiting.saturating_sub(reserved.prefills as u32);
         member.foreign_running =
