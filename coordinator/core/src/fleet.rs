@@ -26,7 +26,7 @@ pub enum Role {
     Prefill,
     /// The second part of a handoff, and whole requests where that is cheaper.
     Decode,
-    /// The second part of a handoff; whole requests only where no handoff is possible. No operator asks for this; a
+    /// The second part of a handoff; whole requests only where no handoff is possible, or none in time. No operator asks for this; a
     /// [`crate::planner`] does.
     DecodeOnly,
 }

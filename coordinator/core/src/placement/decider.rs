@@ -51,7 +51,7 @@ pub(super) struct Scratch {
     pub(super) able: Vec<u32>,
     /// Those that may serve all of it.
     pub(super) whole: Vec<u32>,
-    /// Whether these do so only where no pair can.
+    /// Whether these do so only where no pair can in time.
     pub(super) last_resort: bool,
     /// By place.
     pub(super) costs: Vec<Costs>,

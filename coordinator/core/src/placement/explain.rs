@@ -106,6 +106,10 @@ fn as_map<S: serde::Serializer>(terms: &[(&'static str, f64)], serializer: S) ->
     serializer.collect_map(terms.iter().copied())
 }
 
+fn is_pair(plan: &Plan) -> bool {
+    matches!(plan, Plan::Disaggregated { .. })
+}
+
 impl Decider {
     /// Puts a decision in words, with at most `limit` options. It must be this decider's last, for this policy, fleet and
     /// request.
@@ -141,7 +145,7 @@ impl Decider {
             late_ms: (option.late_seconds > 0.0).then(|| milliseconds(option.late_seconds)),
             why_not: (at > 0).then(|| match aimed {
                 true => passed(best, option).to_string(),
-                false if self.scratch.last_resort && !matches!(option.plan, Plan::Disaggregated { .. }) => {
+                false if self.scratch.last_resort && !is_pair(&option.plan) => {
                     Passed::Policy("its engine only decodes for the time being").to_string()
                 }
                 false => Passed::Policy(policy.reason()).to_string(),
@@ -170,7 +174,8 @@ impl Decider {
         let view = View { request, pricing: &pricing, scratch: &self.scratch };
         let aim = match policy.aim(&view) {
             Aim::Best(_) if decision.fell_back => Aim::Best(Modes::WHOLE),
-            Aim::Best(modes) if self.scratch.last_resort => {
+            // Unless one of them gives way.
+            Aim::Best(modes) if self.scratch.last_resort && is_pair(&decision.chosen.plan) => {
                 Aim::Best(Modes { whole: false, pulls: false, ..modes })
             }
             aim => aim,

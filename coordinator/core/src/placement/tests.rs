@@ -201,6 +201,31 @@ fn a_prefill_engine_serves_whole_requests_only_where_no_other_is_left() {
 }
 
 #[test]
+fn an_engine_that_only_decodes_computes_what_would_come_late_otherwise() {
+    let part = |n, part| Engine { part: Some(part), ..engine(n) };
+    let engines = vec![part(0, Role::Prefill), part(1, Role::Prefill), part(2, Role::DecodeOnly)];
+    let fleet = Fleet::new(engines, Links::default());
+    let overlaps = Overlaps::default();
+    let busy = Reserved { prefills: 4, prefill_seconds: 8.0, ..Reserved::default() };
+    let loads = [busy, busy, Reserved::default()];
+    let plan = |ttft_seconds| {
+        let slo = Slo { ttft_seconds, itl_seconds: None };
+        decide_loaded(&Adaptive, &fleet, &loads, &Request { slo, ..request(&overlaps) }).plan()
+    };
+    let handoff = Plan::Disaggregated { prefill: 0, decode: 2 };
+    assert_eq!([plan(None), plan(Some(20.0))], [handoff; 2]);
+    assert_eq!(plan(Some(4.0)), Plan::Colocated { engine: 2 });
+    // The one that computes prompts is told apart from those that would be better but only decode.
+    let request = Request { slo: Slo { ttft_seconds: Some(20.0), itl_seconds: None }, ..request(&overlaps) };
+    let mut decider = Decider::new();
+    let decision =
+        decider.decide_with(&Adaptive, &fleet, &Loads::new(loads.to_vec(), Vec::new()), &request).unwrap();
+    let explanation = decider.explain(&Adaptive, &fleet, &request, &decision, 10);
+    let whole = explanation.options.iter().find(|option| option.mode == "colocated").unwrap();
+    assert!(whole.why_not.as_ref().unwrap().contains("only decodes"), "{whole:?}");
+}
+
+#[test]
 fn without_an_engine_there_is_no_decision() {
     let overlaps = Overlaps::default();
     let other = Request { model: "other", ..request(&overlaps) };
@@ -370,8 +395,13 @@ proptest! {
             all = all_plans(&case, &held, Modes::WHOLE);
         }
         let decision = Decider::new().decide_with(policy, &case.fleet, &case.loads, &case.request());
-        let best = all.iter().map(|entry| entry.0).min_by(Key::order);
-        let Some(best) = best else {
+        let least = |all: &[(Key, Plan)]| all.iter().map(|entry| entry.0).min_by(Key::order);
+        let late = |key: Key| case.request().slo.ttft_seconds.is_some_and(|slo| key.ttft > slo);
+        if modes.whole && least(&all).is_some_and(late) {
+            // Engines that only decode give way.
+            all.extend(all_plans(&case, &held, Modes::WHOLE));
+        }
+        let Some(best) = least(&all) else {
             prop_assert!(decision.is_none());
             return Ok(());
         };
