@@ -27,7 +27,7 @@ pub use heads::{CacheShape, Halves, Order, Share, Uneven, shares, shares_of};
 pub use memory::{EngineMemory, MemoryError};
 pub use peer::{MAX_SHARED_FILES, PeerMemory, Shared};
 pub use plan::Plan;
-pub use reslice::{BlockLayout, Filling, HeadMap, HeadsError, MAX_ROWS, Slice, Sliced};
+pub use reslice::{BlockLayout, Filling, HeadMap, HeadsError, MAX_ROWS, Slice, Sliced, Unpackable};
 
 /// Something that lives as long as bytes read from a memory do: its drop tells that no copy is in flight.
 pub type Guard = Arc<dyn Any + Send + Sync>;

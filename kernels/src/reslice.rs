@@ -7,20 +7,30 @@
 //! latent vector that every rank has.
 //!
 //! Bytes are rearranged by the CPU, on their way between a memory and the network. Blocks between ranks of equal layout
-//! never come here: they travel as they lie.
+//! do not come here, but where they are packed: they travel as they lie.
+//!
+//! # Packed
+//! Heads of bf16 may be packed to fp8 ([`crate::reference::fp8`]): the codes of a head's values in the common order, then a
+//! scale for each of its layers. Packed heads are put end to end as others are.
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use baton_proto::connector::{HeadSpan, Layout};
-use baton_proto::wire::LayoutFingerprint;
+use baton_proto::wire::{LayoutFingerprint, WireDtype};
 use bytes::Bytes;
 
 use crate::heads::{Spread, Uneven};
+use crate::reference::fp8;
 use crate::{BlockMemory, Guard, MemoryError};
 
 /// Most rows of all heads of a block: 128 tokens of 80 layers and 100 heads.
 pub const MAX_ROWS: usize = 1 << 20;
+
+/// Fact of a layout that names the type of its values.
+const DTYPE: &str = "dtype";
+/// What can be packed.
+const BF16: &str = "bfloat16";
 
 /// How the blocks of a worker lie, as far as others have to know.
 #[derive(Clone, Debug)]
@@ -41,6 +51,11 @@ impl BlockLayout {
     /// Names what the heads contain, where they can be told apart.
     pub fn content(&self) -> Option<LayoutFingerprint> {
         self.heads.as_ref().map(|heads| heads.content)
+    }
+
+    /// Bytes of a block that travels as fp8, or why none does.
+    pub fn packed_bytes(&self) -> Result<usize, Unpackable> {
+        self.heads.as_ref().ok_or(Unpackable::Heads)?.block_bytes(WireDtype::Fp8)
     }
 }
 
@@ -75,6 +90,22 @@ pub enum HeadsError {
     Uneven(#[from] Uneven),
 }
 
+/// KV that cannot travel as fp8.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Unpackable {
+    /// Nobody says where heads lie.
+    #[error("its heads cannot be told apart")]
+    Heads,
+    /// Values of another type.
+    #[error("its dtype is {0:?}, and {BF16:?} alone is packed")]
+    Dtype(String),
+    /// Layers that cannot have one length of what shares a scale.
+    #[error(
+        "a head has {0} bytes in one layer and {1} in another; to be packed they have to be equal, and even"
+    )]
+    Layers(u64, u64),
+}
+
 /// A run of bytes of one head.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Row {
@@ -100,6 +131,8 @@ pub struct HeadMap {
     total: u32,
     count: u32,
     head_bytes: usize,
+    /// Values that share a scale where heads are packed: those of one head in one layer.
+    segment: Result<usize, Unpackable>,
     /// Of head 0, in the common order.
     rows: Vec<Row>,
 }
@@ -125,7 +158,8 @@ impl HeadMap {
         let rows = join(rows, count);
         let head_bytes = block_bytes / u64::from(count);
         let content = LayoutFingerprint::of_content(&layout.facts, total, head_bytes);
-        Ok(Some(Self { content, total, count, head_bytes: head_bytes as usize, rows }))
+        let segment = segment_of(layout, &heads.spans);
+        Ok(Some(Self { content, total, count, head_bytes: head_bytes as usize, segment, rows }))
     }
 
     /// Names what the heads contain: equal on both sides of any transfer.
@@ -143,26 +177,87 @@ impl HeadMap {
         self.count
     }
 
+    /// Bytes of one head of a block as it travels.
+    fn head_bytes(&self, dtype: WireDtype) -> Result<usize, Unpackable> {
+        Ok(match dtype {
+            WireDtype::AsStored => self.head_bytes,
+            WireDtype::Fp8 => {
+                let segment = self.segment.clone()?;
+                fp8::packed_bytes(self.head_bytes / 2 / segment, segment)
+            }
+        })
+    }
+
+    /// Bytes of a block of this rank as it travels in the common order.
+    pub fn block_bytes(&self, dtype: WireDtype) -> Result<usize, Unpackable> {
+        Ok(self.count as usize * self.head_bytes(dtype)?)
+    }
+
     /// Appends heads of a block, whose bytes are `block`'s end to end, in the common order. Panics where the block has
     /// another length, or these heads are not on this rank.
     fn gather(&self, block: &[Bytes], heads: Range<u32>, into: &mut Vec<u8>) {
         let mut pieces = Pieces::new(block);
-        for head in heads {
-            for row in &self.rows {
-                pieces.copy(row.of(head), row.len as usize, into);
-            }
+        heads.for_each(|head| self.gather_head(&mut pieces, head, into));
+    }
+
+    fn gather_head(&self, pieces: &mut Pieces<'_>, head: u32, into: &mut Vec<u8>) {
+        for row in &self.rows {
+            pieces.copy(row.of(head), row.len as usize, into);
         }
     }
 
-    /// The reverse for all heads of this rank. Panics where the lengths are not a block's.
-    fn scatter(&self, mut common: &[u8], block: &mut [u8]) {
-        for head in 0..self.count {
-            for row in &self.rows {
-                let (bytes, rest) = common.split_at(row.len as usize);
-                block[row.of(head)..][..bytes.len()].copy_from_slice(bytes);
-                common = rest;
-            }
+    /// As [`Self::gather`], of heads packed in segments.
+    fn pack(&self, segment: usize, block: &[Bytes], heads: Range<u32>, into: &mut Vec<u8>) {
+        let mut pieces = Pieces::new(block);
+        let mut values = Vec::with_capacity(self.head_bytes);
+        for head in heads {
+            values.clear();
+            self.gather_head(&mut pieces, head, &mut values);
+            fp8::pack(&values, segment, into);
         }
+    }
+
+    /// The reverse of [`Self::gather`] for all heads of this rank. Panics where the lengths are not a block's.
+    fn scatter(&self, common: &[u8], block: &mut [u8]) {
+        for (head, bytes) in (0..self.count).zip(common.chunks_exact(self.head_bytes)) {
+            self.scatter_head(head, bytes, block);
+        }
+    }
+
+    fn scatter_head(&self, head: u32, mut common: &[u8], block: &mut [u8]) {
+        for row in &self.rows {
+            let (bytes, rest) = common.split_at(row.len as usize);
+            block[row.of(head)..][..bytes.len()].copy_from_slice(bytes);
+            common = rest;
+        }
+    }
+
+    /// The reverse of [`Self::pack`] for all heads of this rank. Panics where the lengths are not a block's.
+    fn unpack(&self, segment: usize, packed: &[u8], block: &mut [u8]) -> Result<(), fp8::BadScale> {
+        let mut values = vec![0; self.head_bytes];
+        let heads = packed.chunks_exact(fp8::packed_bytes(self.head_bytes / 2 / segment, segment));
+        for (head, packed) in (0..self.count).zip(heads) {
+            fp8::unpack(packed, segment, &mut values)?;
+            self.scatter_head(head, &values, block);
+        }
+        Ok(())
+    }
+}
+
+/// Values of one head in one layer, where all layers have as many, of the one type that is packed.
+fn segment_of(layout: &Layout, spans: &[HeadSpan]) -> Result<usize, Unpackable> {
+    let dtype = layout.facts.get(DTYPE).map_or("", String::as_str);
+    if dtype != BF16 {
+        return Err(Unpackable::Dtype(dtype.to_owned()));
+    }
+    // The spans were looked at: their bytes are some of a block's.
+    let bytes = |span: &HeadSpan| {
+        span.dims.iter().fold(u64::from(span.len), |bytes, (size, _)| bytes * u64::from(*size))
+    };
+    let first = spans.first().map_or(0, bytes);
+    match spans.iter().map(bytes).find(|other| *other != first || !other.is_multiple_of(2)) {
+        Some(other) => Err(Unpackable::Layers(first, other)),
+        None => Ok(first as usize / 2),
     }
 }
 
@@ -266,24 +361,30 @@ pub struct Slice {
 }
 
 /// Heads of several ranks, one after another, as blocks in the common order. To be read only; it is not shared, and
-/// nothing is staged. A read takes the whole blocks of the ranks, and copies what is wanted of them.
+/// nothing is staged. A read takes the whole blocks of the ranks, and copies or packs what is wanted of them: a
+/// millisecond or so for each MiB.
 pub struct Sliced {
     slices: Vec<Slice>,
+    dtype: WireDtype,
     block_bytes: usize,
 }
 
 impl Sliced {
     /// Of heads that are on their ranks.
-    pub fn new(slices: Vec<Slice>) -> Arc<Self> {
-        let bytes = |slice: &Slice| slice.heads.len() * slice.map.head_bytes;
-        let block_bytes = slices.iter().map(bytes).sum();
-        Arc::new(Self { slices, block_bytes })
+    pub fn new(slices: Vec<Slice>, dtype: WireDtype) -> Result<Arc<Self>, Unpackable> {
+        let bytes = |slice: &Slice| Ok(slice.heads.len() * slice.map.head_bytes(dtype)?);
+        let block_bytes = slices.iter().map(bytes).sum::<Result<_, _>>()?;
+        Ok(Arc::new(Self { slices, dtype, block_bytes }))
     }
 
     /// All heads of one rank.
-    pub fn whole(memory: Arc<dyn BlockMemory>, map: Arc<HeadMap>) -> Arc<Self> {
+    pub fn whole(
+        memory: Arc<dyn BlockMemory>,
+        map: Arc<HeadMap>,
+        dtype: WireDtype,
+    ) -> Result<Arc<Self>, Unpackable> {
         let heads = 0..map.count;
-        Self::new(vec![Slice { memory, map, heads }])
+        Self::new(vec![Slice { memory, map, heads }], dtype)
     }
 }
 
@@ -300,7 +401,10 @@ impl BlockMemory for Sliced {
         let mut common = Vec::with_capacity(self.block_bytes);
         for Slice { memory, map, heads } in &self.slices {
             let pieces = memory.clone().read(block, guard.clone())?;
-            map.gather(&pieces, heads.clone(), &mut common);
+            match (self.dtype, &map.segment) {
+                (WireDtype::Fp8, Ok(segment)) => map.pack(*segment, &pieces, heads.clone(), &mut common),
+                _ => map.gather(&pieces, heads.clone(), &mut common),
+            }
         }
         Ok(vec![common.into()])
     }
@@ -310,10 +414,14 @@ impl BlockMemory for Sliced {
     }
 }
 
-/// Writes blocks that come in the common order to a rank's memory, block after block. Holds two blocks' bytes.
+/// Writes blocks that come in the common order to a rank's memory, block after block. Holds a block's bytes twice: as
+/// they come, and as they lie.
 pub struct Filling {
     memory: Arc<dyn BlockMemory>,
     map: Arc<HeadMap>,
+    /// Of what comes.
+    dtype: WireDtype,
+    block_bytes: usize,
     /// The block that comes, and what came of it.
     block: u32,
     common: Vec<u8>,
@@ -322,21 +430,24 @@ pub struct Filling {
 
 impl Filling {
     /// All heads of a rank. `map` is that of the memory.
-    pub fn new(memory: Arc<dyn BlockMemory>, map: Arc<HeadMap>) -> Self {
-        let block_bytes = memory.block_bytes();
-        let (common, arranged) = (Vec::with_capacity(block_bytes), vec![0; block_bytes]);
-        Self { memory, map, block: 0, common, arranged }
+    pub fn new(
+        memory: Arc<dyn BlockMemory>,
+        map: Arc<HeadMap>,
+        dtype: WireDtype,
+    ) -> Result<Self, Unpackable> {
+        let block_bytes = map.block_bytes(dtype)?;
+        let (common, arranged) = (Vec::with_capacity(block_bytes), vec![0; memory.block_bytes()]);
+        Ok(Self { memory, map, dtype, block_bytes, block: 0, common, arranged })
     }
 
     /// Takes bytes of a block, which come in order; one that begins anew is taken anew. With its last byte the block is
-    /// written to the memory, as by [`BlockMemory::write`].
+    /// written to the memory, as by [`BlockMemory::write`]; one that nobody can have packed so is not.
     pub fn write(&mut self, block: u32, offset: usize, bytes: &[u8]) -> Result<(), MemoryError> {
-        let block_bytes = self.arranged.len();
         if offset == 0 {
             self.block = block;
             self.common.clear();
         }
-        let filled = self.common.len();
+        let (filled, block_bytes) = (self.common.len(), self.block_bytes);
         if self.block != block || offset != filled {
             return Err(MemoryError::Order { block, offset, filled });
         }
@@ -347,7 +458,13 @@ impl Filling {
         if self.common.len() < block_bytes {
             return Ok(());
         }
-        self.map.scatter(&self.common, &mut self.arranged);
+        match (self.dtype, &self.map.segment) {
+            (WireDtype::Fp8, Ok(segment)) => self
+                .map
+                .unpack(*segment, &self.common, &mut self.arranged)
+                .map_err(|error| MemoryError::Packed { block, error })?,
+            _ => self.map.scatter(&self.common, &mut self.arranged),
+        }
         self.memory.write(block, 0, &self.arranged)
     }
 }

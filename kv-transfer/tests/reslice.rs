@@ -12,7 +12,7 @@ use baton_kernels::{BlockLayout, BlockMemory, EngineMemory};
 use baton_kv_transfer::checksum::Checksums;
 use baton_kv_transfer::{Endpoint, Hold, HoldEnd, Limits, PullError, PullReport, PullRequest, RankHold};
 use baton_proto::connector::{HeadSpan, Heads, Layout, Piece};
-use baton_proto::wire::{BlockOrder, ErrorCode, WireError};
+use baton_proto::wire::{BlockForm, ErrorCode, WireDtype, WireError};
 use baton_proto::{Epoch, TransferId};
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
@@ -228,6 +228,7 @@ impl Engine {
             transfer_id: id,
             epoch: Epoch(1),
             layout: self.ranks[rank as usize].layout.clone(),
+            dtype: WireDtype::AsStored,
             first_block: first,
             last_hash: hash(first + blocks - 1),
             rank,
@@ -321,9 +322,9 @@ fn any_two_engines_of_a_model_exchange_blocks() {
             theirs.fill(&[9, 0, 4]);
             theirs.hold(&bed.source, id, &[9, 0, 4]);
             let reports = ours.pull(&bed, id, 1, &[3, 7]).await.unwrap();
-            let order = if from == to { BlockOrder::AsItLies } else { BlockOrder::Common };
+            let form = if from == to { BlockForm::AsItLies } else { BlockForm::Common };
             for report in reports {
-                prop_assert_eq!((report.order, report.corrupt, report.failed.len()), (order, 0, 0));
+                prop_assert_eq!((report.form, report.corrupt, report.failed.len()), (form, 0, 0));
             }
             prop_assert!(ours.has(3, 1) && ours.has(7, 2), "values are not where they belong");
             let untouched = [0, 1, 2, 4, 5, 6, 8, 9, 10, 11];

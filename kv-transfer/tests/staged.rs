@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use baton_kernels::{BlockMemory, EngineMemory, Guard, MemoryError, Sliced};
 use baton_kv_transfer::{Endpoint, Limits, PullError};
-use baton_proto::wire::BlockOrder;
+use baton_proto::wire::{BlockForm, WireDtype};
 use bytes::Bytes;
 use support::{Authority, Shape, TableSource, fill, id, read, request};
 use xxhash_rust::xxh3::xxh3_64;
@@ -185,10 +185,10 @@ async fn heads_are_rearranged_on_their_way_through_the_buffers() {
     let mut request = two.request(1, 12);
     request.layout = by_head.clone();
     let report = two.puller.pull(request, ours.clone(), blocks.clone()).await.unwrap();
-    assert_eq!((report.order, report.failed, report.corrupt), (BlockOrder::Common, vec![7], 0));
+    assert_eq!((report.form, report.failed, report.corrupt), (BlockForm::Common, vec![7], 0));
     let (from, to) = (theirs.inner.clone(), ours.inner.clone());
-    let from = Sliced::whole(from, by_token.heads.unwrap());
-    let to = Sliced::whole(to, by_head.heads.unwrap());
+    let from = Sliced::whole(from, by_token.heads.unwrap(), WireDtype::AsStored).unwrap();
+    let to = Sliced::whole(to, by_head.heads.unwrap(), WireDtype::AsStored).unwrap();
     for block in blocks {
         let guard: Guard = Arc::new(());
         let heads = |of: &Arc<Sliced>| of.clone().read(block, guard.clone()).unwrap().concat();

@@ -28,6 +28,7 @@ fn two_layers() -> Layout {
 fn heads_come_one_after_another_with_all_layers_and_tokens() {
     let map = HeadMap::of(&two_layers(), 2).unwrap().unwrap();
     assert_eq!((map.total(), map.count(), map.head_bytes), (6, 3, 16));
+    assert_eq!(map.block_bytes(WireDtype::AsStored), Ok(48));
     assert_eq!(map.rows.len(), 3, "tokens that adjoin are one row");
     // Byte = its place in the block.
     let block: Vec<u8> = (0..48).collect();
@@ -88,7 +89,7 @@ fn the_content_is_named_alike_whatever_the_ranks_and_the_order() {
 fn a_block_comes_whole_and_in_order_or_not_at_all() {
     let memory = memory();
     let map = Arc::new(HeadMap::of(&two_layers(), 2).unwrap().unwrap());
-    let mut filling = Filling::new(memory.clone(), map.clone());
+    let mut filling = Filling::new(memory.clone(), map.clone(), WireDtype::AsStored).unwrap();
     let common: Vec<u8> = (0..48).collect();
     let is = |block| memory.clone().read(block, Arc::new(())).unwrap().concat();
     filling.write(1, 0, &common[..20]).unwrap();
@@ -103,7 +104,7 @@ fn a_block_comes_whole_and_in_order_or_not_at_all() {
     for (i, bytes) in common.chunks(7).enumerate() {
         filling.write(1, i * 7, bytes).unwrap();
     }
-    let whole = Sliced::whole(memory.clone(), map);
+    let whole = Sliced::whole(memory.clone(), map, WireDtype::AsStored).unwrap();
     assert_eq!(whole.clone().read(1, Arc::new(())).unwrap().concat(), common);
     assert_ne!(is(1), common);
     assert!(matches!(whole.write(1, 0, &[0]), Err(MemoryError::ReadOnly)));

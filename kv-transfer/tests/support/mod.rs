@@ -17,7 +17,7 @@ use baton_kv_transfer::{
     SendReport, Source,
 };
 use baton_proto::connector::{HeadSpan, Heads, Layout, Piece};
-use baton_proto::wire::{LayoutFingerprint, PullHeader, WireError};
+use baton_proto::wire::{LayoutFingerprint, PullHeader, WireDtype, WireError};
 use baton_proto::{BlockHash, Epoch, TransferId};
 use rcgen::{CertificateParams, CertifiedIssuer, KeyPair};
 
@@ -276,6 +276,7 @@ pub fn request(peer: Peer, id: TransferId, epoch: u64, shape: Shape, first: u32,
         transfer_id: id,
         epoch: Epoch(epoch),
         layout: shape.fingerprint().into(),
+        dtype: WireDtype::AsStored,
         first_block: first,
         last_hash: hash(first + blocks - 1),
         rank: 0,

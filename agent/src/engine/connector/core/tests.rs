@@ -5,7 +5,7 @@ use baton_kv_transfer::Claim;
 use baton_proto::block_hash::BlockHasher;
 use baton_proto::connector::{Content, Layout};
 use baton_proto::plan::Source;
-use baton_proto::wire::{BlockOrder, LayoutFingerprint, PullHeader};
+use baton_proto::wire::{BlockForm, LayoutFingerprint, PullHeader};
 use bytes::Bytes;
 
 use super::*;
@@ -249,7 +249,7 @@ fn report(bytes: u64, failed: Vec<usize>) -> PullReport {
         corrupt: 2 * failed.len() as u32,
         failed,
         checksums: vec![],
-        order: BlockOrder::AsItLies,
+        form: BlockForm::AsItLies,
         direct: false,
     }
 }
