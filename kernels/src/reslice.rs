@@ -268,6 +268,9 @@ fn add_rows(span: &HeadSpan, most: usize, block_bytes: u64, rows: &mut Vec<Row>)
         return Err(HeadsError::Size);
     }
     let cover = HeadsError::Cover(block_bytes);
+    if count == Some(0) {
+        return Err(cover);
+    }
     let mut places = vec![u64::from(span.start)];
     for (size, stride) in &span.dims {
         let along = |place: u64| (0..u64::from(*size)).map(move |i| place + i * u64::from(*stride));

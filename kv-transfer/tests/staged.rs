@@ -200,6 +200,23 @@ async fn heads_are_rearranged_on_their_way_through_the_buffers() {
 }
 
 #[tokio::test]
+async fn packed_blocks_are_looked_at_where_they_lie() {
+    let two = Two::new(Limits::default());
+    let (theirs, ours) = (Buffered::new(2, None), Buffered::new(2, Some(7)));
+    // Any bytes: all kinds of NaN and infinities among them.
+    fill(&theirs.inner, 0..12, 5);
+    let blocks: Vec<u32> = (0..12).collect();
+    two.source.hold(id(1), &theirs, SHAPE.by_heads(true), blocks.clone(), LEASE);
+    let mut request = two.request(1, 12);
+    (request.layout, request.dtype) = (SHAPE.by_heads(false), WireDtype::Fp8);
+    let report = two.puller.pull(request, ours.clone(), blocks.clone()).await.unwrap();
+    assert_eq!((report.form, report.failed, report.corrupt), (BlockForm::Packed, vec![7], 0));
+    assert_eq!(report.bytes, 12 * SHAPE.by_heads(true).packed_bytes().unwrap() as u64);
+    two.source.released().await;
+    assert_eq!(theirs.free.load(Ordering::SeqCst), 2);
+}
+
+#[tokio::test]
 async fn nothing_is_on_its_way_when_a_pull_is_dropped_or_has_ended() {
     let two = Two::new(Limits::default());
     let (theirs, ours) = (Buffered::new(64, None), Buffered::new(64, None));
