@@ -17,7 +17,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use baton_proto::connector::{HeadSpan, Layout};
-use baton_proto::wire::{LayoutFingerprint, WireDtype};
+use baton_proto::wire::{BlockForm, LayoutFingerprint, WireDtype};
 use bytes::Bytes;
 
 use crate::heads::{Spread, Uneven};
@@ -388,6 +388,22 @@ impl Sliced {
     ) -> Result<Arc<Self>, Unpackable> {
         let heads = 0..map.count;
         Self::new(vec![Slice { memory, map, heads }], dtype)
+    }
+
+    /// A view of a rank's memory in which blocks have the form in which they came: of packed ones, the very bytes. `map` is
+    /// the memory's, which has to be known where they did not come as they lie.
+    pub fn as_it_came(
+        memory: Arc<dyn BlockMemory>,
+        map: Option<&Arc<HeadMap>>,
+        form: BlockForm,
+    ) -> Result<Arc<dyn BlockMemory>, Unpackable> {
+        match form {
+            BlockForm::AsItLies => Ok(memory),
+            BlockForm::Common | BlockForm::Packed => {
+                let map = map.ok_or(Unpackable::Heads)?;
+                Ok(Self::whole(memory, map.clone(), form.dtype())?)
+            }
+        }
     }
 }
 

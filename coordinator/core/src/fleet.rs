@@ -60,8 +60,10 @@ pub struct EngineInfo {
     pub role: Role,
     /// Tokens in a block; at least 1.
     pub block_size: u32,
-    /// Bytes of a block over all layers and ranks; 0 where not known.
+    /// Bytes of a block over all layers and ranks, those of heads that several ranks have as often; 0 where not known.
     pub block_bytes: u64,
+    /// Bytes that a block takes on its way to this engine from another host, likewise: fewer where KV is packed for the wire.
+    pub wire_block_bytes: u64,
     /// Blocks that its KV cache takes; 0 where not known.
     pub num_blocks: u64,
     /// Equal on engines that can use each other's blocks; empty where not known.
@@ -116,6 +118,7 @@ impl Engine {
 pub(crate) struct Hot {
     pub(crate) speed: Speed,
     pub(crate) block_bytes: u64,
+    pub(crate) wire_block_bytes: u64,
     pub(crate) prefill_share: f64,
     /// Tokens of an answer, on average over the engines of its model.
     pub(crate) answer_tokens: f64,
@@ -318,6 +321,7 @@ fn hot(engine: &Engine, host: u32, layouts: &[&str], [answers, reused]: [&Figure
     Hot {
         speed: engine.speed,
         block_bytes: info.block_bytes,
+        wire_block_bytes: info.wire_block_bytes,
         prefill_share: engine.prefill_share.clamp(0.0, crate::load::PrefillShare::MOST),
         answer_tokens: of_model(answers).unwrap_or(EXPECTED_OUTPUT_TOKENS),
         reused: of_model(reused).unwrap_or(0.0),

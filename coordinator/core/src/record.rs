@@ -19,7 +19,7 @@ use crate::placement::{self, Decider, Decision, Policy, Request};
 use crate::speed::Speed;
 
 /// The form of records.
-pub const VERSION: u32 = 6;
+pub const VERSION: u32 = 7;
 /// Slots of recorded engines are below this, so that a broken record does not make a huge table.
 const MOST_SLOTS: u32 = 1 << 20;
 
@@ -95,6 +95,7 @@ pub struct RecordedEngine {
     pub role: Role,
     pub block_size: u32,
     pub block_bytes: u64,
+    pub wire_block_bytes: u64,
     pub num_blocks: u64,
     pub layout: String,
     pub streamed_layers: u32,
@@ -323,6 +324,7 @@ impl Inputs {
                 role: of.role,
                 block_size: of.block_size,
                 block_bytes: of.block_bytes,
+                wire_block_bytes: of.wire_block_bytes,
                 num_blocks: of.num_blocks,
                 layout: of.layout.clone(),
                 streamed_layers: of.streamed_layers,
@@ -526,6 +528,7 @@ impl Kept {
                 role: engine.role(),
                 block_size: info.block_size,
                 block_bytes: info.block_bytes,
+                wire_block_bytes: info.wire_block_bytes,
                 num_blocks: info.num_blocks,
                 layout: info.layout.clone(),
                 streamed_layers: info.streamed_layers,

@@ -234,6 +234,8 @@ pub struct Stats {
     pub received_bytes: u64,
     /// Those of them that were copied from the memory of an engine on this host.
     pub direct_bytes: u64,
+    /// Those of them that came packed.
+    pub packed_bytes: u64,
     /// Blocks that arrived corrupt.
     pub corrupt_blocks: u64,
     /// Connections open now.

@@ -66,16 +66,16 @@ impl Writes {
     /// Which of the blocks do not hold what they should, where the memory is not written where it lies. Of packed ones, those
     /// that would not be packed to what came.
     fn verify(&self, checksums: &[u64], form: BlockForm) -> Result<Vec<usize>, PullError> {
-        let made = match (&self.memory, &self.heads, form) {
-            (Some(memory), _, BlockForm::AsItLies) => memory.checksums(&self.block_ids),
-            (Some(memory), Some(heads), BlockForm::Common | BlockForm::Packed) if memory.ahead() > 0 => {
-                let view = Sliced::whole(memory.clone(), heads.clone(), form.dtype());
-                let view: Arc<dyn BlockMemory> =
-                    view.map_err(|error| PullError::Memory(error.to_string()))?;
+        let Some(memory) = &self.memory else { return Ok(Vec::new()) };
+        let made = match form {
+            BlockForm::AsItLies => memory.checksums(&self.block_ids),
+            BlockForm::Common | BlockForm::Packed if memory.ahead() > 0 => {
+                let view = Sliced::as_it_came(memory.clone(), self.heads.as_ref(), form);
+                let view = view.map_err(|error| PullError::Memory(error.to_string()))?;
                 let guard: Guard = Arc::new(());
                 Some(self.block_ids.iter().map(|block| of_block(&view, *block, &guard)).collect())
             }
-            _ => None,
+            BlockForm::Common | BlockForm::Packed => None,
         };
         match made {
             None => Ok(Vec::new()),
@@ -434,7 +434,11 @@ impl Job {
                                 receiver.cancel(ErrorCode::Cancelled.into());
                                 continue;
                             }
-                            self.shared.counters.received.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+                            let counters = &self.shared.counters;
+                            counters.received.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+                            if receiver.form() == BlockForm::Packed {
+                                counters.packed.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+                            }
                             let block = self.block_ids[index as usize];
                             let wrote = self.write(&mut filling, receiver.form(), block, offset, &bytes);
                             if let Err(error) = wrote {
