@@ -60,6 +60,25 @@ pub trait BlockMemory: Send + Sync + 'static {
     /// Writes `bytes` from `offset` within a block on. They may be on their way until [`Self::flush`].
     fn write(&self, block: u32, offset: usize, bytes: &[u8]) -> Result<(), MemoryError>;
 
+    /// Begins to read all heads of a block packed to fp8, one after another, where the memory's device packs them; `None`
+    /// where it does not, and what [`Self::read`] gives has to be packed. `map` says where the heads lie.
+    fn stage_packed(
+        self: Arc<Self>,
+        block: u32,
+        map: &Arc<HeadMap>,
+        guard: Guard,
+    ) -> Option<Result<Staged, MemoryError>> {
+        let _ = (block, map, guard);
+        None
+    }
+
+    /// Writes all heads of a block that come so, where the memory's device unpacks them, as by [`Self::write`]; `None`
+    /// where it does not.
+    fn write_packed(&self, block: u32, map: &Arc<HeadMap>, packed: &[u8]) -> Option<Result<(), MemoryError>> {
+        let _ = (block, map, packed);
+        None
+    }
+
     /// Ends what was written to these blocks: when it returns, all of it is in place, but for blocks that were not
     /// written to their end, which hold anything; and nothing is written any more. An error means that some of the
     /// blocks do not hold what was written. Waits for copies of the device only, a millisecond or so.

@@ -28,6 +28,7 @@ use crate::bounds::{self, LayoutError, Run};
 use crate::cuda::DeviceError;
 use crate::peer::{MAX_SHARED_FILES, Peer, PeerFiles, PeerMemory, Shared, for_reading};
 use crate::reference::fp8::BadScale;
+use crate::reslice::Unpackable;
 use crate::storage::{Access, Storage};
 use crate::usage::Usage;
 use crate::{BlockMemory, Guard};
@@ -94,6 +95,9 @@ pub enum MemoryError {
         /// What is wrong.
         error: BadScale,
     },
+    /// KV that nobody can pack.
+    #[error(transparent)]
+    Unpackable(#[from] Unpackable),
     /// What is for reading only.
     #[error("heads of several ranks cannot be written together")]
     ReadOnly,

@@ -20,7 +20,9 @@ use baton_proto::connector::{HeadSpan, Layout};
 use baton_proto::wire::{BlockForm, LayoutFingerprint, WireDtype};
 use bytes::Bytes;
 
+use crate::bounds::LayoutError;
 use crate::heads::{Spread, Uneven};
+use crate::plan::{Plan, Span};
 use crate::reference::fp8;
 use crate::{BlockMemory, Guard, MemoryError};
 
@@ -135,6 +137,8 @@ pub struct HeadMap {
     segment: Result<usize, Unpackable>,
     /// Of head 0, in the common order.
     rows: Vec<Row>,
+    /// The same as the layout has them, for kernels.
+    spans: Vec<HeadSpan>,
 }
 
 impl HeadMap {
@@ -159,7 +163,8 @@ impl HeadMap {
         let head_bytes = block_bytes / u64::from(count);
         let content = LayoutFingerprint::of_content(&layout.facts, total, head_bytes);
         let segment = segment_of(layout, &heads.spans);
-        Ok(Some(Self { content, total, count, head_bytes: head_bytes as usize, segment, rows }))
+        let (head_bytes, spans) = (head_bytes as usize, heads.spans.clone());
+        Ok(Some(Self { content, total, count, head_bytes, segment, rows, spans }))
     }
 
     /// Names what the heads contain: equal on both sides of any transfer.
@@ -175,6 +180,31 @@ impl HeadMap {
     /// Heads on this rank.
     pub fn count(&self) -> u32 {
         self.count
+    }
+
+    /// Values that share a scale where heads are packed, or why they cannot be.
+    pub(crate) fn segment(&self) -> Result<usize, Unpackable> {
+        self.segment.clone()
+    }
+
+    /// Copies all heads in the common order from one storage, in which a block lies with its pieces end to end.
+    pub(crate) fn plan(&self) -> Result<Plan, LayoutError> {
+        let block_bytes = self.count as u64 * self.head_bytes as u64;
+        let mut spans: Vec<Span> = Vec::new();
+        for (head, of) in (0..self.count).flat_map(|head| self.spans.iter().map(move |of| (head, of))) {
+            let first = u64::from(of.start) + u64::from(head) * u64::from(of.head_stride);
+            // A span of a plan has two strides; there is one for each place along the others.
+            let (others, last) = of.dims.split_at(of.dims.len().saturating_sub(2));
+            let mut last = last.iter().rev().map(|(size, stride)| (*size, u64::from(*stride)));
+            let inner = last.next().unwrap_or((1, 0));
+            let outer = last.next().unwrap_or((1, 0));
+            for offset in places(first, others) {
+                let start = spans.last().map_or(0, |span| span.start + span.bytes());
+                let row = of.len;
+                spans.push(Span { storage: 0, offset, block_stride: block_bytes, outer, inner, row, start });
+            }
+        }
+        Plan::new(spans, vec![block_bytes], 1)
     }
 
     /// Bytes of one head of a block as it travels.
@@ -232,15 +262,23 @@ impl HeadMap {
         }
     }
 
+    /// Finds what nobody can have packed so, in all heads of this rank. Panics where the length is not a block's.
+    fn check(&self, segment: usize, packed: &[u8]) -> Result<(), fp8::BadScale> {
+        self.packed_heads(segment, packed).try_for_each(|(_, packed)| fp8::check(packed, segment))
+    }
+
     /// The reverse of [`Self::pack`] for all heads of this rank. Panics where the lengths are not a block's.
-    fn unpack(&self, segment: usize, packed: &[u8], block: &mut [u8]) -> Result<(), fp8::BadScale> {
+    fn unpack(&self, segment: usize, packed: &[u8], block: &mut [u8]) {
         let mut values = vec![0; self.head_bytes];
-        let heads = packed.chunks_exact(fp8::packed_bytes(self.head_bytes / 2 / segment, segment));
-        for (head, packed) in (0..self.count).zip(heads) {
-            fp8::unpack(packed, segment, &mut values)?;
+        for (head, packed) in self.packed_heads(segment, packed) {
+            fp8::unpack(packed, segment, &mut values);
             self.scatter_head(head, &values, block);
         }
-        Ok(())
+    }
+
+    fn packed_heads<'a>(&self, segment: usize, packed: &'a [u8]) -> impl Iterator<Item = (u32, &'a [u8])> {
+        let head_bytes = fp8::packed_bytes(self.head_bytes / 2 / segment, segment);
+        (0..self.count).zip(packed.chunks_exact(head_bytes))
     }
 }
 
@@ -271,16 +309,20 @@ fn add_rows(span: &HeadSpan, most: usize, block_bytes: u64, rows: &mut Vec<Row>)
     if count == Some(0) {
         return Err(cover);
     }
-    let mut places = vec![u64::from(span.start)];
-    for (size, stride) in &span.dims {
-        let along = |place: u64| (0..u64::from(*size)).map(move |i| place + i * u64::from(*stride));
-        places = places.into_iter().flat_map(along).collect();
-    }
-    for place in places {
+    for place in places(u64::from(span.start), &span.dims) {
         let at = u32::try_from(place).map_err(|_| cover.clone())?;
         rows.push(Row { at, head_stride: span.head_stride, len: span.len });
     }
     Ok(())
+}
+
+/// Where steps along some dimensions lead, the last of them running fastest.
+fn places(first: u64, dims: &[(u32, u32)]) -> Vec<u64> {
+    let along = |places: Vec<u64>, (size, stride): &(u32, u32)| {
+        let (size, stride) = (u64::from(*size), u64::from(*stride));
+        places.into_iter().flat_map(|place| (0..size).map(move |i| place + i * stride)).collect()
+    };
+    dims.iter().fold(vec![first], along)
 }
 
 /// Whether the rows of all heads are the bytes of a block, each once.
@@ -363,6 +405,27 @@ pub struct Slice {
     pub heads: Range<u32>,
 }
 
+impl Slice {
+    /// The heads of a block in the common order.
+    fn read(&self, block: u32, dtype: WireDtype, guard: &Guard) -> Result<Vec<Bytes>, MemoryError> {
+        let Self { memory, map, heads } = self;
+        let head_bytes = map.head_bytes(dtype)?;
+        if dtype == WireDtype::Fp8
+            && let Some(staged) = memory.clone().stage_packed(block, map, guard.clone())
+        {
+            let wanted = heads.start as usize * head_bytes..heads.end as usize * head_bytes;
+            return Ok(staged?.take()?.into_iter().map(|all| all.slice(wanted.clone())).collect());
+        }
+        let pieces = memory.clone().read(block, guard.clone())?;
+        let mut common = Vec::with_capacity(heads.len() * head_bytes);
+        match dtype {
+            WireDtype::AsStored => map.gather(&pieces, heads.clone(), &mut common),
+            WireDtype::Fp8 => map.pack(map.segment()?, &pieces, heads.clone(), &mut common),
+        }
+        Ok(vec![common.into()])
+    }
+}
+
 /// Heads of several ranks, one after another, as blocks in the common order. To be read only; it is not shared, and
 /// nothing is staged. A read takes the whole blocks of the ranks, and copies or packs what is wanted of them: a
 /// millisecond or so for each MiB.
@@ -417,15 +480,11 @@ impl BlockMemory for Sliced {
     }
 
     fn read(self: Arc<Self>, block: u32, guard: Guard) -> Result<Vec<Bytes>, MemoryError> {
-        let mut common = Vec::with_capacity(self.block_bytes);
-        for Slice { memory, map, heads } in &self.slices {
-            let pieces = memory.clone().read(block, guard.clone())?;
-            match (self.dtype, &map.segment) {
-                (WireDtype::Fp8, Ok(segment)) => map.pack(*segment, &pieces, heads.clone(), &mut common),
-                _ => map.gather(&pieces, heads.clone(), &mut common),
-            }
+        let mut common = Vec::with_capacity(self.slices.len());
+        for slice in &self.slices {
+            common.extend(slice.read(block, self.dtype, &guard)?);
         }
-        Ok(vec![common.into()])
+        Ok(common)
     }
 
     fn write(&self, _block: u32, _offset: usize, _bytes: &[u8]) -> Result<(), MemoryError> {
@@ -477,12 +536,17 @@ impl Filling {
         if self.common.len() < block_bytes {
             return Ok(());
         }
-        match (self.dtype, &self.map.segment) {
-            (WireDtype::Fp8, Ok(segment)) => self
-                .map
-                .unpack(*segment, &self.common, &mut self.arranged)
-                .map_err(|error| MemoryError::Packed { block, error })?,
-            _ => self.map.scatter(&self.common, &mut self.arranged),
+        match self.dtype {
+            WireDtype::AsStored => self.map.scatter(&self.common, &mut self.arranged),
+            WireDtype::Fp8 => {
+                let segment = self.map.segment()?;
+                let wrong = |error| MemoryError::Packed { block, error };
+                self.map.check(segment, &self.common).map_err(wrong)?;
+                if let Some(written) = self.memory.write_packed(block, &self.map, &self.common) {
+                    return written;
+                }
+                self.map.unpack(segment, &self.common, &mut self.arranged);
+            }
         }
         self.memory.write(block, 0, &self.arranged)
     }

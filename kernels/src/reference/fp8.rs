@@ -120,9 +120,24 @@ fn pack_segment_plainly(values: &[[u8; 2]], codes: &mut [u8]) -> f32 {
     scale
 }
 
-/// The reverse of [`pack`], within the error above. Writes nothing where a scale is none. Panics where the lengths are not
-/// those of the same segments.
-pub fn unpack(packed: &[u8], segment: usize, values: &mut [u8]) -> Result<(), BadScale> {
+/// Finds a scale that no packing makes. What comes from elsewhere is looked at so before it is unpacked: any scale makes
+/// numbers of codes, and not every one of them those that were packed. Panics where these are no segments.
+pub fn check(packed: &[u8], segment: usize) -> Result<(), BadScale> {
+    let segments = packed.len() / packed_bytes(1, segment);
+    assert!(packed.len() == packed_bytes(segments, segment), "segments of {segment} values");
+    let made = |scale: f32| scale > 0.0 && scale <= LARGEST_SCALE;
+    match scales(&packed[segments * segment..]).enumerate().find(|(_, scale)| !made(*scale)) {
+        Some((segment, scale)) => Err(BadScale { segment, scale }),
+        None => Ok(()),
+    }
+}
+
+fn scales(bytes: &[u8]) -> impl Iterator<Item = f32> {
+    bytes.as_chunks::<SCALE>().0.iter().map(|scale| f32::from_le_bytes(*scale))
+}
+
+/// The reverse of [`pack`], within the error above. Panics where the lengths are not those of the same segments.
+pub fn unpack(packed: &[u8], segment: usize, values: &mut [u8]) {
     let segments = values.len() / 2 / segment;
     assert!(
         values.len() == segments * segment * 2 && packed.len() == packed_bytes(segments, segment),
@@ -130,22 +145,15 @@ pub fn unpack(packed: &[u8], segment: usize, values: &mut [u8]) -> Result<(), Ba
         packed.len(),
         values.len()
     );
-    let (codes, scales) = packed.split_at(segments * segment);
-    let scales = scales.as_chunks::<SCALE>().0.iter().map(|scale| f32::from_le_bytes(*scale));
-    let made = |scale: f32| scale > 0.0 && scale <= LARGEST_SCALE;
-    if let Some((segment, scale)) = scales.clone().enumerate().find(|(_, scale)| !made(*scale)) {
-        return Err(BadScale { segment, scale });
-    }
+    let (codes, scale_bytes) = packed.split_at(segments * segment);
     let (values, _) = values.as_chunks_mut::<2>();
-    for ((codes, values), scale) in
-        codes.chunks_exact(segment).zip(values.chunks_exact_mut(segment)).zip(scales)
-    {
+    let segments = codes.chunks_exact(segment).zip(values.chunks_exact_mut(segment));
+    for ((codes, values), scale) in segments.zip(scales(scale_bytes)) {
         let of_code = values_of_codes(scale);
         for (value, code) in values.iter_mut().zip(codes) {
             *value = of_code[usize::from(*code)];
         }
     }
-    Ok(())
 }
 
 /// What each code stands for in a segment of this scale.
@@ -225,38 +233,38 @@ mod tests {
                 });
                 let mut values: Vec<u16> = spread.collect();
                 values[0] = most;
-                check(&bytes(values), segment);
+                there_and_back(&bytes(values), segment);
             }
         }
-        check(&bytes(0..=u16::MAX), 64);
-        check(&bytes([0x7F80, 0xFF80, 0x7FC0, 0xFFC0, 0x8000, 0x0000]), 6);
-        check(&bytes([0x7F80, 0x7F7F, 0xFF80, 0x0001]), 4);
+        there_and_back(&bytes(0..=u16::MAX), 64);
+        there_and_back(&bytes([0x7F80, 0xFF80, 0x7FC0, 0xFFC0, 0x8000, 0x0000]), 6);
+        there_and_back(&bytes([0x7F80, 0x7F7F, 0xFF80, 0x0001]), 4);
     }
 
-    fn check(values: &[u8], segment: usize) {
+    fn there_and_back(values: &[u8], segment: usize) {
         let (mut packed, mut again, mut back) = (Vec::new(), Vec::new(), vec![0; values.len()]);
         pack(values, segment, &mut packed);
-        unpack(&packed, segment, &mut back).unwrap();
+        check(&packed, segment).unwrap();
+        unpack(&packed, segment, &mut back);
         pack(&back, segment, &mut again);
         assert!(packed == again, "segments of {segment}: {:x?}", &values[..8.min(values.len())]);
     }
 
     #[test]
-    fn scales_that_nobody_makes_are_refused_before_anything_is_written() {
+    fn scales_that_nobody_makes_are_found() {
         let mut packed = Vec::new();
         pack(&bytes([0x3F80; 12]), 4, &mut packed);
         for scale in [0.0, -1.0, f32::NAN, f32::INFINITY, LARGEST_SCALE * 1.001] {
             let mut bad = packed.clone();
             bad[12 + 2 * SCALE..].copy_from_slice(&scale.to_le_bytes());
-            let mut values = vec![0xAB; 24];
-            let refused = unpack(&bad, 4, &mut values).unwrap_err();
-            assert_eq!((refused.segment, refused.scale.to_bits()), (2, scale.to_bits()));
-            assert_eq!(values, [0xAB; 24]);
+            let found = check(&bad, 4).unwrap_err();
+            assert_eq!((found.segment, found.scale.to_bits()), (2, scale.to_bits()));
         }
         let mut largest = Vec::new();
         pack(&bytes([0x7F7F]), 1, &mut largest);
+        check(&largest, 1).unwrap();
         let mut values = [0; 2];
-        unpack(&largest, 1, &mut values).unwrap();
+        unpack(&largest, 1, &mut values);
         assert_eq!(values, 0x7F7Fu16.to_le_bytes());
     }
 }

@@ -147,6 +147,24 @@ fn packed_heads_are_codes_and_a_scale_for_each_layer() {
 }
 
 #[test]
+fn the_plan_of_kernels_puts_heads_in_the_same_order() {
+    // A third dimension, as where an attention kernel has smaller blocks than the engine.
+    let mut split = of_bf16();
+    let heads = split.heads.as_mut().unwrap();
+    heads.spans[0] = HeadSpan { start: 0, head_stride: 8, dims: vec![(2, 4), (1, 1), (2, 2)], len: 2 };
+    heads.spans[1].dims = vec![];
+    heads.spans[1].len = 8;
+    for layout in [two_layers(), split] {
+        let map = HeadMap::of(&layout, 2).unwrap().unwrap();
+        let block: Vec<u8> = (0..48).collect();
+        let (mut common, mut staged) = (Vec::new(), vec![0; 48]);
+        map.gather(&[Bytes::copy_from_slice(&block)], 0..3, &mut common);
+        crate::reference::gather(&map.plan().unwrap(), &[&block], &[0], &mut staged, 48);
+        assert_eq!(staged, common);
+    }
+}
+
+#[test]
 fn what_cannot_be_packed_says_why() {
     let packed = |layout: &Layout| BlockLayout::of(layout, 2).unwrap().packed_bytes();
     assert_eq!(packed(&of_bf16()), Ok(48));
