@@ -146,14 +146,10 @@ struct Engine {
     ranks: Vec<Rank>,
 }
 
-/// The bytes of a vector: of a prompt's block, and of the model's head. As bf16 they are values from 2^-7 to 2.
+/// The bytes of a vector: of a prompt's block, and of the model's head.
 fn value(shape: &Shape, block: u32, layer: u32, half: u32, head: u32, token: u32) -> Vec<u8> {
     let at = [block, layer, half, head, token].iter().fold(0u64, |at, i| at * 131 + u64::from(*i) + 1);
-    let mut bytes = support::content(shape.head_bytes as usize, block, at);
-    for value in bytes.as_chunks_mut::<2>().0 {
-        value[1] = value[1] & 0x80 | 0x3C + (value[1] & 3);
-    }
-    bytes
+    support::content(shape.head_bytes as usize, block, at)
 }
 
 fn floats(bytes: &[u8]) -> impl Iterator<Item = f32> {

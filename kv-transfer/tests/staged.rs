@@ -12,7 +12,7 @@ use baton_kernels::{BlockMemory, EngineMemory, Guard, MemoryError, Sliced};
 use baton_kv_transfer::{Endpoint, Limits, PullError};
 use baton_proto::wire::{BlockForm, WireDtype};
 use bytes::Bytes;
-use support::{Authority, Shape, TableSource, fill, id, read, request};
+use support::{Authority, Shape, TableSource, fill, id, noise, read, request};
 use xxhash_rust::xxh3::xxh3_64;
 
 const SHAPE: Shape = Shape { pieces: 4, piece_bytes: 64 << 10, blocks: 48 };
@@ -204,7 +204,9 @@ async fn packed_blocks_are_looked_at_where_they_lie() {
     let two = Two::new(Limits::default());
     let (theirs, ours) = (Buffered::new(2, None), Buffered::new(2, Some(7)));
     // Any bytes: all kinds of NaN and infinities among them.
-    fill(&theirs.inner, 0..12, 5);
+    for block in 0..12 {
+        theirs.inner.write(block, 0, &noise(SHAPE.block_bytes(), block, 5)).unwrap();
+    }
     let blocks: Vec<u32> = (0..12).collect();
     two.source.hold(id(1), &theirs, SHAPE.by_heads(true), blocks.clone(), LEASE);
     let mut request = two.request(1, 12);
