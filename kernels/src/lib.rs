@@ -4,6 +4,9 @@
 //! host memory that they share by file descriptor: its bytes are read and written where they lie. [`cuda::CudaMemory`] is
 //! the one for KV on an NVIDIA GPU, with pinned host buffers between.
 //!
+//! [`Sliced`] and [`Filling`] are between a memory and the wire where blocks do not travel as they lie: heads in the common
+//! order, as they are stored or packed to fp8.
+//!
 //! What the kernels in `*.cu` do is defined by [`reference`], and tested on both.
 
 mod bounds;

@@ -22,7 +22,7 @@
 //! | 1 | [`Frame::Pull`] | puller | [`PullHeader`] | |
 //! | 2 | [`Frame::Accepted`] | holder | [`Accepted`] | |
 //! | 3 | [`Frame::Refused`] | holder | [`WireError`] | end of stream |
-//! | 4 | [`Frame::Block`] | holder | [`BlockHeader`] | the block's bytes, raw |
+//! | 4 | [`Frame::Block`] | holder | [`BlockHeader`] | the block's bytes |
 //! | 5 | [`Frame::Credit`] | puller | bytes granted in all, 64 bit | |
 //! | 6 | [`Frame::Again`] | puller | index of the block, 32 bit | |
 //! | 7 | [`Frame::Finish`] | puller | [`WireError`], code 0 for success | end of stream |

@@ -50,7 +50,7 @@ pub struct Limits {
     /// packed, holds two blocks' bytes.
     pub max_pulls: usize,
     /// Pulls that it serves at once, over all peers; more are refused with `busy`. One in the common order, or packed, holds
-    /// copies of what was sent and not acknowledged, and of blocks that come next: `window_bytes` and four blocks at most.
+    /// copies of what was sent and not acknowledged, and of blocks that come next: `window_bytes` and three blocks at most.
     pub max_served: usize,
     /// Pulls that it serves at once for one peer; more wait at the peer.
     pub max_served_per_peer: u32,

@@ -35,7 +35,7 @@ const MAX_INCOMING: usize = 256;
 const BATCH: usize = 1 << 20;
 
 /// Blocks that are put together at once, the one that is sent next among them.
-const MAKING: usize = 3;
+const MAKING: usize = 2;
 
 /// From one look for a free buffer of the memory to the next.
 const BUFFER_POLL: Duration = Duration::from_millis(1);
