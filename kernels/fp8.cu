@@ -1,10 +1,10 @@
-// bf16 to fp8 (e4m3) for the wire and back, with one scale for each head of each layer's K and V in a block.
+// bf16 to fp8 (e4m3) for the wire and back, with one scale for each segment.
 //
-// A segment is what shares a scale: in the order layer, K or V, head, token, its values are contiguous. A packed block
-// is the codes of all segments, then their scales (32-bit floats). src/reference/fp8.rs does the same, to the bit,
-// and says how far the result may be off.
+// A segment is a run of values that share a scale: one head of one layer in a block. What is packed is a run of segments,
+// as a head has them: the codes of all of them, then their scales (32-bit floats). src/reference/fp8.rs does the same, to
+// the bit, and says how far the result may be off.
 //
-// Grid: x the segments of a block, y the blocks. Blocks of threads are whole warps, at most 32 of them.
+// Grid: x the segments of a run, y the runs. Blocks of threads are whole warps, at most 32 of them.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -12,6 +12,8 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 
 constexpr float LARGEST = 448.0f;
+// 2^-100: below it a segment counts as zeros.
+constexpr float SMALLEST = 7.888609052210118e-31f;
 
 __device__ __forceinline__ float from_bf16(u16 bits) { return __uint_as_float((u32)bits << 16); }
 
@@ -30,7 +32,7 @@ __device__ __forceinline__ u8 to_e4m3(float value) {
     const u32 sign = bits >> 24 & 0x80;
     const u32 size = bits & 0x7FFFFFFFu;
     if (size > 0x7F800000u) {
-        return (u8)(sign | 0x7F);
+        return 0x7F;
     }
     u32 code;
     if (size < 0x3C800000u) {
@@ -82,7 +84,7 @@ extern "C" __global__ void fp8_pack(const u8* blocks, u64 stride, u32 segment, u
         most = fmaxf(most, largest[warp]);
     }
 
-    const float scale = most > 0.0f ? __fdiv_rn(most, LARGEST) : 1.0f;
+    const float scale = most >= SMALLEST ? __fdiv_rn(most, LARGEST) : 1.0f;
     for (u32 at = threadIdx.x; at < segment; at += blockDim.x) {
         out[(u64)blockIdx.x * segment + at] = to_e4m3(__fdiv_rn(from_bf16(values[at]), scale));
     }

@@ -101,6 +101,7 @@ impl Agent {
         let (reports, reported) = mpsc::channel(MAX_REPORTS);
         let connectors = connector::start(
             &config.engine.socket,
+            config.transfer.wire_dtype,
             &holds,
             Endpoint::clone(&endpoint),
             reports,

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use baton_proto::EngineId;
 use baton_proto::control::v1;
+use baton_proto::wire::WireDtype;
 use http::Uri;
 use serde::Deserialize;
 
@@ -107,6 +108,10 @@ pub struct TransferConfig {
     pub listen: SocketAddr,
     /// host:port by which other agents reach it; by default `listen`.
     pub advertise: Option<String>,
+    /// What the KV that this engine pulls from other hosts travels as; by default as it is stored, bit by bit. An engine
+    /// whose KV cannot be packed so is refused when it registers its memory.
+    #[serde(default)]
+    pub wire_dtype: WireDtype,
 }
 
 impl TransferConfig {
@@ -244,6 +249,7 @@ mod tests {
         assert_eq!(config.role, Role::Both);
         assert_eq!(config.tls.ca, Path::new("/etc/baton/ca.pem"));
         assert_eq!(config.transfer.advertised(), "gpu-7:7420");
+        assert_eq!(config.transfer.wire_dtype, WireDtype::AsStored);
     }
 
     #[test]
@@ -254,6 +260,7 @@ mod tests {
             .filter(|line| {
                 !line.starts_with("role")
                     && !line.starts_with("advertise")
+                    && !line.starts_with("wire_dtype")
                     && !line.starts_with("kv_events_replay")
             })
             .flat_map(|line| [line, "\n"])
@@ -262,6 +269,13 @@ mod tests {
         assert_eq!(config.role, Role::Both);
         assert_eq!(config.engine.kv_events_replay, None);
         assert_eq!(config.transfer.advertised(), "127.0.0.1:7420");
+        assert_eq!(config.transfer.wire_dtype, WireDtype::AsStored);
+    }
+
+    #[test]
+    fn kv_is_packed_for_the_wire_where_the_operator_says_so() {
+        let config = changed("wire_dtype = \"as_stored\"", "wire_dtype = \"fp8\"").unwrap();
+        assert_eq!(config.transfer.wire_dtype, WireDtype::Fp8);
     }
 
     #[test]
@@ -282,6 +296,8 @@ mod tests {
             ("listen = \"0.0.0.0:7420\"", "listen = \"7420\"", "listen"),
             ("advertise = \"gpu-7:7420\"", "advertise = \"0.0.0.0:7420\"", "transfer.advertise ="),
             ("advertise = \"gpu-7:7420\"", "advertise = \"gpu-7\"", "transfer.advertise ="),
+            ("wire_dtype = \"as_stored\"", "wire_dtype = \"int4\"", "expected `as_stored` or `fp8`"),
+            ("wire_dtype = \"as_stored\"", "wire_dtype = true", "wire_dtype"),
             ("cert = \"e0.pem\"", "certificate = \"e0.pem\"", "certificate"),
         ] {
             let error = changed(from, to).expect_err(to);

@@ -4,8 +4,9 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
-use baton_kernels::{BlockLayout, HeadsError};
+use baton_kernels::{BlockLayout, HeadsError, Unpackable};
 use baton_proto::connector::Layout;
+use baton_proto::wire::WireDtype;
 
 /// Most facts that a layout may have.
 pub const MAX_FACTS: usize = 64;
@@ -22,6 +23,8 @@ const RANK: &str = "tp_rank";
 pub struct RankLayout {
     /// For the wire.
     pub blocks: BlockLayout,
+    /// Bytes of a block that comes from another host packed, where it is asked for so.
+    pub packed_bytes: Option<u64>,
     facts: BTreeMap<String, String>,
     order: BTreeMap<String, String>,
 }
@@ -40,11 +43,16 @@ pub enum RankLayoutError {
     /// Heads that are not where it says.
     #[error(transparent)]
     Heads(#[from] HeadsError),
+    /// KV that cannot travel as the agent's configuration says.
+    #[error(
+        "transfer.wire_dtype = \"fp8\" in the agent's configuration: this engine's KV cannot be packed: {0}; leave the setting out for this engine"
+    )]
+    WireDtype(#[from] Unpackable),
 }
 
 impl RankLayout {
-    /// Of one of `ranks` workers.
-    pub fn new(layout: &Layout, ranks: u32) -> Result<Self, RankLayoutError> {
+    /// Of one of `ranks` workers, for KV that is to be pulled as `dtype`.
+    pub fn new(layout: &Layout, ranks: u32, dtype: WireDtype) -> Result<Self, RankLayoutError> {
         let count = layout.facts.len() + layout.order.len();
         if count > MAX_FACTS {
             return Err(RankLayoutError::TooMany(count));
@@ -56,7 +64,11 @@ impl RankLayout {
             }
         }
         let blocks = BlockLayout::of(layout, ranks)?;
-        Ok(Self { blocks, facts: layout.facts.clone(), order: layout.order.clone() })
+        let packed_bytes = match dtype {
+            WireDtype::AsStored => None,
+            WireDtype::Fp8 => Some(blocks.packed_bytes()? as u64),
+        };
+        Ok(Self { blocks, packed_bytes, facts: layout.facts.clone(), order: layout.order.clone() })
     }
 }
 
@@ -110,7 +122,7 @@ mod tests {
             pieces: vec![Piece { storage: 0, offset: 0, stride: 64, len: heads * 8 }],
             heads: told.then(|| Heads { total: heads * ranks, count: heads, spans: vec![span] }),
         };
-        RankLayout::new(&layout, ranks).unwrap()
+        RankLayout::new(&layout, ranks, WireDtype::AsStored).unwrap()
     }
 
     #[test]
@@ -154,7 +166,7 @@ mod tests {
     fn facts_are_bounded() {
         let with = |facts: BTreeMap<String, String>| {
             let layout = Layout { facts: BTreeMap::new(), order: facts, pieces: vec![], heads: None };
-            RankLayout::new(&layout, 1)
+            RankLayout::new(&layout, 1, WireDtype::AsStored)
         };
         assert!(with((0..65).map(|i| (i.to_string(), String::new())).collect()).is_err());
         assert!(with([("a".into(), "x".repeat(MAX_FACT + 1))].into()).is_err());

@@ -107,6 +107,7 @@ pub struct Metrics {
     holds_ended: Family<ResultLabel, NamedTotal>,
     received_bytes: Counter,
     direct_bytes: Counter,
+    packed_bytes: Counter,
     sent_bytes: Counter,
     corrupt_blocks: Counter,
     connections: Gauge,
@@ -143,11 +144,19 @@ impl Default for Metrics {
         );
         let holds = register!("holds", "Requests whose blocks are held", Gauge::default());
         let holds_ended = register!("holds_total", "Holds that ended, by result", Family::default());
-        let received_bytes =
-            register!("received_bytes", "Bytes of KV written into the engine", Counter::default());
+        let received_bytes = register!(
+            "received_bytes",
+            "Bytes of KV received for the engine, as they travelled",
+            Counter::default()
+        );
         let direct_bytes = register!(
             "direct_bytes",
             "Bytes of those received that were copied from the memory of an engine on this host, without QUIC",
+            Counter::default()
+        );
+        let packed_bytes = register!(
+            "packed_bytes",
+            "Bytes of those received that came packed to fp8, for about twice as many in the engine",
             Counter::default()
         );
         let sent_bytes = register!("sent_bytes", "Bytes of KV sent to other agents", Counter::default());
@@ -188,6 +197,7 @@ impl Default for Metrics {
             holds_ended,
             received_bytes,
             direct_bytes,
+            packed_bytes,
             sent_bytes,
             corrupt_blocks,
             connections,
@@ -245,6 +255,7 @@ impl Metrics {
     pub fn set_transfer_totals(&self, totals: Stats) {
         self.received_bytes.inner().store(totals.received_bytes, Ordering::Relaxed);
         self.direct_bytes.inner().store(totals.direct_bytes, Ordering::Relaxed);
+        self.packed_bytes.inner().store(totals.packed_bytes, Ordering::Relaxed);
         self.sent_bytes.inner().store(totals.sent_bytes, Ordering::Relaxed);
         self.corrupt_blocks.inner().store(totals.corrupt_blocks, Ordering::Relaxed);
         self.connections.set(totals.connections as i64);

@@ -345,6 +345,7 @@ impl Session {
             block_size,
             num_blocks: engine.map(|engine| engine.num_blocks).or(status.num_blocks).unwrap_or(0),
             block_bytes: attachment.block_bytes,
+            wire_block_bytes: attachment.wire_block_bytes,
             role: v1::Role::from(self.identity.role).into(),
             can_transfer: attachment.can_transfer,
             layout: attachment.layout.clone(),

@@ -14,6 +14,7 @@ mod device;
 mod lane;
 mod launch;
 pub(crate) mod memory;
+mod packed;
 pub(crate) mod peer;
 mod pinned;
 mod ready;

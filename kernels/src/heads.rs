@@ -1,8 +1,9 @@
 //! Engines of different tensor parallelism or order of dimensions: which heads come from which rank, and kernels' plans
 //! that gather and scatter some heads of a cache.
 //!
-//! The transfer rearranges heads on the CPU (`reslice`), from memory of any kind. The plans made here are for kernels: in
-//! theirs the order is layer, K before V, head, token, and the values of one head last.
+//! The transfer rearranges heads on the CPU (`reslice`), from memory of any kind; those that it packs on a GPU, there, by plans
+//! of its own. The plans made here are for kernels that some heads are enough for: in theirs the order is layer, K before V,
+//! head, token, and the values of one head last.
 
 use std::ops::Range;
 

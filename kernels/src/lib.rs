@@ -4,6 +4,9 @@
 //! host memory that they share by file descriptor: its bytes are read and written where they lie. [`cuda::CudaMemory`] is
 //! the one for KV on an NVIDIA GPU, with pinned host buffers between.
 //!
+//! [`Sliced`] and [`Filling`] are between a memory and the wire where blocks do not travel as they lie: heads in the common
+//! order, as they are stored or packed to fp8.
+//!
 //! What the kernels in `*.cu` do is defined by [`reference`], and tested on both.
 
 mod bounds;
@@ -27,7 +30,7 @@ pub use heads::{CacheShape, Halves, Order, Share, Uneven, shares, shares_of};
 pub use memory::{EngineMemory, MemoryError};
 pub use peer::{MAX_SHARED_FILES, PeerMemory, Shared};
 pub use plan::Plan;
-pub use reslice::{BlockLayout, Filling, HeadMap, HeadsError, MAX_ROWS, Slice, Sliced};
+pub use reslice::{BlockLayout, Filling, HeadMap, HeadsError, MAX_ROWS, Slice, Sliced, Unpackable};
 
 /// Something that lives as long as bytes read from a memory do: its drop tells that no copy is in flight.
 pub type Guard = Arc<dyn Any + Send + Sync>;
@@ -59,6 +62,25 @@ pub trait BlockMemory: Send + Sync + 'static {
 
     /// Writes `bytes` from `offset` within a block on. They may be on their way until [`Self::flush`].
     fn write(&self, block: u32, offset: usize, bytes: &[u8]) -> Result<(), MemoryError>;
+
+    /// Begins to read all heads of a block packed to fp8, one after another, where the memory's device packs them; `None`
+    /// where it does not, and what [`Self::read`] gives has to be packed. `map` says where the heads lie.
+    fn stage_packed(
+        self: Arc<Self>,
+        block: u32,
+        map: &Arc<HeadMap>,
+        guard: Guard,
+    ) -> Option<Result<Staged, MemoryError>> {
+        let _ = (block, map, guard);
+        None
+    }
+
+    /// Writes all heads of a block that come so, where the memory's device unpacks them, as by [`Self::write`]; `None`
+    /// where it does not.
+    fn write_packed(&self, block: u32, map: &Arc<HeadMap>, packed: &[u8]) -> Option<Result<(), MemoryError>> {
+        let _ = (block, map, packed);
+        None
+    }
 
     /// Ends what was written to these blocks: when it returns, all of it is in place, but for blocks that were not
     /// written to their end, which hold anything; and nothing is written any more. An error means that some of the

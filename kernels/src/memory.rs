@@ -27,6 +27,8 @@ use bytes::Bytes;
 use crate::bounds::{self, LayoutError, Run};
 use crate::cuda::DeviceError;
 use crate::peer::{MAX_SHARED_FILES, Peer, PeerFiles, PeerMemory, Shared, for_reading};
+use crate::reference::fp8::BadScale;
+use crate::reslice::Unpackable;
 use crate::storage::{Access, Storage};
 use crate::usage::Usage;
 use crate::{BlockMemory, Guard};
@@ -85,6 +87,17 @@ pub enum MemoryError {
         /// Bytes that came before.
         filled: usize,
     },
+    /// Bytes that no packing makes.
+    #[error("block {block} is packed wrongly: {error}")]
+    Packed {
+        /// The block.
+        block: u32,
+        /// What is wrong.
+        error: BadScale,
+    },
+    /// KV that nobody can pack.
+    #[error(transparent)]
+    Unpackable(#[from] Unpackable),
     /// What is for reading only.
     #[error("heads of several ranks cannot be written together")]
     ReadOnly,

@@ -7,20 +7,32 @@
 //! latent vector that every rank has.
 //!
 //! Bytes are rearranged by the CPU, on their way between a memory and the network. Blocks between ranks of equal layout
-//! never come here: they travel as they lie.
+//! do not come here, but where they are packed: they travel as they lie.
+//!
+//! # Packed
+//! Heads of bf16 may be packed to fp8 ([`crate::reference::fp8`]): the codes of a head's values in the common order, then a
+//! scale for each of its layers. Packed heads are put end to end as others are.
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use baton_proto::connector::{HeadSpan, Layout};
-use baton_proto::wire::LayoutFingerprint;
+use baton_proto::wire::{BlockForm, LayoutFingerprint, WireDtype};
 use bytes::Bytes;
 
+use crate::bounds::LayoutError;
 use crate::heads::{Spread, Uneven};
+use crate::plan::{Plan, Span};
+use crate::reference::fp8;
 use crate::{BlockMemory, Guard, MemoryError};
 
 /// Most rows of all heads of a block: 128 tokens of 80 layers and 100 heads.
 pub const MAX_ROWS: usize = 1 << 20;
+
+/// Fact of a layout that names the type of its values.
+const DTYPE: &str = "dtype";
+/// What can be packed.
+const BF16: &str = "bfloat16";
 
 /// How the blocks of a worker lie, as far as others have to know.
 #[derive(Clone, Debug)]
@@ -41,6 +53,11 @@ impl BlockLayout {
     /// Names what the heads contain, where they can be told apart.
     pub fn content(&self) -> Option<LayoutFingerprint> {
         self.heads.as_ref().map(|heads| heads.content)
+    }
+
+    /// Bytes of a block that travels as fp8, or why none does.
+    pub fn packed_bytes(&self) -> Result<usize, Unpackable> {
+        self.heads.as_ref().ok_or(Unpackable::Heads)?.block_bytes(WireDtype::Fp8)
     }
 }
 
@@ -75,6 +92,22 @@ pub enum HeadsError {
     Uneven(#[from] Uneven),
 }
 
+/// KV that cannot travel as fp8.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Unpackable {
+    /// Nobody says where heads lie.
+    #[error("its heads cannot be told apart")]
+    Heads,
+    /// Values of another type.
+    #[error("its dtype is {0:?}, and {BF16:?} alone is packed")]
+    Dtype(String),
+    /// Layers that cannot have one length of what shares a scale.
+    #[error(
+        "a head has {0} bytes in one layer and {1} in another; to be packed they have to be equal, and even"
+    )]
+    Layers(u64, u64),
+}
+
 /// A run of bytes of one head.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Row {
@@ -100,8 +133,12 @@ pub struct HeadMap {
     total: u32,
     count: u32,
     head_bytes: usize,
+    /// Values that share a scale where heads are packed: those of one head in one layer.
+    segment: Result<usize, Unpackable>,
     /// Of head 0, in the common order.
     rows: Vec<Row>,
+    /// The same as the layout has them, for kernels.
+    spans: Vec<HeadSpan>,
 }
 
 impl HeadMap {
@@ -125,7 +162,9 @@ impl HeadMap {
         let rows = join(rows, count);
         let head_bytes = block_bytes / u64::from(count);
         let content = LayoutFingerprint::of_content(&layout.facts, total, head_bytes);
-        Ok(Some(Self { content, total, count, head_bytes: head_bytes as usize, rows }))
+        let segment = segment_of(layout, &heads.spans);
+        let (head_bytes, spans) = (head_bytes as usize, heads.spans.clone());
+        Ok(Some(Self { content, total, count, head_bytes, segment, rows, spans }))
     }
 
     /// Names what the heads contain: equal on both sides of any transfer.
@@ -143,26 +182,120 @@ impl HeadMap {
         self.count
     }
 
+    /// Values that share a scale where heads are packed, or why they cannot be.
+    pub(crate) fn segment(&self) -> Result<usize, Unpackable> {
+        self.segment.clone()
+    }
+
+    /// Copies all heads in the common order from one storage, in which a block lies with its pieces end to end.
+    pub(crate) fn plan(&self) -> Result<Plan, LayoutError> {
+        let block_bytes = self.count as u64 * self.head_bytes as u64;
+        let mut spans: Vec<Span> = Vec::new();
+        for (head, of) in (0..self.count).flat_map(|head| self.spans.iter().map(move |of| (head, of))) {
+            let first = u64::from(of.start) + u64::from(head) * u64::from(of.head_stride);
+            // A span of a plan has two strides; there is one for each place along the others.
+            let (others, last) = of.dims.split_at(of.dims.len().saturating_sub(2));
+            let mut last = last.iter().rev().map(|(size, stride)| (*size, u64::from(*stride)));
+            let inner = last.next().unwrap_or((1, 0));
+            let outer = last.next().unwrap_or((1, 0));
+            for offset in places(first, others) {
+                let start = spans.last().map_or(0, |span| span.start + span.bytes());
+                let row = of.len;
+                spans.push(Span { storage: 0, offset, block_stride: block_bytes, outer, inner, row, start });
+            }
+        }
+        Plan::new(spans, vec![block_bytes], 1)
+    }
+
+    /// Bytes of one head of a block as it travels.
+    fn head_bytes(&self, dtype: WireDtype) -> Result<usize, Unpackable> {
+        Ok(match dtype {
+            WireDtype::AsStored => self.head_bytes,
+            WireDtype::Fp8 => {
+                let segment = self.segment.clone()?;
+                fp8::packed_bytes(self.head_bytes / 2 / segment, segment)
+            }
+        })
+    }
+
+    /// Bytes of a block of this rank as it travels in the common order.
+    pub fn block_bytes(&self, dtype: WireDtype) -> Result<usize, Unpackable> {
+        Ok(self.count as usize * self.head_bytes(dtype)?)
+    }
+
     /// Appends heads of a block, whose bytes are `block`'s end to end, in the common order. Panics where the block has
     /// another length, or these heads are not on this rank.
     fn gather(&self, block: &[Bytes], heads: Range<u32>, into: &mut Vec<u8>) {
         let mut pieces = Pieces::new(block);
-        for head in heads {
-            for row in &self.rows {
-                pieces.copy(row.of(head), row.len as usize, into);
-            }
+        heads.for_each(|head| self.gather_head(&mut pieces, head, into));
+    }
+
+    fn gather_head(&self, pieces: &mut Pieces<'_>, head: u32, into: &mut Vec<u8>) {
+        for row in &self.rows {
+            pieces.copy(row.of(head), row.len as usize, into);
         }
     }
 
-    /// The reverse for all heads of this rank. Panics where the lengths are not a block's.
-    fn scatter(&self, mut common: &[u8], block: &mut [u8]) {
-        for head in 0..self.count {
-            for row in &self.rows {
-                let (bytes, rest) = common.split_at(row.len as usize);
-                block[row.of(head)..][..bytes.len()].copy_from_slice(bytes);
-                common = rest;
-            }
+    /// As [`Self::gather`], of heads packed in segments.
+    fn pack(&self, segment: usize, block: &[Bytes], heads: Range<u32>, into: &mut Vec<u8>) {
+        let mut pieces = Pieces::new(block);
+        let mut values = Vec::with_capacity(self.head_bytes);
+        for head in heads {
+            values.clear();
+            self.gather_head(&mut pieces, head, &mut values);
+            fp8::pack(&values, segment, into);
         }
+    }
+
+    /// The reverse of [`Self::gather`] for all heads of this rank. Panics where the lengths are not a block's.
+    fn scatter(&self, common: &[u8], block: &mut [u8]) {
+        for (head, bytes) in (0..self.count).zip(common.chunks_exact(self.head_bytes)) {
+            self.scatter_head(head, bytes, block);
+        }
+    }
+
+    fn scatter_head(&self, head: u32, mut common: &[u8], block: &mut [u8]) {
+        for row in &self.rows {
+            let (bytes, rest) = common.split_at(row.len as usize);
+            block[row.of(head)..][..bytes.len()].copy_from_slice(bytes);
+            common = rest;
+        }
+    }
+
+    /// Finds what nobody can have packed so, in all heads of this rank. Panics where the length is not a block's.
+    fn check(&self, segment: usize, packed: &[u8]) -> Result<(), fp8::BadScale> {
+        self.packed_heads(segment, packed).try_for_each(|(_, packed)| fp8::check(packed, segment))
+    }
+
+    /// The reverse of [`Self::pack`] for all heads of this rank. Panics where the lengths are not a block's.
+    fn unpack(&self, segment: usize, packed: &[u8], block: &mut [u8]) {
+        let mut values = vec![0; self.head_bytes];
+        for (head, packed) in self.packed_heads(segment, packed) {
+            fp8::unpack(packed, segment, &mut values);
+            self.scatter_head(head, &values, block);
+        }
+    }
+
+    fn packed_heads<'a>(&self, segment: usize, packed: &'a [u8]) -> impl Iterator<Item = (u32, &'a [u8])> {
+        let head_bytes = fp8::packed_bytes(self.head_bytes / 2 / segment, segment);
+        (0..self.count).zip(packed.chunks_exact(head_bytes))
+    }
+}
+
+/// Values of one head in one layer, where all layers have as many, of the one type that is packed.
+fn segment_of(layout: &Layout, spans: &[HeadSpan]) -> Result<usize, Unpackable> {
+    let dtype = layout.facts.get(DTYPE).map_or("", String::as_str);
+    if dtype != BF16 {
+        return Err(Unpackable::Dtype(dtype.to_owned()));
+    }
+    // The spans were looked at: their bytes are some of a block's.
+    let bytes = |span: &HeadSpan| {
+        span.dims.iter().fold(u64::from(span.len), |bytes, (size, _)| bytes * u64::from(*size))
+    };
+    let first = spans.first().map_or(0, bytes);
+    match spans.iter().map(bytes).find(|other| *other != first || !other.is_multiple_of(2)) {
+        Some(other) => Err(Unpackable::Layers(first, other)),
+        None => Ok(first as usize / 2),
     }
 }
 
@@ -173,16 +306,23 @@ fn add_rows(span: &HeadSpan, most: usize, block_bytes: u64, rows: &mut Vec<Row>)
         return Err(HeadsError::Size);
     }
     let cover = HeadsError::Cover(block_bytes);
-    let mut places = vec![u64::from(span.start)];
-    for (size, stride) in &span.dims {
-        let along = |place: u64| (0..u64::from(*size)).map(move |i| place + i * u64::from(*stride));
-        places = places.into_iter().flat_map(along).collect();
+    if count == Some(0) {
+        return Err(cover);
     }
-    for place in places {
+    for place in places(u64::from(span.start), &span.dims) {
         let at = u32::try_from(place).map_err(|_| cover.clone())?;
         rows.push(Row { at, head_stride: span.head_stride, len: span.len });
     }
     Ok(())
+}
+
+/// Where steps along some dimensions lead, the last of them running fastest.
+fn places(first: u64, dims: &[(u32, u32)]) -> Vec<u64> {
+    let along = |places: Vec<u64>, (size, stride): &(u32, u32)| {
+        let (size, stride) = (u64::from(*size), u64::from(*stride));
+        places.into_iter().flat_map(|place| (0..size).map(move |i| place + i * stride)).collect()
+    };
+    dims.iter().fold(vec![first], along)
 }
 
 /// Whether the rows of all heads are the bytes of a block, each once.
@@ -265,25 +405,68 @@ pub struct Slice {
     pub heads: Range<u32>,
 }
 
+impl Slice {
+    /// The heads of a block in the common order.
+    fn read(&self, block: u32, dtype: WireDtype, guard: &Guard) -> Result<Vec<Bytes>, MemoryError> {
+        let Self { memory, map, heads } = self;
+        let head_bytes = map.head_bytes(dtype)?;
+        if dtype == WireDtype::Fp8
+            && let Some(staged) = memory.clone().stage_packed(block, map, guard.clone())
+        {
+            let wanted = heads.start as usize * head_bytes..heads.end as usize * head_bytes;
+            return Ok(staged?.take()?.into_iter().map(|all| all.slice(wanted.clone())).collect());
+        }
+        let pieces = memory.clone().read(block, guard.clone())?;
+        let mut common = Vec::with_capacity(heads.len() * head_bytes);
+        match dtype {
+            WireDtype::AsStored => map.gather(&pieces, heads.clone(), &mut common),
+            WireDtype::Fp8 => map.pack(map.segment()?, &pieces, heads.clone(), &mut common),
+        }
+        Ok(vec![common.into()])
+    }
+}
+
 /// Heads of several ranks, one after another, as blocks in the common order. To be read only; it is not shared, and
-/// nothing is staged. A read takes the whole blocks of the ranks, and copies what is wanted of them.
+/// nothing is staged. A read takes the whole blocks of the ranks, and copies or packs what is wanted of them: a
+/// millisecond or so for each MiB.
 pub struct Sliced {
     slices: Vec<Slice>,
+    dtype: WireDtype,
     block_bytes: usize,
 }
 
 impl Sliced {
     /// Of heads that are on their ranks.
-    pub fn new(slices: Vec<Slice>) -> Arc<Self> {
-        let bytes = |slice: &Slice| slice.heads.len() * slice.map.head_bytes;
-        let block_bytes = slices.iter().map(bytes).sum();
-        Arc::new(Self { slices, block_bytes })
+    pub fn new(slices: Vec<Slice>, dtype: WireDtype) -> Result<Arc<Self>, Unpackable> {
+        let bytes = |slice: &Slice| Ok(slice.heads.len() * slice.map.head_bytes(dtype)?);
+        let block_bytes = slices.iter().map(bytes).sum::<Result<_, _>>()?;
+        Ok(Arc::new(Self { slices, dtype, block_bytes }))
     }
 
     /// All heads of one rank.
-    pub fn whole(memory: Arc<dyn BlockMemory>, map: Arc<HeadMap>) -> Arc<Self> {
+    pub fn whole(
+        memory: Arc<dyn BlockMemory>,
+        map: Arc<HeadMap>,
+        dtype: WireDtype,
+    ) -> Result<Arc<Self>, Unpackable> {
         let heads = 0..map.count;
-        Self::new(vec![Slice { memory, map, heads }])
+        Self::new(vec![Slice { memory, map, heads }], dtype)
+    }
+
+    /// A view of a rank's memory in which blocks have the form in which they came: of packed ones, the very bytes. `map` is
+    /// the memory's, which has to be known where they did not come as they lie.
+    pub fn as_it_came(
+        memory: Arc<dyn BlockMemory>,
+        map: Option<&Arc<HeadMap>>,
+        form: BlockForm,
+    ) -> Result<Arc<dyn BlockMemory>, Unpackable> {
+        match form {
+            BlockForm::AsItLies => Ok(memory),
+            BlockForm::Common | BlockForm::Packed => {
+                let map = map.ok_or(Unpackable::Heads)?;
+                Ok(Self::whole(memory, map.clone(), form.dtype())?)
+            }
+        }
     }
 }
 
@@ -297,12 +480,11 @@ impl BlockMemory for Sliced {
     }
 
     fn read(self: Arc<Self>, block: u32, guard: Guard) -> Result<Vec<Bytes>, MemoryError> {
-        let mut common = Vec::with_capacity(self.block_bytes);
-        for Slice { memory, map, heads } in &self.slices {
-            let pieces = memory.clone().read(block, guard.clone())?;
-            map.gather(&pieces, heads.clone(), &mut common);
+        let mut common = Vec::with_capacity(self.slices.len());
+        for slice in &self.slices {
+            common.extend(slice.read(block, self.dtype, &guard)?);
         }
-        Ok(vec![common.into()])
+        Ok(common)
     }
 
     fn write(&self, _block: u32, _offset: usize, _bytes: &[u8]) -> Result<(), MemoryError> {
@@ -310,10 +492,14 @@ impl BlockMemory for Sliced {
     }
 }
 
-/// Writes blocks that come in the common order to a rank's memory, block after block. Holds two blocks' bytes.
+/// Writes blocks that come in the common order to a rank's memory, block after block. Holds a block's bytes twice: as
+/// they come, and as they lie.
 pub struct Filling {
     memory: Arc<dyn BlockMemory>,
     map: Arc<HeadMap>,
+    /// Of what comes.
+    dtype: WireDtype,
+    block_bytes: usize,
     /// The block that comes, and what came of it.
     block: u32,
     common: Vec<u8>,
@@ -322,21 +508,24 @@ pub struct Filling {
 
 impl Filling {
     /// All heads of a rank. `map` is that of the memory.
-    pub fn new(memory: Arc<dyn BlockMemory>, map: Arc<HeadMap>) -> Self {
-        let block_bytes = memory.block_bytes();
-        let (common, arranged) = (Vec::with_capacity(block_bytes), vec![0; block_bytes]);
-        Self { memory, map, block: 0, common, arranged }
+    pub fn new(
+        memory: Arc<dyn BlockMemory>,
+        map: Arc<HeadMap>,
+        dtype: WireDtype,
+    ) -> Result<Self, Unpackable> {
+        let block_bytes = map.block_bytes(dtype)?;
+        let (common, arranged) = (Vec::with_capacity(block_bytes), vec![0; memory.block_bytes()]);
+        Ok(Self { memory, map, dtype, block_bytes, block: 0, common, arranged })
     }
 
     /// Takes bytes of a block, which come in order; one that begins anew is taken anew. With its last byte the block is
-    /// written to the memory, as by [`BlockMemory::write`].
+    /// written to the memory, as by [`BlockMemory::write`]; one that nobody can have packed so is not.
     pub fn write(&mut self, block: u32, offset: usize, bytes: &[u8]) -> Result<(), MemoryError> {
-        let block_bytes = self.arranged.len();
         if offset == 0 {
             self.block = block;
             self.common.clear();
         }
-        let filled = self.common.len();
+        let (filled, block_bytes) = (self.common.len(), self.block_bytes);
         if self.block != block || offset != filled {
             return Err(MemoryError::Order { block, offset, filled });
         }
@@ -347,7 +536,18 @@ impl Filling {
         if self.common.len() < block_bytes {
             return Ok(());
         }
-        self.map.scatter(&self.common, &mut self.arranged);
+        match self.dtype {
+            WireDtype::AsStored => self.map.scatter(&self.common, &mut self.arranged),
+            WireDtype::Fp8 => {
+                let segment = self.map.segment()?;
+                let wrong = |error| MemoryError::Packed { block, error };
+                self.map.check(segment, &self.common).map_err(wrong)?;
+                if let Some(written) = self.memory.write_packed(block, &self.map, &self.common) {
+                    return written;
+                }
+                self.map.unpack(segment, &self.common, &mut self.arranged);
+            }
+        }
         self.memory.write(block, 0, &self.arranged)
     }
 }

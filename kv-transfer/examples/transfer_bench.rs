@@ -6,18 +6,21 @@
 //! Prints a line per size and, at the end, one JSON line. "cold" is a first pull that has to connect; the "warm" ones run
 //! on a connection that [`Endpoint::warm`] opened, and bytes of both travel by QUIC. "direct" is the way between engines of
 //! one host: from memory to memory. "by head" is as "warm" from an engine that has its heads token by token (NHD) to one
-//! that has its tokens head by head (HND). A block has SmolLM2's 60 pieces of 12 KiB.
+//! that has its tokens head by head (HND). "packed" is as "warm" with values as fp8 on the way; its bytes are those in memory,
+//! of which about half travel. A block has SmolLM2's 60 pieces of 12 KiB.
 
 #![allow(clippy::print_stdout, reason = "a program that prints its results")]
 
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use baton_kernels::BlockMemory;
+use baton_kernels::{BlockLayout, BlockMemory, Guard, Sliced};
 use baton_kv_transfer::tls::Identity;
 use baton_kv_transfer::{Endpoint, Limits, Peer};
+use baton_proto::wire::{BlockForm, WireDtype};
 use hdrhistogram::Histogram;
 use serde_json::json;
 
@@ -35,6 +38,33 @@ const SHAPES: [(&str, Shape, &[u32]); 3] = [
 
 /// Added to the index of a shape that is held by heads.
 const BY_HEADS: usize = 10;
+
+/// How blocks get from one engine to the other.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Way {
+    AsTheyLie,
+    ByHead,
+    Packed,
+}
+
+impl Way {
+    /// How blocks lie at the puller.
+    fn layout(self, shape: Shape) -> BlockLayout {
+        match self {
+            Self::AsTheyLie => shape.into(),
+            Self::ByHead => shape.by_heads(false),
+            Self::Packed => shape.by_heads(true),
+        }
+    }
+
+    fn form(self) -> BlockForm {
+        match self {
+            Self::AsTheyLie => BlockForm::AsItLies,
+            Self::ByHead => BlockForm::Common,
+            Self::Packed => BlockForm::Packed,
+        }
+    }
+}
 
 fn main() -> Result<()> {
     let mut args = std::env::args().skip(1);
@@ -154,7 +184,8 @@ fn pull(rounds: u32, out: Option<String>) -> Result<()> {
     let puller = || puller_of(false);
 
     let mut results = Vec::new();
-    let cold = measure(&runtime, &mut holder, 0, 94, rounds.min(5), || puller().map(|new| (new, false)))?;
+    let anew = || puller().map(|new| (new, false));
+    let cold = measure(&runtime, &mut holder, 0, Way::AsTheyLie, 94, rounds.min(5), anew)?;
     print_line("cold, 12KiB x 60", &cold);
     results.push(cold.json("cold", "12KiB x 60"));
     let kept = puller()?;
@@ -162,16 +193,22 @@ fn pull(rounds: u32, out: Option<String>) -> Result<()> {
     println!("path: mtu {}, rtt {:?}", path.mtu, path.rtt);
     let near = puller_of(true)?;
     runtime.block_on(near.warm(&holder.peer))?;
-    // On a connection of its own: what the one before it has learnt of its path is part of the figures.
-    let apart = puller()?;
+    // On connections of their own: what the one before it has learnt of its path is part of the figures.
+    let (apart, packing) = (puller()?, puller()?);
     runtime.block_on(apart.warm(&holder.peer))?;
-    let ways = [("warm", 0, &kept), ("direct", 0, &near), ("by head", BY_HEADS, &apart)];
+    runtime.block_on(packing.warm(&holder.peer))?;
+    let ways = [
+        ("warm", Way::AsTheyLie, &kept),
+        ("direct", Way::AsTheyLie, &near),
+        ("by head", Way::ByHead, &apart),
+        ("packed", Way::Packed, &packing),
+    ];
     for (index, (name, _, sizes)) in SHAPES.iter().enumerate() {
         for blocks in *sizes {
             let rounds = if *blocks < 10 { rounds * 4 } else { rounds };
-            for (kind, by_heads, endpoint) in ways {
+            for (kind, way, endpoint) in ways {
                 let own = || Ok((endpoint.clone(), true));
-                let went = measure(&runtime, &mut holder, index + by_heads, *blocks, rounds, own)?;
+                let went = measure(&runtime, &mut holder, index, way, *blocks, rounds, own)?;
                 print_line(&format!("{kind}, {name}"), &went);
                 results.push(went.json(kind, name));
             }
@@ -236,6 +273,12 @@ fn print_line(name: &str, measured: &Measured) {
     );
 }
 
+/// Block 0 as it comes where it travels packed.
+fn packed(memory: Arc<dyn BlockMemory>, layout: &BlockLayout) -> Result<Vec<u8>> {
+    let guard: Guard = Arc::new(());
+    Ok(Sliced::as_it_came(memory, layout.heads.as_ref(), BlockForm::Packed)?.read(0, guard)?.concat())
+}
+
 /// A block that lies head by head, as it lies token by token.
 fn by_token(block: &[u8], piece_bytes: usize) -> Vec<u8> {
     let heads = piece_bytes / (16 * 256);
@@ -249,30 +292,36 @@ fn measure(
     runtime: &tokio::runtime::Runtime,
     holder: &mut Holder,
     index: usize,
+    way: Way,
     blocks: u32,
     rounds: u32,
     endpoint: impl Fn() -> Result<(Endpoint, bool)>,
 ) -> Result<Measured> {
-    let (shape, by_heads) = (SHAPES[index % BY_HEADS].1, index >= BY_HEADS);
+    let shape = SHAPES[index].1;
+    let (layout, form) = (way.layout(shape), way.form());
+    let held_by_heads = if way == Way::AsTheyLie { 0 } else { BY_HEADS };
     let memory = shape.memory();
     let mut millis = Histogram::new(3)?;
     let bytes = u64::from(blocks) * shape.block_bytes() as u64;
     let both = |holder: &Holder| -> Result<f64> {
         Ok(cpu_seconds(std::process::id())? + cpu_seconds(holder.child.id())?)
     };
+    let travelling = match form.dtype() {
+        WireDtype::AsStored => bytes,
+        WireDtype::Fp8 => u64::from(blocks) * layout.packed_bytes()? as u64,
+    };
     let mut cpu = 0.0;
     for round in 0..rounds {
-        let id = holder.hold(index, blocks)?;
+        let id = holder.hold(index + held_by_heads, blocks)?;
         let (endpoint, warm) = endpoint()?;
         let mut request = support::request(holder.peer.clone(), id, 1, shape, 0, blocks);
-        if by_heads {
-            request.layout = shape.by_heads(false);
-        }
+        (request.layout, request.dtype) = (layout.clone(), form.dtype());
         let (started, cpu_before) = (Instant::now(), both(holder)?);
         let report = runtime.block_on(endpoint.pull(request, memory.clone(), (0..blocks).collect()))?;
         let elapsed = started.elapsed();
         cpu += both(holder)? - cpu_before;
-        ensure!(report.bytes == bytes && report.failed.is_empty(), "{report:?}");
+        let right = report.bytes == travelling && (report.direct || report.form == form);
+        ensure!(right && report.failed.is_empty(), "{report:?}");
         // The first one warms up caches and the congestion window.
         if round > 0 || !warm {
             millis.record(elapsed.as_micros() as u64)?;
@@ -280,11 +329,16 @@ fn measure(
     }
     let expected = support::content(memory.block_bytes(), blocks - 1, 7);
     let is = support::read(&memory, 0);
-    ensure!(by_heads || is == expected, "block 0 does not hold what it should");
-    ensure!(
-        !by_heads || by_token(&is, shape.piece_bytes as usize) == expected,
-        "heads of block 0 are not where they should be"
-    );
+    let right = match way {
+        Way::AsTheyLie => is == expected,
+        Way::ByHead => by_token(&is, shape.piece_bytes as usize) == expected,
+        Way::Packed => {
+            let held = shape.memory();
+            held.write(0, 0, &expected)?;
+            packed(memory, &layout)? == packed(held, &layout)?
+        }
+    };
+    ensure!(right, "block 0 does not hold what it should");
     let cpu_s_per_gb = cpu / (bytes as f64 * f64::from(rounds) / 1e9);
     Ok(Measured { blocks, bytes, millis, cpu_s_per_gb })
 }

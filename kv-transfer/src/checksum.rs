@@ -3,15 +3,18 @@
 //! They are made when a hold is taken and travel with the blocks, so they cover everything between: a change of the
 //! source's memory, the gather, the wire and the scatter.
 //!
-//! Blocks that travel in the common order ([`baton_kernels::Sliced`]) have checksums of their own, made when they are
-//! asked for, over the bytes in that order; and each is spoilt where the memory that they were read from does not match the
-//! checksum made when the hold was taken. So these cover the same.
+//! Blocks that travel in the common order ([`baton_kernels::Sliced`]) have checksums of their own, made when they are put
+//! together ([`Made`]), over the bytes in that order; and each is spoilt where the memory that they were read from does not
+//! match the checksum made when the hold was taken. So these cover the same. Where such blocks are packed, theirs are of the
+//! packed bytes: they say that what was unpacked is what the holder packed, of the very bytes that were held. What packing
+//! changes they cannot say, nor are they ever compared with those of the bytes before it.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use baton_kernels::{BlockMemory, Guard, MemoryError};
+use bytes::Bytes;
 use tokio::sync::Notify;
 use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 
@@ -81,44 +84,6 @@ impl Checksums {
         made
     }
 
-    /// Makes them all, in order, of blocks in the common order that are read from `view`, which is made of `parts`. Ends
-    /// early when nobody else has these checksums any more. On an error nobody waits for the rest any more.
-    ///
-    /// # Cancel safety
-    /// Safe to drop: blocks of a device that are being read are let go within some milliseconds.
-    pub async fn make_from_parts(
-        self: Arc<Self>,
-        view: Arc<dyn BlockMemory>,
-        parts: Vec<Part>,
-        block_ids: Vec<u32>,
-        guard: Guard,
-    ) {
-        let parts: Arc<[Part]> = parts.into();
-        for (index, block) in block_ids.into_iter().enumerate() {
-            let mut held = 0;
-            for part in &*parts {
-                match part.checksums.wait(part.first_block + index).await {
-                    Some(checksum) => held ^= checksum,
-                    None => return self.abandon(),
-                }
-            }
-            let (view, parts, guard) = (view.clone(), parts.clone(), guard.clone());
-            let made = tokio::task::spawn_blocking(move || of_parts(&view, &parts, block, &guard));
-            match made.await {
-                // Equal where every part is what was held; the block does not match its checksum where one is not.
-                Ok(Ok((checksum, parts))) => self.push(checksum ^ parts ^ held),
-                Ok(Err(error)) => {
-                    tracing::warn!(%error, "checksums of held blocks in another order");
-                    return self.abandon();
-                }
-                Err(_) => return self.abandon(),
-            }
-            if Arc::strong_count(&self) == 1 {
-                return;
-            }
-        }
-    }
-
     /// Blocks.
     pub fn len(&self) -> usize {
         self.values.len()
@@ -170,41 +135,61 @@ impl Checksums {
     }
 }
 
-/// The checksum of a block as it is in memory now, made on the CPU. Waits where the memory has no buffer free: call it
-/// where blocking is fine.
-pub fn of_block(memory: &Arc<dyn BlockMemory>, block: u32, guard: &Guard) -> Result<u64, MemoryError> {
+/// The bytes of a block as they are in memory now. Waits where the memory has no buffer free: call it where blocking is fine.
+fn read(memory: &Arc<dyn BlockMemory>, block: u32, guard: &Guard) -> Result<Vec<Bytes>, MemoryError> {
     let mut tries = 0;
-    let pieces = loop {
+    loop {
         match memory.clone().read(block, guard.clone()) {
             Err(MemoryError::NoBuffer) if tries < BUFFER_POLLS => {
                 tries += 1;
                 std::thread::sleep(BUFFER_POLL);
             }
-            read => break read?,
+            read => return read,
         }
-    };
-    let mut hasher = Xxh3::new();
-    for piece in pieces {
-        hasher.update(&piece);
     }
-    Ok(hasher.digest())
 }
 
-/// The checksum of a block as a view has it now, and those of its parts, joined by exclusive or.
-fn of_parts(
-    view: &Arc<dyn BlockMemory>,
-    parts: &[Part],
-    block: u32,
-    guard: &Guard,
-) -> Result<(u64, u64), MemoryError> {
-    // The parts last: what they are then, they were when the view was read.
-    let checksum = of_block(view, block, guard)?;
-    let part = |part: &Part| match part.memory.checksums(&[block]) {
-        Some(checksums) => Ok(checksums?.into_iter().fold(0, |a, b| a ^ b)),
-        None => of_block(&part.memory, block, guard),
-    };
-    let joined = parts.iter().try_fold(0, |joined, of| Ok::<_, MemoryError>(joined ^ part(of)?))?;
-    Ok((checksum, joined))
+fn of_pieces(pieces: &[Bytes]) -> u64 {
+    let mut hasher = Xxh3::new();
+    pieces.iter().for_each(|piece| hasher.update(piece));
+    hasher.digest()
+}
+
+/// The checksum of a block as it is in memory now, made on the CPU. Waits where the memory has no buffer free: call it
+/// where blocking is fine.
+pub fn of_block(memory: &Arc<dyn BlockMemory>, block: u32, guard: &Guard) -> Result<u64, MemoryError> {
+    Ok(of_pieces(&read(memory, block, guard)?))
+}
+
+/// A block that was put together for the wire.
+pub struct Made {
+    /// Its bytes, in order.
+    pub pieces: Vec<Bytes>,
+    /// Theirs, where they were read from what was held; else another number.
+    pub checksum: u64,
+}
+
+impl Made {
+    /// Reads `block` from `view`, and what `view` is made of. `held` is that of the parts when they were held, joined by
+    /// exclusive or. Call it where blocking is fine: some milliseconds.
+    pub(crate) fn read(
+        view: &Arc<dyn BlockMemory>,
+        parts: &[Part],
+        block: u32,
+        held: u64,
+        guard: &Guard,
+    ) -> Result<Self, MemoryError> {
+        // The parts last: what they are then, they were when the view was read.
+        let pieces = read(view, block, guard)?;
+        let part = |part: &Part| match part.memory.checksums(&[block]) {
+            Some(checksums) => Ok(checksums?.into_iter().fold(0, |a, b| a ^ b)),
+            None => of_block(&part.memory, block, guard),
+        };
+        let are = parts.iter().try_fold(0, |joined, of| Ok::<_, MemoryError>(joined ^ part(of)?))?;
+        // Equal where every part is what was held; the block does not match its checksum where one is not.
+        let checksum = of_pieces(&pieces) ^ are ^ held;
+        Ok(Self { pieces, checksum })
+    }
 }
 
 /// The digest of a run of blocks, from their checksums in order: XXH3-128 over them, 64-bit little-endian each.

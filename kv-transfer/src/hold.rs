@@ -15,12 +15,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use baton_kernels::{BlockLayout, BlockMemory, Guard, Slice, Sliced, shares_of};
-use baton_proto::wire::{Accepted, BlockOrder, ErrorCode, MAX_RANKS, PullHeader, WireError};
+use baton_kernels::{BlockLayout, BlockMemory, Guard, MemoryError, Slice, Sliced, shares_of};
+use baton_proto::wire::{Accepted, BlockForm, ErrorCode, MAX_RANKS, PullHeader, WireDtype, WireError};
 use baton_proto::{BlockHash, Epoch, TransferId};
 use tokio_util::sync::CancellationToken;
 
-use crate::checksum::{Checksums, Part};
+use crate::checksum::{Checksums, Made, Part};
 
 /// Ended transfers that a table remembers, to tell why a late pull is refused, and to take no hold behind its release.
 const REMEMBERED: usize = 1024;
@@ -119,16 +119,12 @@ pub struct ReleasedHold {
 pub struct HeldBlocks {
     /// Where they lie, or a view of it in the common order.
     pub memory: Arc<dyn BlockMemory>,
-    /// The order in which `memory` has them.
-    pub order: BlockOrder,
+    /// The form in which `memory` has them.
+    pub form: BlockForm,
     /// Their ids, in order.
     pub block_ids: Vec<u32>,
-    /// Of all blocks of the hold as they lie; in the common order of `block_ids`, still to be made from `parts`.
-    pub checksums: Arc<Checksums>,
-    /// Index of the first of `block_ids` in `checksums`.
-    pub first_block: usize,
-    /// The ranks that the blocks are read from, in the common order; else empty.
-    pub parts: Vec<Part>,
+    /// The ranks that they are read from, each with the checksums made when they were held. Of blocks as they lie it is one.
+    pub parts: Arc<[Part]>,
     /// The right to read them.
     pub claim: Claim,
 }
@@ -144,18 +140,49 @@ pub struct Claim {
 impl HeldBlocks {
     /// What the puller is told of them.
     pub fn accepted(&self) -> Accepted {
-        Accepted { block_bytes: self.memory.block_bytes() as u64, order: self.order }
+        Accepted { block_bytes: self.memory.block_bytes() as u64, form: self.form }
     }
 
-    /// Makes the checksums that are still to be made, on a task of its own, which ends when all is made or nobody else has
-    /// these blocks any more. To be called on a runtime, once.
-    pub fn make_checksums(&self) {
-        if self.parts.is_empty() {
-            return;
+    /// Whether they travel as they lie, and so have the checksums made when they were held.
+    pub fn lie(&self) -> bool {
+        self.form == BlockForm::AsItLies
+    }
+
+    /// The checksum of one of the blocks, where they travel as they lie and it is known.
+    pub fn checksum(&self, index: u32) -> Option<u64> {
+        let part = self.parts.first().filter(|_| self.lie())?;
+        part.checksums.get(part.first_block + index as usize)
+    }
+
+    /// The same once it is known; `None` where it will not be.
+    ///
+    /// # Cancel safety
+    /// Safe to drop.
+    pub async fn checksum_made(&self, index: u32) -> Option<u64> {
+        let part = self.parts.first().filter(|_| self.lie())?;
+        part.checksums.wait(part.first_block + index as usize).await
+    }
+
+    /// Puts one of the blocks together for the wire, with its checksum, once those of hold time are known; `None` where they
+    /// will not be, or the block cannot be read.
+    ///
+    /// # Cancel safety
+    /// Safe to drop: a block that is being read is let go within some milliseconds.
+    pub fn make(&self, index: u32) -> impl Future<Output = Option<Made>> + Send + 'static {
+        let held = self.clone();
+        async move {
+            let mut checksum = 0;
+            for part in &*held.parts {
+                checksum ^= part.checksums.wait(part.first_block + index as usize).await?;
+            }
+            let made = tokio::task::spawn_blocking(move || held.make_now(index, checksum)).await.ok()?;
+            made.inspect_err(|error| tracing::warn!(%error, "a held block cannot be put together")).ok()
         }
-        let (view, parts, block_ids) = (self.memory.clone(), self.parts.clone(), self.block_ids.clone());
-        let making = self.checksums.clone().make_from_parts(view, parts, block_ids, self.claim.guard());
-        tokio::spawn(making);
+    }
+
+    /// The same at once. `checksum` is that of the parts when they were held, joined by exclusive or.
+    pub(crate) fn make_now(&self, index: u32, checksum: u64) -> Result<Made, MemoryError> {
+        Made::read(&self.memory, &self.parts, self.block_ids[index as usize], checksum, &self.claim.guard())
     }
 }
 
@@ -367,33 +394,14 @@ impl HoldTable {
         }
         let block_ids = hold.block_ids[first..end].to_vec();
         let claim = Claim { copy: entry.shared.copy(), rank: pull.rank, ranks: pull.ranks };
-        Ok(match wanted {
-            Wanted::AsItLies(rank) => HeldBlocks {
-                memory: rank.memory.clone(),
-                order: BlockOrder::AsItLies,
-                block_ids,
-                checksums: rank.checksums.clone(),
-                first_block: first,
-                parts: Vec::new(),
-                claim,
-            },
-            Wanted::Heads(slices) => {
-                let part = |(rank, _): &(&RankHold, Slice)| Part {
-                    memory: rank.memory.clone(),
-                    checksums: rank.checksums.clone(),
-                    first_block: first,
-                };
-                HeldBlocks {
-                    order: BlockOrder::Common,
-                    checksums: Checksums::pending(block_ids.len()),
-                    block_ids,
-                    first_block: 0,
-                    parts: slices.iter().map(part).collect(),
-                    memory: Sliced::new(slices.into_iter().map(|(_, slice)| slice).collect()),
-                    claim,
-                }
-            }
-        })
+        let part = |rank: &RankHold| Part {
+            memory: rank.memory.clone(),
+            checksums: rank.checksums.clone(),
+            first_block: first,
+        };
+        let Wanted { memory, form, ranks } = wanted;
+        let parts = ranks.into_iter().map(part).collect();
+        Ok(HeldBlocks { memory, form, block_ids, parts, claim })
     }
 
     /// Ends a hold by order. `false` where there is none, or it ended already. Its blocks are released by a later
@@ -471,20 +479,34 @@ impl HoldTable {
 }
 
 /// What a pull's rank gets of the holder's.
-enum Wanted<'a> {
-    /// All of one, which has the same layout.
-    AsItLies(&'a RankHold),
-    /// Heads of some, with the same content.
-    Heads(Vec<(&'a RankHold, Slice)>),
+struct Wanted<'a> {
+    /// What its blocks are read from.
+    memory: Arc<dyn BlockMemory>,
+    form: BlockForm,
+    /// Whose they are.
+    ranks: Vec<&'a RankHold>,
 }
 
 impl<'a> Wanted<'a> {
     /// `None` where they are of no use to it.
     fn of(ranks: &'a [RankHold], pull: &PullHeader) -> Option<Self> {
-        let same = ranks.get(pull.rank as usize).filter(|rank| rank.layout.fingerprint == pull.layout);
-        if let Some(rank) = same.filter(|_| pull.ranks as usize == ranks.len()) {
-            return Some(Self::AsItLies(rank));
+        match pull.dtype {
+            WireDtype::AsStored => None,
+            WireDtype::Fp8 => Self::heads(ranks, pull, BlockForm::Packed),
         }
+        .or_else(|| Self::as_it_lies(ranks, pull))
+        .or_else(|| Self::heads(ranks, pull, BlockForm::Common))
+    }
+
+    /// All of one, which has the same layout.
+    fn as_it_lies(ranks: &'a [RankHold], pull: &PullHeader) -> Option<Self> {
+        let same = ranks.get(pull.rank as usize).filter(|rank| rank.layout.fingerprint == pull.layout);
+        let rank = same.filter(|_| pull.ranks as usize == ranks.len())?;
+        Some(Self { memory: rank.memory.clone(), form: BlockForm::AsItLies, ranks: vec![rank] })
+    }
+
+    /// Heads of some, with the same content.
+    fn heads(ranks: &'a [RankHold], pull: &PullHeader, form: BlockForm) -> Option<Self> {
         let content = pull.content?;
         let total = ranks.first()?.layout.heads.as_ref()?.total();
         let shares = shares_of(total, u32::try_from(ranks.len()).ok()?, pull.rank, pull.ranks).ok()?;
@@ -494,7 +516,9 @@ impl<'a> Wanted<'a> {
             let heads = share.from_heads;
             (heads.end <= map.count()).then(|| (rank, Slice { memory: rank.memory.clone(), map, heads }))
         };
-        shares.into_iter().map(slice).collect::<Option<_>>().map(Self::Heads)
+        let shares = shares.into_iter().map(slice).collect::<Option<Vec<_>>>()?;
+        let (ranks, slices) = shares.into_iter().unzip();
+        Some(Self { memory: Sliced::new(slices, form.dtype()).ok()?, form, ranks })
     }
 }
 

@@ -8,11 +8,14 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use baton_kernels::{BlockLayout, BlockMemory, EngineMemory};
+use baton_kernels::{BlockLayout, BlockMemory, EngineMemory, Guard, MemoryError};
 use baton_kv_transfer::checksum::Checksums;
-use baton_kv_transfer::{Endpoint, Hold, HoldEnd, Limits, PullError, PullReport, PullRequest, RankHold};
+use baton_kv_transfer::{
+    Endpoint, EndpointConfig, HeldBlocks, Hold, HoldEnd, Limits, PullError, PullReport, PullRequest,
+    RankHold, Source,
+};
 use baton_proto::connector::{HeadSpan, Heads, Layout, Piece};
-use baton_proto::wire::{BlockOrder, ErrorCode, WireError};
+use baton_proto::wire::{BlockForm, ErrorCode, PullHeader, WireDtype, WireError};
 use baton_proto::{Epoch, TransferId};
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
@@ -121,7 +124,9 @@ impl Shape {
             _ => vec![Piece { storage, offset: 0, stride: layer.into(), len: layer }],
         };
         Layout {
-            facts: BTreeMap::from([("model".to_owned(), model.to_owned())]),
+            facts: [("model", model), ("dtype", "bfloat16")]
+                .map(|(name, value)| (name.to_owned(), value.to_owned()))
+                .into(),
             order: BTreeMap::from([("rank".to_owned(), format!("{rank} of {self:?}"))]),
             pieces: (0..self.layers).flat_map(piece).collect(),
             heads: Some(Heads { total: self.heads, count, spans: (0..self.layers).map(span).collect() }),
@@ -141,10 +146,15 @@ struct Engine {
     ranks: Vec<Rank>,
 }
 
-/// The bytes of a value: of a prompt's block, and of the model's head.
+/// The bytes of a vector: of a prompt's block, and of the model's head.
 fn value(shape: &Shape, block: u32, layer: u32, half: u32, head: u32, token: u32) -> Vec<u8> {
     let at = [block, layer, half, head, token].iter().fold(0u64, |at, i| at * 131 + u64::from(*i) + 1);
     support::content(shape.head_bytes as usize, block, at)
+}
+
+fn floats(bytes: &[u8]) -> impl Iterator<Item = f32> {
+    let bf16 = |value: &[u8; 2]| f32::from_bits(u32::from(u16::from_le_bytes(*value)) << 16);
+    bytes.as_chunks::<2>().0.iter().map(bf16)
 }
 
 impl Engine {
@@ -201,6 +211,27 @@ impl Engine {
         })
     }
 
+    /// Whether it lies there but for the error that packing may make, and how many values are not what they were.
+    fn has_nearly(&self, block: u32, content: u32) -> Option<usize> {
+        // All values are below 2, and so the largest of any segment.
+        let near = |x: f32, y: f32| {
+            let error = x.abs() / 16.0 + 2.0 / 448.0 / 1024.0;
+            (x - y).abs() <= error + (x.abs() + error) / 256.0
+        };
+        let mut changed = 0;
+        for (rank, layer, at, bytes) in self.places(block, content) {
+            let mut is = vec![0; bytes.len()];
+            rustix::io::pread(self.ranks[rank].files[layer].as_fd(), &mut is[..], at).unwrap();
+            for (x, y) in floats(&bytes).zip(floats(&is)) {
+                changed += usize::from(x != y);
+                if !near(x, y) {
+                    return None;
+                }
+            }
+        }
+        Some(changed)
+    }
+
     fn hold(&self, source: &TableSource, id: TransferId, block_ids: &[u32]) {
         let rank = |rank: &Rank| RankHold {
             memory: rank.memory.clone(),
@@ -222,12 +253,21 @@ impl Engine {
         }
     }
 
-    fn request(&self, bed: &Bed, id: TransferId, rank: u32, first: u32, blocks: u32) -> PullRequest {
+    fn request(
+        &self,
+        bed: &Bed,
+        id: TransferId,
+        rank: u32,
+        first: u32,
+        blocks: u32,
+        dtype: WireDtype,
+    ) -> PullRequest {
         PullRequest {
             peer: peer("holder", &bed.holder),
             transfer_id: id,
             epoch: Epoch(1),
             layout: self.ranks[rank as usize].layout.clone(),
+            dtype,
             first_block: first,
             last_hash: hash(first + blocks - 1),
             rank,
@@ -243,10 +283,11 @@ impl Engine {
         id: TransferId,
         first: u32,
         block_ids: &[u32],
+        dtype: WireDtype,
     ) -> Result<Vec<PullReport>, PullError> {
         let mut reports = Vec::new();
         for rank in 0..self.shape.ranks {
-            let request = self.request(bed, id, rank, first, block_ids.len() as u32);
+            let request = self.request(bed, id, rank, first, block_ids.len() as u32, dtype);
             let memory = self.ranks[rank as usize].memory.clone();
             reports.push(bed.puller.pull(request, memory, block_ids.to_vec()).await?);
         }
@@ -307,8 +348,12 @@ fn engines() -> impl Strategy<Value = (Shape, Shape)> {
     })
 }
 
-#[test]
-fn any_two_engines_of_a_model_exchange_blocks() {
+/// Has pairs of engines exchange blocks, and looks at what arrived: `arrived` sees what was asked of each puller.
+fn exchange(
+    pairs: impl Strategy<Value = (Shape, Shape)>,
+    dtype: WireDtype,
+    arrived: impl Fn(Shape, &Engine, &[PullReport]) -> Result<(), TestCaseError>,
+) {
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let bed = runtime.block_on(async { Bed::new() });
     let number = std::cell::Cell::new(0);
@@ -320,12 +365,11 @@ fn any_two_engines_of_a_model_exchange_blocks() {
             let (theirs, ours) = (Engine::new(from, "m"), Engine::new(to, "m"));
             theirs.fill(&[9, 0, 4]);
             theirs.hold(&bed.source, id, &[9, 0, 4]);
-            let reports = ours.pull(&bed, id, 1, &[3, 7]).await.unwrap();
-            let order = if from == to { BlockOrder::AsItLies } else { BlockOrder::Common };
-            for report in reports {
-                prop_assert_eq!((report.order, report.corrupt, report.failed.len()), (order, 0, 0));
+            let reports = ours.pull(&bed, id, 1, &[3, 7], dtype).await.unwrap();
+            for report in &reports {
+                prop_assert_eq!((report.corrupt, report.failed.len()), (0, 0));
             }
-            prop_assert!(ours.has(3, 1) && ours.has(7, 2), "values are not where they belong");
+            arrived(from, &ours, &reports)?;
             let untouched = [0, 1, 2, 4, 5, 6, 8, 9, 10, 11];
             for rank in &ours.ranks {
                 for block in untouched {
@@ -338,9 +382,106 @@ fn any_two_engines_of_a_model_exchange_blocks() {
             Ok(())
         })
     };
-    if let Err(error) = TestRunner::new(config).run(&engines(), exchange) {
+    if let Err(error) = TestRunner::new(config).run(&pairs, exchange) {
         panic!("{error}");
     }
+}
+
+#[test]
+fn any_two_engines_of_a_model_exchange_blocks() {
+    exchange(engines(), WireDtype::AsStored, |from, ours, reports| {
+        let form = if from == ours.shape { BlockForm::AsItLies } else { BlockForm::Common };
+        prop_assert!(reports.iter().all(|report| report.form == form));
+        prop_assert!(ours.has(3, 1) && ours.has(7, 2), "values are not where they belong");
+        Ok(())
+    });
+}
+
+#[test]
+fn packed_blocks_of_any_two_engines_arrive_within_the_stated_error() {
+    // A value does not lie across rows.
+    let pairs = engines().prop_filter("bf16", |(from, _)| from.head_bytes.is_multiple_of(2));
+    exchange(pairs, WireDtype::Fp8, |_, ours, reports| {
+        let values = ours.ranks[0].memory.block_bytes() / 2;
+        let scales = (ours.shape.rank_heads() * ours.shape.layers) as usize;
+        for report in reports {
+            prop_assert_eq!(
+                (report.form, report.bytes),
+                (BlockForm::Packed, 2 * (values + 4 * scales) as u64)
+            );
+        }
+        for (block, content) in [(3, 1), (7, 2)] {
+            let changed = ours.has_nearly(block, content);
+            prop_assert!(changed.is_some(), "a value is not within the error");
+            prop_assert!(values < 512 || changed > Some(0), "nothing was packed");
+        }
+        Ok(())
+    });
+}
+
+/// Serves packed blocks that nobody can have packed so.
+struct Garbled(Arc<TableSource>);
+
+/// A block of such bytes.
+struct Bytes0xff(usize);
+
+impl BlockMemory for Bytes0xff {
+    fn block_bytes(&self) -> usize {
+        self.0
+    }
+
+    fn num_blocks(&self) -> u64 {
+        BLOCKS
+    }
+
+    fn read(self: Arc<Self>, _: u32, _: Guard) -> Result<Vec<bytes::Bytes>, MemoryError> {
+        Ok(vec![vec![0xff; self.0].into()])
+    }
+
+    fn write(&self, _: u32, _: usize, _: &[u8]) -> Result<(), MemoryError> {
+        Err(MemoryError::ReadOnly)
+    }
+}
+
+impl Source for Garbled {
+    fn open(&self, pull: &PullHeader) -> Result<HeldBlocks, WireError> {
+        let mut held = self.0.open(pull)?;
+        if held.form == BlockForm::Packed {
+            // Without the checksums of hold time, those of what travels are right.
+            held.memory = Arc::new(Bytes0xff(held.memory.block_bytes()));
+            held.parts = Arc::new([]);
+        }
+        Ok(held)
+    }
+}
+
+#[tokio::test]
+async fn a_block_that_is_packed_wrongly_fails_its_pull_and_nothing_else() {
+    let mut bed = Bed::new();
+    let authority = Authority::new();
+    let config = EndpointConfig {
+        listen: "127.0.0.1:0".parse().unwrap(),
+        identity: authority.issue("holder"),
+        limits: Limits::default(),
+    };
+    bed.holder = Endpoint::bind(config, Arc::new(Garbled(bed.source.clone()))).unwrap();
+    bed.puller = endpoint(authority.issue("puller"), TableSource::new(1), Limits::default());
+    let (theirs, ours) = (Engine::new(NHD, "m"), Engine::new(Shape { ranks: 1, ..NHD }, "m"));
+    for number in [1, 2] {
+        theirs.fill(&[1, 2]);
+        theirs.hold(&bed.source, id(number), &[1, 2]);
+    }
+    let error = ours.pull(&bed, id(1), 0, &[5, 6], WireDtype::Fp8).await.unwrap_err();
+    let PullError::Memory(words) = &error else { panic!("{error}") };
+    assert!(words.starts_with("block 5 is packed wrongly: segment 0 has the scale NaN"), "{words}");
+    for block in 0..BLOCKS as u32 {
+        let is = ours.ranks[0].memory.clone().read(block, Arc::new(())).unwrap().concat();
+        assert!(is.iter().all(|byte| *byte == 0), "block {block} was written");
+    }
+    // By the same connection.
+    ours.pull(&bed, id(2), 0, &[5, 6], WireDtype::AsStored).await.unwrap();
+    assert!(ours.has(5, 0) && ours.has(6, 1));
+    assert_eq!(bed.puller.stats().connections, 1);
 }
 
 #[tokio::test]
@@ -353,7 +494,7 @@ async fn the_hold_stays_until_every_rank_of_the_puller_has_its_heads() {
     for rank in [2, 0, 3] {
         let pull = || {
             let memory = ours.ranks[rank as usize].memory.clone();
-            bed.puller.pull(ours.request(&bed, id(1), rank, 0, 2), memory, vec![5, 6])
+            bed.puller.pull(ours.request(&bed, id(1), rank, 0, 2, WireDtype::AsStored), memory, vec![5, 6])
         };
         assert!(pull().await.unwrap().failed.is_empty());
         // Once is once, when the holder has heard of it.
@@ -363,7 +504,11 @@ async fn the_hold_stays_until_every_rank_of_the_puller_has_its_heads() {
         bed.source.poll(std::time::Instant::now());
         assert!(bed.source.released.lock().unwrap().is_empty(), "rank 1 has not pulled");
     }
-    let last = bed.puller.pull(ours.request(&bed, id(1), 1, 0, 2), ours.ranks[1].memory.clone(), vec![5, 6]);
+    let last = bed.puller.pull(
+        ours.request(&bed, id(1), 1, 0, 2, WireDtype::AsStored),
+        ours.ranks[1].memory.clone(),
+        vec![5, 6],
+    );
     assert!(last.await.unwrap().failed.is_empty());
     assert_eq!(bed.source.released().await.end, HoldEnd::Finished);
     assert!(ours.has(5, 0) && ours.has(6, 1));
@@ -379,7 +524,7 @@ async fn memory_that_changed_under_its_hold_fails_its_blocks_only() {
     theirs.hold(&bed.source, id(1), &[1, 2, 3]);
     // Before the checksums of what travels are made: those made at hold time have to tell.
     theirs.ranks[1].memory.write(2, 9, b"not what was held").unwrap();
-    let reports = ours.pull(&bed, id(1), 0, &[5, 6, 7]).await.unwrap();
+    let reports = ours.pull(&bed, id(1), 0, &[5, 6, 7], WireDtype::AsStored).await.unwrap();
     assert_eq!((&reports[0].failed[..], reports[0].corrupt), (&[1][..], 2));
     assert!(ours.has(5, 0) && ours.has(7, 2) && !ours.has(6, 1));
     assert_eq!(bed.source.report().await.result, Err(WireError::new(ErrorCode::CorruptBlock, 1)));
@@ -402,19 +547,24 @@ async fn engines_that_cannot_exchange_heads_are_refused_before_any_byte_moves() 
         Engine::new(Shape { heads: 8, ..one }, "m"),
         Engine::new(Shape { layers: 3, ..one }, "m"),
     ] {
-        assert_eq!(other.pull(&bed, id(1), 0, &[5]).await, Err(refused.clone()), "{:?}", other.shape);
+        assert_eq!(
+            other.pull(&bed, id(1), 0, &[5], WireDtype::AsStored).await,
+            Err(refused.clone()),
+            "{:?}",
+            other.shape
+        );
     }
     // Where the puller's heads cannot be told apart, and where the holder's cannot.
     let mut unknown = Engine::new(one, "m");
     unknown.ranks[0].layout.heads = None;
-    assert_eq!(unknown.pull(&bed, id(1), 0, &[5]).await, Err(refused.clone()));
+    assert_eq!(unknown.pull(&bed, id(1), 0, &[5], WireDtype::AsStored).await, Err(refused.clone()));
     let mut theirs = theirs;
     theirs.ranks[1].layout.heads = None;
     theirs.hold(&bed.source, id(2), &[2]);
     let ours = Engine::new(one, "m");
-    assert_eq!(ours.pull(&bed, id(2), 0, &[5]).await, Err(refused));
+    assert_eq!(ours.pull(&bed, id(2), 0, &[5], WireDtype::AsStored).await, Err(refused));
     assert_eq!(bed.puller.stats().received_bytes, 0);
-    assert!(ours.pull(&bed, id(1), 0, &[5]).await.is_ok(), "the hold is still there");
+    assert!(ours.pull(&bed, id(1), 0, &[5], WireDtype::AsStored).await.is_ok(), "the hold is still there");
 }
 
 #[tokio::test]
@@ -426,7 +576,11 @@ async fn nothing_is_written_after_the_end_of_a_pull() {
     let memory = &ours.ranks[0].memory;
     for number in 0..16 {
         theirs.hold(&bed.source, id(number), &blocks);
-        let pull = bed.puller.pull(ours.request(&bed, id(number), 0, 0, 12), memory.clone(), blocks.clone());
+        let pull = bed.puller.pull(
+            ours.request(&bed, id(number), 0, 0, 12, WireDtype::AsStored),
+            memory.clone(),
+            blocks.clone(),
+        );
         tokio::time::sleep(Duration::from_micros(700) * number).await;
         if number % 2 == 0 {
             pull.canceller().cancel();

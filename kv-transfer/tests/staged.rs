@@ -10,9 +10,9 @@ use std::time::Duration;
 
 use baton_kernels::{BlockMemory, EngineMemory, Guard, MemoryError, Sliced};
 use baton_kv_transfer::{Endpoint, Limits, PullError};
-use baton_proto::wire::BlockOrder;
+use baton_proto::wire::{BlockForm, WireDtype};
 use bytes::Bytes;
-use support::{Authority, Shape, TableSource, fill, id, read, request};
+use support::{Authority, Shape, TableSource, fill, id, noise, read, request};
 use xxhash_rust::xxh3::xxh3_64;
 
 const SHAPE: Shape = Shape { pieces: 4, piece_bytes: 64 << 10, blocks: 48 };
@@ -185,16 +185,35 @@ async fn heads_are_rearranged_on_their_way_through_the_buffers() {
     let mut request = two.request(1, 12);
     request.layout = by_head.clone();
     let report = two.puller.pull(request, ours.clone(), blocks.clone()).await.unwrap();
-    assert_eq!((report.order, report.failed, report.corrupt), (BlockOrder::Common, vec![7], 0));
+    assert_eq!((report.form, report.failed, report.corrupt), (BlockForm::Common, vec![7], 0));
     let (from, to) = (theirs.inner.clone(), ours.inner.clone());
-    let from = Sliced::whole(from, by_token.heads.unwrap());
-    let to = Sliced::whole(to, by_head.heads.unwrap());
+    let from = Sliced::whole(from, by_token.heads.unwrap(), WireDtype::AsStored).unwrap();
+    let to = Sliced::whole(to, by_head.heads.unwrap(), WireDtype::AsStored).unwrap();
     for block in blocks {
         let guard: Guard = Arc::new(());
         let heads = |of: &Arc<Sliced>| of.clone().read(block, guard.clone()).unwrap().concat();
         assert_eq!(heads(&from) == heads(&to), block != 7, "block {block}");
         assert_ne!(read(&theirs.inner, block), read(&ours.inner, block), "block {block}");
     }
+    two.source.released().await;
+    assert_eq!(theirs.free.load(Ordering::SeqCst), 2);
+}
+
+#[tokio::test]
+async fn packed_blocks_are_looked_at_where_they_lie() {
+    let two = Two::new(Limits::default());
+    let (theirs, ours) = (Buffered::new(2, None), Buffered::new(2, Some(7)));
+    // Any bytes: all kinds of NaN and infinities among them.
+    for block in 0..12 {
+        theirs.inner.write(block, 0, &noise(SHAPE.block_bytes(), block, 5)).unwrap();
+    }
+    let blocks: Vec<u32> = (0..12).collect();
+    two.source.hold(id(1), &theirs, SHAPE.by_heads(true), blocks.clone(), LEASE);
+    let mut request = two.request(1, 12);
+    (request.layout, request.dtype) = (SHAPE.by_heads(false), WireDtype::Fp8);
+    let report = two.puller.pull(request, ours.clone(), blocks.clone()).await.unwrap();
+    assert_eq!((report.form, report.failed, report.corrupt), (BlockForm::Packed, vec![7], 0));
+    assert_eq!(report.bytes, 12 * SHAPE.by_heads(true).packed_bytes().unwrap() as u64);
     two.source.released().await;
     assert_eq!(theirs.free.load(Ordering::SeqCst), 2);
 }

@@ -1,4 +1,4 @@
-//! Frames between agents, version 2.
+//! Frames between agents, version 3.
 //!
 //! Frames travel on bidirectional QUIC streams, one stream per pull or probe; the states in which each frame may
 //! come are told in `baton_kv_transfer::protocol`. The ALPN protocol [`ALPN`] names the major version of the whole
@@ -22,7 +22,7 @@
 //! | 1 | [`Frame::Pull`] | puller | [`PullHeader`] | |
 //! | 2 | [`Frame::Accepted`] | holder | [`Accepted`] | |
 //! | 3 | [`Frame::Refused`] | holder | [`WireError`] | end of stream |
-//! | 4 | [`Frame::Block`] | holder | [`BlockHeader`] | the block's bytes, raw |
+//! | 4 | [`Frame::Block`] | holder | [`BlockHeader`] | the block's bytes |
 //! | 5 | [`Frame::Credit`] | puller | bytes granted in all, 64 bit | |
 //! | 6 | [`Frame::Again`] | puller | index of the block, 32 bit | |
 //! | 7 | [`Frame::Finish`] | puller | [`WireError`], code 0 for success | end of stream |
@@ -52,10 +52,10 @@ use crate::ids::{Epoch, TransferId};
 pub use near::{Direct, Near, NearReply, Purpose, SharedAllocation, SharedMemory, SharedStorages};
 
 /// Version of the frames that this build writes and accepts.
-pub const VERSION: u8 = 2;
+pub const VERSION: u8 = 3;
 
 /// ALPN protocol of connections between agents.
-pub const ALPN: &[u8] = b"baton-kv/2";
+pub const ALPN: &[u8] = b"baton-kv/3";
 
 /// Bytes before a frame's body.
 pub const PREFIX: usize = 8;
@@ -264,6 +264,8 @@ pub struct PullHeader {
     pub layout: LayoutFingerprint,
     /// Of what the puller's heads contain, where it can take blocks in the common order too.
     pub content: Option<LayoutFingerprint>,
+    /// What values may travel as. Where it is [`WireDtype::Fp8`] and the holder can pack its heads, it does.
+    pub dtype: WireDtype,
     /// Hash of the last block asked for; it vouches for all blocks before it.
     pub last_hash: BlockHash,
     /// The first block asked for, counted from the prompt's start.
@@ -283,19 +285,65 @@ pub struct PullHeader {
 /// The holder sends what was asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Accepted {
-    /// Bytes of KV in each block.
+    /// Bytes of each block as it travels.
     pub block_bytes: u64,
-    /// Their order.
-    pub order: BlockOrder,
+    /// The form that they have.
+    pub form: BlockForm,
 }
 
-/// The order in which the bytes of a block travel.
+/// What the values of KV travel as.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WireDtype {
+    /// What they are in memory: not a bit changes.
+    #[default]
+    AsStored,
+    /// bf16 as e4m3 codes with a scale for each head of each layer in a block: half the bytes, and an error of up to 1/16.
+    Fp8,
+}
+
+/// How the bytes of a block travel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum BlockOrder {
+pub enum BlockForm {
     /// As they lie in the memory of either side's worker.
     AsItLies,
-    /// The heads of the puller's rank in order; of each all layers, in each all tokens, of each K before V.
+    /// In the common order: the heads of the puller's rank in order; of each all layers, in each all tokens, of each K
+    /// before V.
     Common,
+    /// The heads of the common order, each packed to fp8: a code for each value, then a scale for each layer.
+    Packed,
+}
+
+impl WireDtype {
+    fn number(self) -> u32 {
+        u32::from(self == Self::Fp8)
+    }
+
+    fn from_number(number: u32) -> Option<Self> {
+        [Self::AsStored, Self::Fp8].into_iter().find(|dtype| dtype.number() == number)
+    }
+}
+
+impl BlockForm {
+    /// What values are in it.
+    pub fn dtype(self) -> WireDtype {
+        match self {
+            Self::AsItLies | Self::Common => WireDtype::AsStored,
+            Self::Packed => WireDtype::Fp8,
+        }
+    }
+
+    fn number(self) -> u32 {
+        match self {
+            Self::AsItLies => 0,
+            Self::Common => 1,
+            Self::Packed => 2,
+        }
+    }
+
+    fn from_number(number: u32) -> Option<Self> {
+        [Self::AsItLies, Self::Common, Self::Packed].into_iter().find(|form| form.number() == number)
+    }
 }
 
 /// The bytes of one block follow.
@@ -303,7 +351,7 @@ pub enum BlockOrder {
 pub struct BlockHeader {
     /// Counted from the first block of the pull.
     pub index: u32,
-    /// XXH3-64 of the block's bytes as they were when the hold was taken.
+    /// XXH3-64 of the block's bytes as they travel, made of what they were when the hold was taken.
     pub checksum: u64,
 }
 
@@ -417,13 +465,13 @@ struct RawPull {
     rank: u32,
     ranks: u32,
     deadline_ms: u32,
-    zero: u32,
+    dtype: u32,
 }
 
 #[derive(Archive, Serialize, Deserialize)]
 struct RawAccepted {
     block_bytes: u64,
-    order: u32,
+    form: u32,
     zero: u32,
 }
 
@@ -594,12 +642,11 @@ impl Frame {
                     rank: pull.rank,
                     ranks: pull.ranks,
                     deadline_ms: pull.deadline_ms,
-                    zero: 0,
+                    dtype: pull.dtype.number(),
                 }
             ),
-            Frame::Accepted(Accepted { block_bytes, order }) => {
-                let order = u32::from(order == BlockOrder::Common);
-                archive!(ACCEPTED, RawAccepted { block_bytes, order, zero: 0 })
+            Frame::Accepted(Accepted { block_bytes, form }) => {
+                archive!(ACCEPTED, RawAccepted { block_bytes, form: form.number(), zero: 0 })
             }
             Frame::Refused(error) => archive!(REFUSED, raw_error(Some(error))),
             Frame::Block(BlockHeader { index, checksum }) => {
@@ -655,7 +702,7 @@ impl Frame {
         Ok(match kind {
             PULL => {
                 let raw = unarchive!(kind, RawPull, ArchivedRawPull, body);
-                if raw.zero != 0 || raw.ranks > MAX_RANKS || raw.rank >= raw.ranks {
+                if raw.ranks > MAX_RANKS || raw.rank >= raw.ranks {
                     return Err(invalid);
                 }
                 Frame::Pull(PullHeader {
@@ -663,6 +710,7 @@ impl Frame {
                     epoch: Epoch(raw.epoch),
                     layout: LayoutFingerprint::from_bytes(raw.layout),
                     content: (raw.content != [0; 16]).then(|| LayoutFingerprint::from_bytes(raw.content)),
+                    dtype: WireDtype::from_number(raw.dtype).ok_or(invalid)?,
                     last_hash: BlockHash::from_bytes(raw.last_hash),
                     first_block: raw.first_block,
                     blocks: raw.blocks,
@@ -674,12 +722,8 @@ impl Frame {
             }
             ACCEPTED => {
                 let raw = unarchive!(kind, RawAccepted, ArchivedRawAccepted, body);
-                let order = match (raw.order, raw.zero) {
-                    (0, 0) => BlockOrder::AsItLies,
-                    (1, 0) => BlockOrder::Common,
-                    _ => return Err(invalid),
-                };
-                Frame::Accepted(Accepted { block_bytes: raw.block_bytes, order })
+                let form = BlockForm::from_number(raw.form).filter(|_| raw.zero == 0).ok_or(invalid)?;
+                Frame::Accepted(Accepted { block_bytes: raw.block_bytes, form })
             }
             REFUSED => {
                 let raw = unarchive!(kind, RawError, ArchivedRawError, body);

@@ -20,7 +20,7 @@ use baton_kv_transfer::{Canceller, Endpoint, HeldBlocks, HoldTable, PullRequest,
 use baton_proto::block_hash::BlockHasher;
 use baton_proto::connector::{Content, Hello, Layout, ToAgent, ToConnector};
 use baton_proto::control::v1;
-use baton_proto::wire::{BlockOrder, PullHeader, WireError};
+use baton_proto::wire::{PullHeader, WireDtype, WireError};
 use baton_proto::{BlockHash, Epoch, TransferId};
 use tokio::net::UnixStream;
 use tokio::sync::{Notify, Semaphore, mpsc, watch};
@@ -109,9 +109,11 @@ pub struct Connectors {
     pub task: JoinHandle<()>,
 }
 
-/// Opens the socket and starts to serve it, until `stop` is cancelled. Reports are dropped while their queue is full.
+/// Opens the socket and starts to serve it, until `stop` is cancelled. KV is pulled as `dtype`. Reports are dropped while
+/// their queue is full.
 pub fn start(
     path: &std::path::Path,
+    dtype: WireDtype,
     holds: &Arc<Holds>,
     endpoint: Endpoint,
     reports: mpsc::Sender<Report>,
@@ -119,7 +121,7 @@ pub fn start(
     stop: CancellationToken,
 ) -> Result<Connectors, SocketError> {
     let listener = Listener::bind(path)?;
-    let core = Core::new(holds.table.clone(), metrics.clone());
+    let core = Core::new(dtype, holds.table.clone(), metrics.clone());
     let (attachment, watched) = watch::channel(core.attachment());
     let (release, releases) = mpsc::channel(1024);
     let (inputs, received) = mpsc::channel(1024);
@@ -286,11 +288,13 @@ impl Hub {
                 && tracing::enabled!(target: AUDIT, Level::DEBUG)
             {
                 // Before the engine is told, and so may write to the blocks itself.
-                let memory: Arc<dyn BlockMemory> = match (report.order, heads) {
-                    (BlockOrder::Common, Some(heads)) => Sliced::whole(memory, heads),
-                    _ => memory,
+                let form = report.form;
+                let read = move || match Sliced::as_it_came(memory, heads.as_ref(), form) {
+                    Ok(memory) => audit_received(transfer_id, rank, &memory, &block_ids),
+                    Err(error) => {
+                        tracing::warn!(target: AUDIT, %transfer_id, %error, "received blocks cannot be read back")
+                    }
                 };
-                let read = move || audit_received(transfer_id, rank, &memory, &block_ids);
                 let _ = tokio::task::spawn_blocking(read).await;
             }
             let _ = inputs.send(Input::PullEnded(id, result)).await;

@@ -227,16 +227,16 @@ impl Memory {
         bytes
     }
 
-    /// Fills a block with bytes that follow from `seed`.
+    /// Fills a block with bytes that follow from `seed`. As bf16 they are values from 2^-7 to 2, of either sign.
     pub(crate) fn fill(&self, block: u32, seed: u64) {
         let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
         for (file, offset, len) in self.runs(block) {
             let bytes: Vec<u8> = (0..len)
-                .map(|_| {
+                .map(|at| {
                     state ^= state << 13;
                     state ^= state >> 7;
                     state ^= state << 17;
-                    state as u8
+                    if at % 2 == 0 { state as u8 } else { state as u8 & 0x83 | 0x3C }
                 })
                 .collect();
             file.write_all_at(&bytes, offset).unwrap();

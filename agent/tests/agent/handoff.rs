@@ -5,6 +5,7 @@ use baton_agent::config::Config;
 use baton_proto::Epoch;
 use baton_proto::connector::{ToAgent, ToConnector};
 use baton_proto::plan::Source;
+use baton_proto::wire::WireDtype;
 
 use crate::engine::{Attached, Engine, HEAD};
 use crate::fleet::{NOWHERE, Site, eventually, metric, metric_is};
@@ -21,7 +22,19 @@ struct Side {
 
 impl Side {
     async fn start(site: &Site, id: &'static str, tp_size: u32, dtype: &str, scale: u32) -> Self {
-        let config = site.config(id, &Engine::start(site.path(), id).await, NOWHERE);
+        Self::pulling_as(WireDtype::AsStored, site, id, tp_size, dtype, scale).await
+    }
+
+    async fn pulling_as(
+        wire_dtype: WireDtype,
+        site: &Site,
+        id: &'static str,
+        tp_size: u32,
+        dtype: &str,
+        scale: u32,
+    ) -> Self {
+        let mut config = site.config(id, &Engine::start(site.path(), id).await, NOWHERE);
+        config.transfer.wire_dtype = wire_dtype;
         let agent = Agent::start(config.clone()).await.unwrap();
         let engine = Attached::new(&site.socket(id), id, tp_size, dtype, scale).await;
         Self { id, config, agent, engine }
@@ -150,6 +163,69 @@ async fn engines_of_other_tensor_parallelism_exchange_heads() {
         assert_eq!(metric(&side.agent, "baton_agent_received_bytes_total").await, bytes);
         assert_eq!(metric(&side.agent, "baton_agent_direct_bytes_total").await, 0.0, "they are put together");
     }
+}
+
+/// Values of bf16.
+fn values(bytes: &[u8]) -> impl Iterator<Item = f32> {
+    let value = |pair: &[u8; 2]| f32::from_bits(u32::from(u16::from_le_bytes(*pair)) << 16);
+    bytes.as_chunks::<2>().0.iter().map(value)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_engine_whose_operator_asks_for_it_gets_half_the_bytes() {
+    let site = Site::new();
+    let mut two = Side::start(&site, "p", 2, "bfloat16", 1).await;
+    let mut one = Side::pulling_as(WireDtype::Fp8, &site, "d", 1, "bfloat16", 2).await;
+    let heads = |side: &Side, block| -> Vec<u8> {
+        side.engine.workers.iter().flat_map(|(_, memory)| memory.read(block)).collect()
+    };
+    two.hold(1, &[5, 6], 32, LEASE).await;
+    one.engine.pull(0, 1, two.source(), 0, &[8, 9], 32).await;
+    assert_eq!(one.engine.pulled(0).await, (vec![], String::new()));
+    let travelled = 2.0 * 2.0 * f64::from(HEAD / 2 + 4);
+    assert_eq!(metric(&one.agent, "baton_agent_received_bytes_total").await, travelled);
+    assert_eq!(metric(&one.agent, "baton_agent_packed_bytes_total").await, travelled);
+    assert_eq!(metric(&two.agent, "baton_agent_sent_bytes_total").await, travelled);
+    for (from, to) in [(5, 8), (6, 9)] {
+        let (before, after) = (heads(&two, from), heads(&one, to));
+        assert_ne!(before, after, "nothing was packed");
+        // The largest value is below 2.
+        let near = |(x, y): (f32, f32)| {
+            let error = x.abs() / 16.0 + 2.0 / 448.0 / 1024.0;
+            (x - y).abs() <= error + (x.abs() + error) / 256.0
+        };
+        assert!(values(&before).zip(values(&after)).all(near), "not within the stated error");
+    }
+    assert_eq!(two.engine.released(0).await, ["hold-1"]);
+    // The other way nobody has asked for it: every bit of what is there arrives.
+    one.hold(2, &[3], 16, LEASE).await;
+    for rank in 0..2 {
+        two.engine.pull(rank, 2, one.source(), 0, &[20], 16).await;
+        let done = loop {
+            match two.engine.workers[rank].0.next().await {
+                Some(ToConnector::PullDone { error, .. }) => break error,
+                Some(ToConnector::Released { .. }) => {}
+                other => panic!("{other:?} instead of the end of a pull"),
+            }
+        };
+        assert_eq!(done, "");
+    }
+    assert!(heads(&one, 3) == heads(&two, 20));
+    assert_eq!(metric(&two.agent, "baton_agent_packed_bytes_total").await, 0.0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn within_a_host_every_bit_is_copied_whatever_is_asked_for() {
+    let site = Site::new();
+    let p = Side::start(&site, "p", 1, "bfloat16", 1).await;
+    let mut d = Side::pulling_as(WireDtype::Fp8, &site, "d", 1, "bfloat16", 1).await;
+    p.hold(1, &[3, 60], 32, LEASE).await;
+    d.engine.pull(0, 1, p.source(), 0, &[10, 2], 32).await;
+    assert_eq!(d.engine.pulled(0).await, (vec![], String::new()));
+    assert!(p.engine.memory().read(3) == d.engine.memory().read(10));
+    assert!(p.engine.memory().read(60) == d.engine.memory().read(2));
+    assert_eq!(metric(&d.agent, "baton_agent_direct_bytes_total").await, 2.0 * f64::from(HEAD));
+    assert_eq!(metric(&d.agent, "baton_agent_packed_bytes_total").await, 0.0);
 }
 
 #[tokio::test(flavor = "multi_thread")]

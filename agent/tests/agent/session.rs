@@ -28,6 +28,7 @@ async fn the_coordinator_hears_of_engine_connector_and_load() {
         .wait("the connector", |seen| seen.registers.last().filter(|register| register.can_transfer).cloned())
         .await;
     assert_eq!((register.epoch, register.block_bytes), (attached.epoch.0, 5632));
+    assert_eq!(register.wire_block_bytes, 5632, "nobody asked for packed KV");
     assert!(register.layout.contains("dtype=bf16"));
 
     let load = coordinator.wait("load", |seen| seen.loads.last().cloned()).await;

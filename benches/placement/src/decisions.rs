@@ -106,6 +106,7 @@ pub(crate) fn engine(n: u32, role: Role, block_size: u32, speed: Speed) -> Engin
             role,
             block_size,
             block_bytes: u64::from(block_size) * (128 << 10),
+            wire_block_bytes: u64::from(block_size) * (128 << 10),
             num_blocks: 0,
             layout: "layout".into(),
             streamed_layers: 0,

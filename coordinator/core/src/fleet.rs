@@ -60,8 +60,10 @@ pub struct EngineInfo {
     pub role: Role,
     /// Tokens in a block; at least 1.
     pub block_size: u32,
-    /// Bytes of a block over all layers and ranks; 0 where not known.
+    /// Bytes of a block over all layers and ranks, those of heads that several ranks have as often; 0 where not known.
     pub block_bytes: u64,
+    /// Bytes that a block takes on its way to this engine from another host, likewise: fewer where KV is packed for the wire.
+    pub wire_block_bytes: u64,
     /// Blocks that its KV cache takes; 0 where not known.
     pub num_blocks: u64,
     /// Equal on engines that can use each other's blocks; empty where not known.
@@ -133,6 +135,7 @@ impl Engine {
 pub(crate) struct Hot {
     pub(crate) speed: Speed,
     pub(crate) block_bytes: u64,
+    pub(crate) wire_block_bytes: u64,
     /// What its KV cache takes; infinite where it is not known.
     pub(crate) kv_tokens: f64,
     pub(crate) kv_beyond: f64,
@@ -338,6 +341,7 @@ fn hot(engine: &Engine, host: u32, layouts: &[&str], [answers, reused]: [&Figure
     Hot {
         speed: engine.speed,
         block_bytes: info.block_bytes,
+        wire_block_bytes: info.wire_block_bytes,
         kv_tokens: info.kv_tokens().unwrap_or(f64::INFINITY),
         kv_beyond: engine.kv_beyond,
         prefill_share: engine.prefill_share.clamp(0.0, crate::load::PrefillShare::MOST),

@@ -160,6 +160,10 @@ impl Registration {
             role: self.role,
             block_size: self.message.block_size,
             block_bytes: self.message.block_bytes,
+            wire_block_bytes: match self.message.wire_block_bytes {
+                0 => self.message.block_bytes,
+                bytes => bytes,
+            },
             num_blocks: self.message.num_blocks,
             layout: self.message.layout.clone(),
             streamed_layers: 0,
@@ -208,6 +212,7 @@ pub(crate) mod testing {
             block_size: 16,
             num_blocks: 100,
             block_bytes: 4096,
+            wire_block_bytes: 0,
             role: v1::Role::Both as i32,
             can_transfer: true,
             layout: "l".into(),

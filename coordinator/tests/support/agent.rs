@@ -37,6 +37,7 @@ pub fn register(id: &str, url: &str) -> v1::Register {
         block_size: 16,
         num_blocks: 1000,
         block_bytes: 4096,
+        wire_block_bytes: 0,
         role: v1::Role::Both as i32,
         can_transfer: true,
         layout: "same".to_owned(),

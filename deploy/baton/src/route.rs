@@ -66,6 +66,7 @@ mod tests {
                 role: Role::Both,
                 block_size: 16,
                 block_bytes: 100_000,
+                wire_block_bytes: 100_000,
                 num_blocks: 0,
                 layout: "l".into(),
                 streamed_layers: 0,

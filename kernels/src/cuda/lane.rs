@@ -65,7 +65,7 @@ impl Lanes {
                     .named("cuMemcpyDtoHAsync")
             })
         };
-        lane.begun(enqueued, event, Used::Buffer(buffer))
+        begun(&lane.stream, enqueued, event, Used::Buffer(buffer))
     }
 
     /// Begins to scatter a block from `buffer`.
@@ -90,7 +90,7 @@ impl Lanes {
                 .named("cuMemcpyHtoDAsync")
                 .and_then(|()| paged.enqueue_scatter(&lane.stream, &[block], &staging, 0, bytes))
         };
-        lane.begun(enqueued, event, Used::Buffer(buffer))
+        begun(&lane.stream, enqueued, event, Used::Buffer(buffer))
     }
 
     /// Begins to copy a block of a peer: the gather reads the peer's memory, the scatter writes ours.
@@ -114,7 +114,7 @@ impl Lanes {
                 .enqueue_gather(&lane.stream, &[from], &staging, 0, bytes)
                 .and_then(|()| paged.enqueue_scatter(&lane.stream, &[block], &staging, 0, bytes))
         };
-        lane.begun(enqueued, event, Used::Peer(peer.clone()))
+        begun(&lane.stream, enqueued, event, Used::Peer(peer.clone()))
     }
 
     /// Waits for all that is enqueued.
@@ -123,33 +123,32 @@ impl Lanes {
     }
 }
 
-impl Lane {
-    fn begun(
-        &self,
-        enqueued: Result<(), DeviceError>,
-        event: CudaEvent,
-        used: Used,
-    ) -> Result<UnderWay, DeviceError> {
-        let begun = enqueued.and_then(|()| event.record(&self.stream).named("cuEventRecord"));
-        match begun {
-            Ok(()) => Ok(UnderWay { event, used: Some(used) }),
-            Err(error) => {
-                // A part may be enqueued: what it uses goes behind it.
-                let _ = self.stream.synchronize();
-                Err(error)
-            }
+/// What was enqueued on a stream, or why not all of it was.
+pub(super) fn begun(
+    stream: &CudaStream,
+    enqueued: Result<(), DeviceError>,
+    event: CudaEvent,
+    used: Used,
+) -> Result<UnderWay, DeviceError> {
+    let begun = enqueued.and_then(|()| event.record(stream).named("cuEventRecord"));
+    match begun {
+        Ok(()) => Ok(UnderWay { event, used: Some(used) }),
+        Err(error) => {
+            // A part may be enqueued: what it uses goes behind it.
+            let _ = stream.synchronize();
+            Err(error)
         }
     }
 }
 
 /// A thread that waits for it sleeps.
-fn new_event(device: &Device) -> Result<CudaEvent, DeviceError> {
+pub(super) fn new_event(device: &Device) -> Result<CudaEvent, DeviceError> {
     let flags = sys::CUevent_flags_enum::CU_EVENT_BLOCKING_SYNC;
     device.context.new_event(Some(flags)).named("cuEventCreate")
 }
 
 /// What a copy reads or writes besides the engine's own memory.
-enum Used {
+pub(super) enum Used {
     Buffer(PinnedBuffer),
     Peer(#[expect(dead_code, reason = "kept, never looked at")] Arc<PeerGpu>),
 }

@@ -506,7 +506,9 @@ impl Packer {
         count: usize,
         packed: &mut DeviceBuffer,
     ) -> Result<(), DeviceError> {
-        self.run(count, values, packed, true)
+        // SAFETY: waited for below, while both buffers are borrowed.
+        let enqueued = unsafe { self.enqueue_pack(&self.device.stream, values, count, packed) };
+        self.wait(enqueued)
     }
 
     /// The reverse of [`Self::pack`].
@@ -516,48 +518,78 @@ impl Packer {
         count: usize,
         values: &mut DeviceBuffer,
     ) -> Result<(), DeviceError> {
-        self.run(count, values, packed, false)
+        // SAFETY: as above.
+        let enqueued = unsafe { self.enqueue_unpack(&self.device.stream, packed, count, values) };
+        self.wait(enqueued)
     }
 
-    fn run(
+    fn wait(&self, enqueued: Result<(), DeviceError>) -> Result<(), DeviceError> {
+        let waited = self.device.stream.synchronize().named("cuStreamSynchronize");
+        enqueued.and(waited)
+    }
+
+    /// Enqueues a [`Self::pack`].
+    ///
+    /// # Safety
+    /// Both buffers have to stay until the stream is past it; nobody else may write to the one or use the other meanwhile.
+    pub(super) unsafe fn enqueue_pack(
         &self,
+        stream: &CudaStream,
+        values: &DeviceBuffer,
+        count: usize,
+        packed: &DeviceBuffer,
+    ) -> Result<(), DeviceError> {
+        let Some(config) = self.config(values, count, packed)? else { return Ok(()) };
+        let kernels = self.device.kernels.as_ref().map_err(Clone::clone)?;
+        let (from, from_stride) = (values.address(), (self.len * 2) as u64);
+        let (to, to_stride) = (packed.address(), self.packed_bytes() as u64);
+        let segment = self.segment as u32;
+        let mut launch = stream.launch_builder(&kernels.pack);
+        launch.arg(&from).arg(&from_stride).arg(&segment).arg(&to).arg(&to_stride);
+        // SAFETY: the parameters are the kernel's, and both buffers have the bytes that `count` blocks take.
+        unsafe { launch.launch(config) }.named("cuLaunchKernel").map(|_| ())
+    }
+
+    /// Enqueues an [`Self::unpack`].
+    ///
+    /// # Safety
+    /// As [`Self::enqueue_pack`].
+    pub(super) unsafe fn enqueue_unpack(
+        &self,
+        stream: &CudaStream,
+        packed: &DeviceBuffer,
         count: usize,
         values: &DeviceBuffer,
-        packed: &DeviceBuffer,
-        pack: bool,
     ) -> Result<(), DeviceError> {
+        let Some(config) = self.config(values, count, packed)? else { return Ok(()) };
+        let kernels = self.device.kernels.as_ref().map_err(Clone::clone)?;
+        let (from, from_stride) = (packed.address(), self.packed_bytes() as u64);
+        let (to, to_stride) = (values.address(), (self.len * 2) as u64);
+        let segment = self.segment as u32;
+        let mut launch = stream.launch_builder(&kernels.unpack);
+        launch.arg(&from).arg(&from_stride).arg(&segment).arg(&to).arg(&to_stride);
+        // SAFETY: as above.
+        unsafe { launch.launch(config) }.named("cuLaunchKernel").map(|_| ())
+    }
+
+    /// How a kernel is launched for so many blocks, which both buffers have room for; `None` where there are none.
+    fn config(
+        &self,
+        values: &DeviceBuffer,
+        count: usize,
+        packed: &DeviceBuffer,
+    ) -> Result<Option<LaunchConfig>, DeviceError> {
         values.check(0, count.saturating_mul(self.len * 2))?;
         packed.check(0, count.saturating_mul(self.packed_bytes()))?;
         if count > 65_535 {
             return Err(DeviceError::Shape(format!("{count} blocks to pack at once")));
         }
-        if count == 0 {
-            return Ok(());
-        }
-        let kernels = self.device.kernels.as_ref().map_err(Clone::clone)?;
-        let (from, from_stride) = (values.address(), (self.len * 2) as u64);
-        let (to, to_stride) = (packed.address(), self.packed_bytes() as u64);
-        let segment = self.segment as u32;
+        self.device.bind()?;
         let config = LaunchConfig {
             grid_dim: ((self.len / self.segment) as u32, count as u32, 1),
             block_dim: (256, 1, 1),
             shared_mem_bytes: 0,
         };
-        self.device.bind()?;
-        let stream = &self.device.stream;
-        let launched = if pack {
-            let mut launch = stream.launch_builder(&kernels.pack);
-            launch.arg(&from).arg(&from_stride).arg(&segment).arg(&to).arg(&to_stride);
-            // SAFETY: the parameters are the kernel's, and both buffers have the bytes that `count` blocks take.
-            unsafe { launch.launch(config) }
-        } else {
-            let mut launch = stream.launch_builder(&kernels.unpack);
-            launch.arg(&to).arg(&to_stride).arg(&segment).arg(&from).arg(&from_stride);
-            // SAFETY: as above.
-            unsafe { launch.launch(config) }
-        };
-        let waited = stream.synchronize().named("cuStreamSynchronize");
-        launched.named("cuLaunchKernel")?;
-        waited
+        Ok((count > 0).then_some(config))
     }
 }

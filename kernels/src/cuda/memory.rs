@@ -9,6 +9,10 @@
 //! Bytes collect in a pinned buffer until their block is whole; then it is copied to the GPU and scattered, beside the
 //! next one's arrival. [`BlockMemory::flush`] waits for it. A buffer that is not whole at that time is dropped.
 //!
+//! # Packing
+//! Where a block is to travel as fp8, its heads are put in the common order and packed on the GPU before it is copied to the
+//! pinned buffer, and the reverse ([`BlockMemory::stage_packed`], [`BlockMemory::write_packed`]).
+//!
 //! # Copying
 //! A block of another engine on the host is gathered from that engine's memory to staging and scattered from there,
 //! on this GPU alone: no pinned buffer, and no host memory.
@@ -17,11 +21,11 @@
 //! Half of the pinned bytes are for reading and half for writing, so that an engine that sends and receives cannot
 //! block itself. Reading without a free buffer is refused ([`MemoryError::NoBuffer`]), since they come back as fast as
 //! the network takes them; writing waits, since they come back as fast as the GPU takes them. On the GPU: staging for
-//! four blocks and those of a batch of checksums.
+//! four blocks and those of a batch of checksums; for six more from the first packed block on.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use baton_proto::connector::Layout;
@@ -31,6 +35,7 @@ use super::buffer::{DeviceBuffer, IpcHandle};
 use super::device::{Device, DeviceError};
 use super::lane::{Lanes, UnderWay};
 use super::launch::{BLOCKS, Checksummer, Paged};
+use super::packed::Packing;
 use super::peer::{self, PeerGpu};
 use super::pinned::{PinnedBuffer, PinnedPool};
 use super::ready::ReadyEvent;
@@ -39,7 +44,7 @@ use crate::peer::{Peer, PeerMemory, Shared};
 use crate::plan::Plan;
 use crate::reference::xxh3;
 use crate::usage::Usage;
-use crate::{BlockMemory, Guard, LayoutError, Stage, Staged};
+use crate::{BlockMemory, Guard, HeadMap, LayoutError, Stage, Staged};
 
 /// Pinned bytes of one worker's memory, unless told otherwise.
 pub const DEFAULT_PINNED_BYTES: usize = 512 << 20;
@@ -76,6 +81,8 @@ pub struct CudaMemory {
     /// Blocks that are being written; each is taken in `usage`.
     writing: Mutex<BTreeMap<u32, Writing>>,
     checks: Option<Mutex<Checks>>,
+    /// From the first packed block on; `None` where the GPU cannot.
+    packing: OnceLock<Option<Packing>>,
 }
 
 /// What is needed to make checksums on the GPU.
@@ -156,6 +163,7 @@ impl CudaMemory {
             write_buffers: pool()?,
             writing: Mutex::default(),
             checks,
+            packing: OnceLock::new(),
             paged,
         }))
     }
@@ -163,6 +171,33 @@ impl CudaMemory {
     /// The GPU.
     pub fn device(&self) -> &Arc<Device> {
         self.paged.device()
+    }
+
+    /// What packs heads that lie so; `None` where the GPU does not: without kernels, or without memory for the staging.
+    fn packing(&self, map: &Arc<HeadMap>) -> Option<&Packing> {
+        let packing = self.packing.get_or_init(|| Packing::new(&self.paged, map).ok());
+        packing.as_ref().filter(|packing| packing.is_of(map))
+    }
+
+    /// Takes a block for reading, and begins to fetch `len` bytes of it to a buffer. What `begin` begins may use the memory
+    /// and the block until it is over.
+    fn begin_fetch(
+        self: Arc<Self>,
+        block: u32,
+        guard: Guard,
+        len: usize,
+        begin: impl FnOnce(&Self, PinnedBuffer) -> Result<UnderWay, DeviceError>,
+    ) -> Result<Staged, MemoryError> {
+        let index = self.check_block(block)?;
+        if !self.usage.begin_read(index, 1) {
+            return Err(MemoryError::InUse(block));
+        }
+        // From here on its drop takes the reader back.
+        let mut fetching = Fetching { under_way: None, index, len, guard, memory: self };
+        let memory = &fetching.memory;
+        let buffer = memory.read_buffers.take().ok_or(MemoryError::NoBuffer)?;
+        fetching.under_way = Some(begin(memory, buffer)?);
+        Ok(Staged(Stage::Fetching(fetching)))
     }
 
     fn check_block(&self, block: u32) -> Result<usize, MemoryError> {
@@ -292,18 +327,26 @@ impl BlockMemory for CudaMemory {
     }
 
     fn stage(self: Arc<Self>, block: u32, guard: Guard) -> Result<Staged, MemoryError> {
-        let index = self.check_block(block)?;
-        if !self.usage.begin_read(index, 1) {
-            return Err(MemoryError::InUse(block));
-        }
-        // From here on its drop takes the reader back.
-        let mut fetching = Fetching { under_way: None, index, guard, memory: self };
-        let memory = &fetching.memory;
-        let buffer = memory.read_buffers.take().ok_or(MemoryError::NoBuffer)?;
-        // SAFETY: `fetching` keeps the memory, and the block taken for reading, until the copy is over.
-        let under_way = unsafe { memory.fetches.fetch(&memory.paged, block, buffer, memory.ready.as_ref()) };
-        fetching.under_way = Some(under_way?);
-        Ok(Staged(Stage::Fetching(fetching)))
+        let len = self.block_bytes();
+        // SAFETY: what is begun here is kept with the memory, and the block taken for reading, until the copy is over.
+        self.begin_fetch(block, guard, len, |memory, buffer| unsafe {
+            memory.fetches.fetch(&memory.paged, block, buffer, memory.ready.as_ref())
+        })
+    }
+
+    fn stage_packed(
+        self: Arc<Self>,
+        block: u32,
+        map: &Arc<HeadMap>,
+        guard: Guard,
+    ) -> Option<Result<Staged, MemoryError>> {
+        let len = self.packing(map)?.packed_bytes();
+        Some(self.begin_fetch(block, guard, len, |memory, buffer| {
+            let packing =
+                memory.packing(map).ok_or_else(|| DeviceError::Shape("nothing to pack with".into()))?;
+            // SAFETY: as above.
+            unsafe { packing.fetch(&memory.paged, block, buffer, memory.ready.as_ref()) }
+        }))
     }
 
     fn ahead(&self) -> usize {
@@ -334,6 +377,27 @@ impl BlockMemory for CudaMemory {
         let under_way = unsafe { self.stores.store(&self.paged, block, partial.buffer)? };
         self.writing().entry(block).or_default().under_way.push(under_way);
         Ok(())
+    }
+
+    fn write_packed(&self, block: u32, map: &Arc<HeadMap>, packed: &[u8]) -> Option<Result<(), MemoryError>> {
+        let packing = self.packing(map)?;
+        let write = || {
+            let index = self.check_block(block)?;
+            let (len, block_bytes) = (packed.len(), packing.packed_bytes());
+            if len != block_bytes {
+                return Err(MemoryError::Range { offset: 0, len, block_bytes });
+            }
+            let mut buffer = match self.resume(block, index, 0)? {
+                Some(partial) => partial.buffer,
+                None => self.write_buffer()?,
+            };
+            buffer.bytes_mut()[..len].copy_from_slice(packed);
+            // SAFETY: as in `write`.
+            let under_way = unsafe { packing.store(&self.paged, block, buffer)? };
+            self.writing().entry(block).or_default().under_way.push(under_way);
+            Ok(())
+        };
+        Some(write())
     }
 
     fn flush(&self, blocks: &[u32]) -> Result<(), MemoryError> {
@@ -402,6 +466,9 @@ impl Drop for CudaMemory {
         // Reads keep the memory, so none is under way. Errors mean that the context is broken: nothing runs in it.
         let _ = self.fetches.drain();
         let _ = self.stores.drain();
+        if let Some(Some(packing)) = self.packing.get() {
+            let _ = packing.drain();
+        }
     }
 }
 
@@ -435,6 +502,8 @@ impl CudaMemory {
 pub(crate) struct Fetching {
     under_way: Option<UnderWay>,
     index: usize,
+    /// Bytes of it.
+    len: usize,
     guard: Guard,
     memory: Arc<CudaMemory>,
 }
@@ -444,8 +513,7 @@ impl Fetching {
     pub(crate) fn take(mut self) -> Result<Bytes, MemoryError> {
         let under_way = self.under_way.take().ok_or(MemoryError::NoBuffer)?;
         let buffer = under_way.into_buffer()?;
-        let (guard, memory) = (self.guard.clone(), self.memory.clone());
-        Ok(Bytes::from_owner(Fetched { buffer, memory, _guard: guard }))
+        Ok(Bytes::from_owner(Fetched { buffer, len: self.len, _guard: self.guard.clone() }))
     }
 }
 
@@ -460,12 +528,12 @@ impl Drop for Fetching {
 /// A block in a pinned buffer.
 struct Fetched {
     buffer: PinnedBuffer,
-    memory: Arc<CudaMemory>,
+    len: usize,
     _guard: Guard,
 }
 
 impl AsRef<[u8]> for Fetched {
     fn as_ref(&self) -> &[u8] {
-        &self.buffer.bytes()[..self.memory.block_bytes()]
+        &self.buffer.bytes()[..self.len]
     }
 }

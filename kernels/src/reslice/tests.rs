@@ -28,6 +28,7 @@ fn two_layers() -> Layout {
 fn heads_come_one_after_another_with_all_layers_and_tokens() {
     let map = HeadMap::of(&two_layers(), 2).unwrap().unwrap();
     assert_eq!((map.total(), map.count(), map.head_bytes), (6, 3, 16));
+    assert_eq!(map.block_bytes(WireDtype::AsStored), Ok(48));
     assert_eq!(map.rows.len(), 3, "tokens that adjoin are one row");
     // Byte = its place in the block.
     let block: Vec<u8> = (0..48).collect();
@@ -57,6 +58,7 @@ fn heads_that_are_not_the_block_are_refused() {
     assert_eq!(of(|heads| heads.spans.truncate(1), 2), cover);
     assert_eq!(of(|heads| heads.spans.clear(), 2), cover);
     assert_eq!(of(|heads| heads.spans[0].dims = vec![(0, 1)], 2), cover);
+    assert_eq!(of(|heads| heads.spans[0].dims = vec![(u32::MAX, 1), (0, 1)], 2), cover);
     assert_eq!(of(|heads| heads.spans[0].dims = vec![(u32::MAX, 1); 3], 2), HeadsError::Size);
     assert_eq!(of(|heads| heads.spans[0].dims = vec![(MAX_ROWS as u32, 1)], 2), HeadsError::Size);
     assert_eq!(of(|heads| heads.total = u32::MAX, 2), HeadsError::Size);
@@ -88,7 +90,7 @@ fn the_content_is_named_alike_whatever_the_ranks_and_the_order() {
 fn a_block_comes_whole_and_in_order_or_not_at_all() {
     let memory = memory();
     let map = Arc::new(HeadMap::of(&two_layers(), 2).unwrap().unwrap());
-    let mut filling = Filling::new(memory.clone(), map.clone());
+    let mut filling = Filling::new(memory.clone(), map.clone(), WireDtype::AsStored).unwrap();
     let common: Vec<u8> = (0..48).collect();
     let is = |block| memory.clone().read(block, Arc::new(())).unwrap().concat();
     filling.write(1, 0, &common[..20]).unwrap();
@@ -103,11 +105,76 @@ fn a_block_comes_whole_and_in_order_or_not_at_all() {
     for (i, bytes) in common.chunks(7).enumerate() {
         filling.write(1, i * 7, bytes).unwrap();
     }
-    let whole = Sliced::whole(memory.clone(), map);
+    let whole = Sliced::whole(memory.clone(), map, WireDtype::AsStored).unwrap();
     assert_eq!(whole.clone().read(1, Arc::new(())).unwrap().concat(), common);
     assert_ne!(is(1), common);
     assert!(matches!(whole.write(1, 0, &[0]), Err(MemoryError::ReadOnly)));
     assert!(whole.share().is_none());
+}
+
+/// The same as bf16 values.
+fn of_bf16() -> Layout {
+    Layout { facts: BTreeMap::from([("dtype".to_owned(), "bfloat16".to_owned())]), ..two_layers() }
+}
+
+#[test]
+fn packed_heads_are_codes_and_a_scale_for_each_layer() {
+    let map = Arc::new(HeadMap::of(&of_bf16(), 2).unwrap().unwrap());
+    // Of each of three heads two layers with four values.
+    assert_eq!(map.block_bytes(WireDtype::Fp8), Ok(3 * 2 * (4 + 4)));
+    let memory = memory();
+    let one = |exponent: u16| (exponent << 7).to_le_bytes();
+    let block: Vec<u8> = (0..24).flat_map(|i| one(120 + i % 3)).collect();
+    memory.write(2, 0, &block).unwrap();
+    let view = Sliced::whole(memory.clone(), map.clone(), WireDtype::Fp8).unwrap();
+    let packed = view.clone().read(2, Arc::new(())).unwrap().concat();
+    assert_eq!((packed.len(), view.block_bytes()), (48, 48));
+    // Head 1 lies in values 2 and 3 of each token in the first layer: 1/32 and 2^-7, and so again.
+    let scale = 0.03125f32 / 448.0;
+    assert_eq!(packed[16..20], [0x7E, 0x6E, 0x7E, 0x6E]);
+    assert_eq!(packed[24..28], scale.to_le_bytes());
+    let mut filling = Filling::new(memory.clone(), map, WireDtype::Fp8).unwrap();
+    packed.chunks(5).enumerate().for_each(|(i, bytes)| filling.write(0, i * 5, bytes).unwrap());
+    assert_eq!(memory.clone().read(0, Arc::new(())).unwrap().concat(), block, "powers of two lose nothing");
+    // A scale that nobody makes: one error, and the memory is as it was.
+    let mut bad = packed.clone();
+    bad[44..].copy_from_slice(&f32::NAN.to_le_bytes());
+    let error = filling.write(0, 0, &bad).unwrap_err();
+    assert!(error.to_string().starts_with("block 0 is packed wrongly: segment 1 has the scale"), "{error}");
+    assert_eq!(memory.clone().read(0, Arc::new(())).unwrap().concat(), block);
+    filling.write(1, 0, &packed).unwrap();
+    assert_eq!(memory.read(1, Arc::new(())).unwrap().concat(), block);
+}
+
+#[test]
+fn the_plan_of_kernels_puts_heads_in_the_same_order() {
+    // A third dimension, as where an attention kernel has smaller blocks than the engine.
+    let mut split = of_bf16();
+    let heads = split.heads.as_mut().unwrap();
+    heads.spans[0] = HeadSpan { start: 0, head_stride: 8, dims: vec![(2, 4), (1, 1), (2, 2)], len: 2 };
+    heads.spans[1].dims = vec![];
+    heads.spans[1].len = 8;
+    for layout in [two_layers(), split] {
+        let map = HeadMap::of(&layout, 2).unwrap().unwrap();
+        let block: Vec<u8> = (0..48).collect();
+        let (mut common, mut staged) = (Vec::new(), vec![0; 48]);
+        map.gather(&[Bytes::copy_from_slice(&block)], 0..3, &mut common);
+        crate::reference::gather(&map.plan().unwrap(), &[&block], &[0], &mut staged, 48);
+        assert_eq!(staged, common);
+    }
+}
+
+#[test]
+fn what_cannot_be_packed_says_why() {
+    let packed = |layout: &Layout| BlockLayout::of(layout, 2).unwrap().packed_bytes();
+    assert_eq!(packed(&of_bf16()), Ok(48));
+    assert_eq!(packed(&two_layers()), Err(Unpackable::Dtype("uint8".into())));
+    assert_eq!(packed(&Layout { heads: None, ..of_bf16() }), Err(Unpackable::Heads));
+    let mut uneven = of_bf16();
+    uneven.pieces[1].len = 12;
+    let heads = uneven.heads.as_mut().unwrap();
+    heads.spans[1] = HeadSpan { start: 24, head_stride: 4, dims: vec![], len: 4 };
+    assert_eq!(packed(&uneven), Err(Unpackable::Layers(8, 4)));
 }
 
 fn memory() -> Arc<dyn BlockMemory> {

@@ -31,6 +31,22 @@ pub(crate) trait Backend {
     fn unpack(&self, packed: &[Vec<u8>], segment: usize) -> Vec<u16>;
 }
 
+/// As the CPU reference does it.
+pub(crate) fn pack(values: &[u16], segment: usize) -> Vec<u8> {
+    let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+    let mut packed = Vec::new();
+    fp8::pack(&bytes, segment, &mut packed);
+    packed
+}
+
+/// The same back.
+pub(crate) fn unpack(packed: &[u8], segment: usize) -> Vec<u16> {
+    let segments = packed.len() / fp8::packed_bytes(1, segment);
+    let mut bytes = vec![0; segments * segment * 2];
+    fp8::unpack(packed, segment, &mut bytes);
+    halves(&bytes).collect()
+}
+
 /// The CPU reference.
 struct Host;
 
@@ -61,11 +77,11 @@ impl Backend for Host {
     }
 
     fn pack(&self, values: &[u16], len: usize, segment: usize) -> Vec<Vec<u8>> {
-        values.chunks(len).map(|block| fp8::pack(block, segment)).collect()
+        values.chunks(len).map(|block| pack(block, segment)).collect()
     }
 
     fn unpack(&self, packed: &[Vec<u8>], segment: usize) -> Vec<u16> {
-        packed.iter().flat_map(|block| fp8::unpack(block, segment)).collect()
+        packed.iter().flat_map(|block| unpack(block, segment)).collect()
     }
 }
 

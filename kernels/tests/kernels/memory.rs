@@ -1,9 +1,15 @@
 //! KV memory on a GPU through pinned buffers; against a plain vector for each block.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use baton_kernels::cuda::{CudaMemory, Device, DeviceBuffer, Paged};
-use baton_kernels::{BlockMemory, CacheShape, Guard, Halves, MemoryError, Order};
+use baton_kernels::{
+    BlockLayout, BlockMemory, CacheShape, Filling, Guard, Halves, MemoryError, Order, Plan, Slice, Sliced,
+};
+use baton_proto::connector::{HeadSpan, Heads, Layout, Piece};
+use baton_proto::wire::WireDtype;
+use bytes::Bytes;
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::backend::device;
@@ -115,4 +121,76 @@ fn blocks_in_use_and_a_drained_pool_are_refused() {
     assert_eq!(alive.strong_count(), 0);
     assert!(matches!(memory.write(BLOCKS, 0, b"x"), Err(MemoryError::Block { .. })));
     assert!(matches!(memory.write(0, usize::MAX, b"x"), Err(MemoryError::Range { .. })));
+}
+
+/// Layers of `[K, V][token][head][value]`, each in one piece: 16 tokens, 2 heads of 64 values of bf16.
+fn of_heads() -> Layout {
+    let layer = 2 * 16 * 2 * 128;
+    let span =
+        |i: u32| HeadSpan { start: i * layer, head_stride: 128, dims: vec![(16, 256), (2, 4096)], len: 128 };
+    let piece = |storage| Piece { storage, offset: 0, stride: layer.into(), len: layer };
+    Layout {
+        facts: BTreeMap::from([("dtype".to_owned(), "bfloat16".to_owned())]),
+        order: BTreeMap::new(),
+        pieces: (0..3).map(piece).collect(),
+        heads: Some(Heads { total: 2, count: 2, spans: (0..3).map(span).collect() }),
+    }
+}
+
+/// A memory whose device packs nothing.
+struct Unpacking(Arc<CudaMemory>);
+
+impl BlockMemory for Unpacking {
+    fn block_bytes(&self) -> usize {
+        self.0.block_bytes()
+    }
+
+    fn num_blocks(&self) -> u64 {
+        self.0.num_blocks()
+    }
+
+    fn read(self: Arc<Self>, block: u32, guard: Guard) -> Result<Vec<Bytes>, MemoryError> {
+        self.0.clone().read(block, guard)
+    }
+
+    fn write(&self, block: u32, offset: usize, bytes: &[u8]) -> Result<(), MemoryError> {
+        self.0.write(block, offset, bytes)
+    }
+}
+
+#[test]
+fn the_gpu_packs_blocks_as_the_cpu_does() {
+    let Some(device) = device() else { return };
+    let layout = of_heads();
+    let lens = [u64::from(layout.pieces[0].len) * u64::from(BLOCKS); 3];
+    let plan = Plan::of_layout(&layout, &lens, BLOCKS.into()).unwrap();
+    let storages = lens.map(|len| DeviceBuffer::zeroed(&device, len as usize).unwrap()).into();
+    let memory = CudaMemory::over(Paged::new(plan, storages).unwrap(), None, 16 << 20).unwrap();
+    let plain = Arc::new(Unpacking(memory.clone()));
+    let map = BlockLayout::of(&layout, 1).unwrap().heads.unwrap();
+    let guard: Guard = Arc::new(());
+    assert!(memory.clone().stage_packed(0, &map, guard.clone()).is_some(), "the GPU does not pack");
+    let packed = |memory: Arc<dyn BlockMemory>, block| {
+        let view = Sliced::whole(memory, map.clone(), WireDtype::Fp8).unwrap();
+        view.read(block, guard.clone()).unwrap().concat()
+    };
+    let unpack = |memory: Arc<dyn BlockMemory>, block, bytes: &[u8]| {
+        Filling::new(memory, map.clone(), WireDtype::Fp8).unwrap().write(block, 0, bytes).unwrap();
+    };
+    for block in 0..4 {
+        // Any bytes: all kinds of NaN and infinities among them.
+        write(&memory, block, &content(&memory, block));
+        memory.flush(&[block]).unwrap();
+        let bytes = packed(memory.clone(), block);
+        assert!(bytes == packed(plain.clone(), block), "block {block}");
+        unpack(memory.clone(), 4 + block, &bytes);
+        unpack(plain.clone(), 8 + block, &bytes);
+        memory.flush(&[4 + block, 8 + block]).unwrap();
+        assert!(read(&memory, 4 + block) == read(&memory, 8 + block), "block {block}");
+        assert!(packed(memory.clone(), 4 + block) == bytes, "block {block}");
+    }
+    let some =
+        Sliced::new(vec![Slice { memory: memory.clone(), map: map.clone(), heads: 1..2 }], WireDtype::Fp8);
+    let whole = packed(memory, 0);
+    assert!(some.unwrap().read(0, guard.clone()).unwrap().concat() == whole[whole.len() / 2..]);
 }

@@ -27,6 +27,9 @@
 //! hold is released only when no copy of it is in flight, as with bytes that travel. A puller that hangs keeps the blocks
 //! of its pull for as long as it hangs; it is stopped between any two blocks.
 //!
+//! # Every bit
+//! Nothing is packed here, whatever the pull's caller allows: a direct pull asks for KV as it is stored.
+//!
 //! # Engines of different layout
 //! Blocks that would travel in the common order ([`crate::protocol`]) lie nowhere in that order: such pulls go by QUIC.
 //!

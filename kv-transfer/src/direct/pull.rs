@@ -4,7 +4,9 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use baton_kernels::{MemoryError, PeerMemory};
-use baton_proto::wire::{BlockOrder, Direct, ErrorCode, Frame, NearReply, PullHeader, Purpose, WireError};
+use baton_proto::wire::{
+    BlockForm, Direct, ErrorCode, Frame, NearReply, PullHeader, Purpose, WireDtype, WireError,
+};
 use bytes::Bytes;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
@@ -71,8 +73,8 @@ pub(crate) async fn attempt(
     pull: PullHeader,
     rtt: Duration,
 ) -> Result<PullReport, Failed> {
-    // Nothing travels, so nothing has to be bounded.
-    let pull = PullHeader { credit: u64::MAX, ..pull };
+    // Nothing travels, so nothing has to be bounded, or packed.
+    let pull = PullHeader { credit: u64::MAX, dtype: WireDtype::AsStored, ..pull };
     let peer =
         job.in_time(job.shared.mappings.get(&job.request.peer.engine_id, near, pull, &job.memory)).await??;
     let mut stream = socket::connect(&near.name).map_err(Failed::way)?;
@@ -81,6 +83,7 @@ pub(crate) async fn attempt(
     let config = ReceiverConfig {
         pull,
         block_bytes: job.memory.block_bytes() as u64,
+        packed_bytes: None,
         deadline: job.deadline,
         stall: job.shared.limits.stall,
         direct: true,
@@ -119,8 +122,8 @@ pub(crate) async fn attempt(
     let Received { bytes, corrupt, failed, checksums } = received;
     job.shared.counters.corrupt.fetch_add(u64::from(corrupt), Ordering::Relaxed);
     job.shared.counters.direct.fetch_add(bytes, Ordering::Relaxed);
-    let (elapsed, order) = (job.started.elapsed(), BlockOrder::AsItLies);
-    Ok(PullReport { bytes, elapsed, rtt, corrupt, failed, checksums, order, direct: true })
+    let (elapsed, form) = (job.started.elapsed(), BlockForm::AsItLies);
+    Ok(PullReport { bytes, elapsed, rtt, corrupt, failed, checksums, form, direct: true })
 }
 
 /// Waits for a device's copies, and looks at what lies there now.

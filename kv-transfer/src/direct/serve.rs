@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use baton_proto::wire::{BlockOrder, Direct, ErrorCode, Frame, PullHeader, Purpose, WireError};
+use baton_proto::wire::{Direct, ErrorCode, Frame, PullHeader, Purpose, WireError};
 use bytes::Bytes;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
@@ -225,10 +225,9 @@ impl Serving<'_> {
         while self.sender.is_done() || (self.outgoing.len() < AHEAD && self.awaited.is_none()) {
             match self.sender.poll()? {
                 SenderAction::Open(pull) => {
-                    // In the common order a block lies nowhere.
-                    let lies = |held: &HeldBlocks| held.order == BlockOrder::AsItLies;
+                    // In another form a block lies nowhere.
                     let opened = self.shared.source.open(&pull);
-                    let opened = opened.and_then(|held| match lies(&held) {
+                    let opened = opened.and_then(|held| match held.lie() {
                         true => Ok(held),
                         false => Err(ErrorCode::Elsewhere.into()),
                     });
@@ -239,7 +238,7 @@ impl Serving<'_> {
                 SenderAction::Send(frame) => self.outgoing.extend_from_slice(frame.as_ref()),
                 SenderAction::Gather(index) => {
                     let held = self.held.as_ref();
-                    match held.and_then(|held| held.checksums.get(held.first_block + index as usize)) {
+                    match held.and_then(|held| held.checksum(index)) {
                         Some(checksum) => self.gather(index, Some(checksum)),
                         None => self.awaited = Some(index),
                     }

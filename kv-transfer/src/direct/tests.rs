@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use baton_kernels::EngineMemory;
 use baton_proto::Epoch;
-use baton_proto::wire::{Direct, ErrorCode, Frame, NearReply, PullHeader, Purpose};
+use baton_proto::wire::{Direct, ErrorCode, Frame, NearReply, PullHeader, Purpose, WireDtype};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::time::{sleep, timeout};
@@ -54,6 +54,7 @@ impl Two {
             epoch: Epoch(1),
             layout: SHAPE.fingerprint(),
             content: None,
+            dtype: WireDtype::AsStored,
             last_hash: hash(count - 1),
             first_block: 0,
             blocks: count,

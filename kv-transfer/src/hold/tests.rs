@@ -56,6 +56,7 @@ fn pull(number: u8, rank: u32, ranks: u32, epoch: u64) -> PullHeader {
         epoch: Epoch(epoch),
         layout: LAYOUT,
         content: None,
+        dtype: WireDtype::AsStored,
         last_hash: BlockHash::from_bytes([1; 16]),
         first_block: 1,
         blocks: 1,
@@ -228,7 +229,8 @@ proptest! {
                     let expected = model.open(number, rank, stale);
                     prop_assert_eq!(result.as_ref().map(|_| ()).map_err(|error| error.code), expected);
                     if let Ok(opened) = result {
-                        prop_assert_eq!((&opened.block_ids[..], opened.first_block), (&[7][..], 1));
+                        let first = opened.parts.iter().map(|part| part.first_block).collect::<Vec<_>>();
+                        prop_assert_eq!((&opened.block_ids[..], &first[..]), (&[7][..], &[1][..]));
                         held.push((number, Held::Claim(opened, rank)));
                     }
                 }

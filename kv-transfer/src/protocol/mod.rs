@@ -13,8 +13,8 @@
 //! - The puller ends by its deadline, whatever the holder or the network do.
 //! - No copy outlives the hold unseen: everything that reads a held block keeps a guard, see [`crate::hold`].
 //! - Either side can stop at any time, and both sides' memory use has a bound that they choose themselves.
-//! - KV bytes are not copied or interpreted by the protocol. Where the order of bytes differs on the two sides, the shells
-//!   rearrange them, a block at a time.
+//! - KV bytes are not copied or interpreted by the protocol. Where the order of bytes differs on the two sides, or they are
+//!   to travel packed, the shells see to it, a block at a time.
 //!
 //! # Non-goals
 //! - Resuming: a pull that breaks is over, and the engine computes. Repeating costs less than deciding what is still
@@ -25,9 +25,9 @@
 //! # A pull
 //! ```text
 //! puller                                                     holder
-//! Pull{id, epoch, layout, content, range, last hash, rank of ranks, credit}
+//! Pull{id, epoch, layout, content, type, range, last hash, rank of ranks, credit}
 //!                                         -->          opens the hold, or: Refused, end of stream
-//!                                             <-- Accepted{bytes of a block, their order}
+//!                                             <-- Accepted{bytes of a block, their form}
 //!                                             <-- Block{0, checksum}, bytes
 //!                                             <-- Block{1, checksum}, bytes ...
 //! Credit{bytes granted in all}            -->
@@ -43,6 +43,14 @@
 //! same on both sides (the pull's `content`), they travel in the *common order* of [`baton_kernels::Sliced`]: the holder
 //! puts together the heads that the puller's rank has, from the ranks of its own that have them, and the puller puts them
 //! where they lie in its memory. Else the pull is refused. The hold ends when every rank of a puller is finished with it.
+//!
+//! **Packed.** A puller may ask for KV as fp8 (the pull's `dtype`). Then the blocks come as heads in the common order, each
+//! packed ([`baton_kernels::reference::fp8`]), also between equal layouts: half the bytes, within a stated error of what is
+//! held. The holder has no say in it but that heads that cannot be packed so, or not told apart, come as they are stored:
+//! exact bytes are never wrong. Which it is, `Accepted` says, so that a puller never takes packed blocks for exact ones, and
+//! one that did not ask refuses them. Their checksums are of the packed bytes, and spoilt where those were not made of what was
+//! held; a puller whose memory is not written where it lies packs what lies there once more, and compares. A packed block that
+//! no packing makes ends its pull, and is written nowhere.
 //!
 //! **Credit.** The holder sends at most as many KV bytes as were granted in all, block headers not counted. It
 //! gathers a block when it has credit to begin it. The puller grants more as it writes bytes to memory.

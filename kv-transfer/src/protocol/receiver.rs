@@ -3,9 +3,7 @@
 use std::collections::{BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
 
-use baton_proto::wire::{
-    Accepted, BlockHeader, BlockOrder, Encoded, ErrorCode, Frame, PullHeader, WireError,
-};
+use baton_proto::wire::{Accepted, BlockForm, BlockHeader, Encoded, ErrorCode, Frame, PullHeader, WireError};
 use bytes::Bytes;
 use xxhash_rust::xxh3::Xxh3;
 
@@ -19,6 +17,8 @@ pub struct ReceiverConfig {
     pub pull: PullHeader,
     /// Bytes of a block here; the holder's have to be equal.
     pub block_bytes: u64,
+    /// Bytes of a block that comes packed, where the pull asks for that.
+    pub packed_bytes: Option<u64>,
     /// When to give up.
     pub deadline: Instant,
     /// How long the peer may send nothing.
@@ -32,7 +32,9 @@ pub struct ReceiverConfig {
 #[derive(Debug)]
 pub struct Receiver {
     pull: PullHeader,
+    /// Of a block as it travels, once the holder has accepted.
     block_bytes: u64,
+    packed_bytes: Option<u64>,
     deadline: Instant,
     stall: Duration,
     direct: bool,
@@ -40,7 +42,7 @@ pub struct Receiver {
     heard: Instant,
     state: State,
     answered: bool,
-    order: BlockOrder,
+    form: BlockForm,
     inbox: Inbox,
     outbox: VecDeque<ReceiverAction>,
     /// First block that was never received in full.
@@ -135,17 +137,18 @@ pub enum Stop {
 impl Receiver {
     /// Asks.
     pub fn new(now: Instant, config: ReceiverConfig) -> Self {
-        let ReceiverConfig { pull, block_bytes, deadline, stall, direct } = config;
+        let ReceiverConfig { pull, block_bytes, packed_bytes, deadline, stall, direct } = config;
         Self {
             pull,
             block_bytes,
+            packed_bytes,
             deadline,
             stall,
             direct,
             heard: now,
             state: State::Asking,
             answered: false,
-            order: BlockOrder::AsItLies,
+            form: BlockForm::AsItLies,
             inbox: Inbox::default(),
             outbox: VecDeque::from([ReceiverAction::Send(Frame::Pull(pull).encode())]),
             next: 0,
@@ -163,9 +166,18 @@ impl Receiver {
         self.answered
     }
 
-    /// The order of the blocks' bytes, once the holder has accepted.
-    pub fn order(&self) -> BlockOrder {
-        self.order
+    /// The form of the blocks' bytes, once the holder has accepted.
+    pub fn form(&self) -> BlockForm {
+        self.form
+    }
+
+    /// Bytes of a block in a form; `None` where it was not asked for, or cannot be copied from place to place.
+    fn bytes_in(&self, form: BlockForm) -> Option<u64> {
+        match form {
+            BlockForm::AsItLies => Some(self.block_bytes),
+            BlockForm::Common => (!self.direct && self.pull.content.is_some()).then_some(self.block_bytes),
+            BlockForm::Packed => self.packed_bytes.filter(|_| !self.direct),
+        }
     }
 
     /// Bytes arrived. Call [`Self::poll`] until it has nothing more before handing over others.
@@ -233,20 +245,15 @@ impl Receiver {
             State::Done | State::Copying(_) => Ok(false),
             State::Asking => match self.inbox.frame()? {
                 None => Ok(false),
-                Some(Frame::Accepted(Accepted { block_bytes, .. })) if block_bytes != self.block_bytes => {
-                    Err(WireError::new(ErrorCode::LayoutMismatch, block_bytes))
-                }
-                // What was not offered, or cannot be copied from place to place.
-                Some(Frame::Accepted(Accepted { order: BlockOrder::Common, .. }))
-                    if self.direct || self.pull.content.is_none() =>
-                {
-                    Err(ErrorCode::Protocol.into())
-                }
-                Some(Frame::Accepted(Accepted { order, .. })) => {
-                    self.order = order;
-                    self.state = State::BetweenBlocks;
-                    Ok(true)
-                }
+                Some(Frame::Accepted(Accepted { block_bytes, form })) => match self.bytes_in(form) {
+                    Some(expected) if expected == block_bytes => {
+                        (self.block_bytes, self.form) = (block_bytes, form);
+                        self.state = State::BetweenBlocks;
+                        Ok(true)
+                    }
+                    Some(_) => Err(WireError::new(ErrorCode::LayoutMismatch, block_bytes)),
+                    None => Err(ErrorCode::Protocol.into()),
+                },
                 Some(Frame::Refused(error)) => {
                     self.stop(Stop::ByPeer(error));
                     Ok(true)

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use baton_kernels::BlockLayout;
-use baton_proto::wire::{BlockOrder, PullHeader, WireError};
+use baton_proto::wire::{BlockForm, PullHeader, WireDtype, WireError};
 use baton_proto::{BlockHash, EngineId, Epoch, TransferId};
 
 use crate::hold::HeldBlocks;
@@ -46,11 +46,11 @@ pub struct SendReport {
 /// Caps of an endpoint.
 #[derive(Clone, Debug)]
 pub struct Limits {
-    /// Pulls that this endpoint runs at once; more wait for their turn, up to their deadline. One in the common order holds
-    /// two blocks' bytes.
+    /// Pulls that this endpoint runs at once; more wait for their turn, up to their deadline. One in the common order, or
+    /// packed, holds two blocks' bytes.
     pub max_pulls: usize,
-    /// Pulls that it serves at once, over all peers; more are refused with `busy`. One in the common order holds copies of
-    /// what was sent and not acknowledged: `window_bytes` and a block at most.
+    /// Pulls that it serves at once, over all peers; more are refused with `busy`. One in the common order, or packed, holds
+    /// copies of what was sent and not acknowledged, and of blocks that come next: `window_bytes` and three blocks at most.
     pub max_served: usize,
     /// Pulls that it serves at once for one peer; more wait at the peer.
     pub max_served_per_peer: u32,
@@ -135,6 +135,9 @@ pub struct PullRequest {
     pub epoch: Epoch,
     /// How blocks lie in this worker's memory.
     pub layout: BlockLayout,
+    /// What values may travel as. Blocks that are copied directly, those whose layout cannot be packed, and those of a
+    /// holder that cannot, come as they are stored all the same.
+    pub dtype: WireDtype,
     /// The first block to fetch, counted from the prompt's start.
     pub first_block: u32,
     /// Hash of the last block to fetch.
@@ -150,7 +153,7 @@ pub struct PullRequest {
 /// A pull that came to its end.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PullReport {
-    /// KV bytes received, repetitions included.
+    /// KV bytes received, as they travelled, repetitions included.
     pub bytes: u64,
     /// From the call to the last byte.
     pub elapsed: Duration,
@@ -163,8 +166,9 @@ pub struct PullReport {
     pub failed: Vec<usize>,
     /// Checksums of all blocks, in order, as the holder sent them.
     pub checksums: Vec<u64>,
-    /// The order of bytes in which these are of the blocks.
-    pub order: BlockOrder,
+    /// The form of the blocks that these are of. Of packed ones they are of the packed bytes, and the blocks that lie in
+    /// memory now are not, bit by bit, those of the holder.
+    pub form: BlockForm,
     /// Whether they were copied from memory to memory, and did not travel.
     pub direct: bool,
 }
@@ -230,6 +234,8 @@ pub struct Stats {
     pub received_bytes: u64,
     /// Those of them that were copied from the memory of an engine on this host.
     pub direct_bytes: u64,
+    /// Those of them that came packed.
+    pub packed_bytes: u64,
     /// Blocks that arrived corrupt.
     pub corrupt_blocks: u64,
     /// Connections open now.

@@ -69,6 +69,7 @@ pub(crate) struct Counters {
     pub(crate) sent: AtomicU64,
     pub(crate) received: AtomicU64,
     pub(crate) direct: AtomicU64,
+    pub(crate) packed: AtomicU64,
     pub(crate) corrupt: AtomicU64,
 }
 
@@ -181,6 +182,7 @@ impl Endpoint {
             sent_bytes: counters.sent.load(Ordering::Relaxed),
             received_bytes: counters.received.load(Ordering::Relaxed),
             direct_bytes: counters.direct.load(Ordering::Relaxed),
+            packed_bytes: counters.packed.load(Ordering::Relaxed),
             corrupt_blocks: counters.corrupt.load(Ordering::Relaxed),
             connections: quic.open_connections() as u64,
         }

@@ -8,7 +8,7 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use baton_kernels::{BlockMemory, Filling, Guard, HeadMap, MemoryError, Sliced};
-use baton_proto::wire::{BlockOrder, ErrorCode, PullHeader, WireError};
+use baton_proto::wire::{BlockForm, ErrorCode, PullHeader, WireDtype, WireError};
 use bytes::Bytes;
 use quinn::{Connection, ReadError, RecvStream, SendStream};
 use tokio::runtime::Handle;
@@ -63,16 +63,19 @@ impl Writes {
         memory.flush(&self.block_ids).map_err(|error| PullError::Memory(error.to_string()))
     }
 
-    /// Which of the blocks do not hold what they should, where the memory is not written where it lies.
-    fn verify(&self, checksums: &[u64], order: BlockOrder) -> Result<Vec<usize>, PullError> {
-        let made = match (&self.memory, &self.heads, order) {
-            (Some(memory), _, BlockOrder::AsItLies) => memory.checksums(&self.block_ids),
-            (Some(memory), Some(heads), BlockOrder::Common) if memory.ahead() > 0 => {
-                let view: Arc<dyn BlockMemory> = Sliced::whole(memory.clone(), heads.clone());
+    /// Which of the blocks do not hold what they should, where the memory is not written where it lies. Of packed ones, those
+    /// that would not be packed to what came.
+    fn verify(&self, checksums: &[u64], form: BlockForm) -> Result<Vec<usize>, PullError> {
+        let Some(memory) = &self.memory else { return Ok(Vec::new()) };
+        let made = match form {
+            BlockForm::AsItLies => memory.checksums(&self.block_ids),
+            BlockForm::Common | BlockForm::Packed if memory.ahead() > 0 => {
+                let view = Sliced::as_it_came(memory.clone(), self.heads.as_ref(), form);
+                let view = view.map_err(|error| PullError::Memory(error.to_string()))?;
                 let guard: Guard = Arc::new(());
                 Some(self.block_ids.iter().map(|block| of_block(&view, *block, &guard)).collect())
             }
-            _ => None,
+            BlockForm::Common | BlockForm::Packed => None,
         };
         match made {
             None => Ok(Vec::new()),
@@ -171,7 +174,7 @@ async fn end(writes: Writes, result: Result<PullReport, PullError>) -> Result<Pu
         flushed?;
         // What was copied directly was looked at before the holder was told.
         if !report.direct {
-            report.failed.extend(writes.verify(&report.checksums, report.order)?);
+            report.failed.extend(writes.verify(&report.checksums, report.form)?);
             report.failed.sort_unstable();
             report.failed.dedup();
         }
@@ -210,7 +213,7 @@ impl Job {
                 corrupt: 0,
                 failed: Vec::new(),
                 checksums: Vec::new(),
-                order: BlockOrder::AsItLies,
+                form: BlockForm::AsItLies,
                 direct: false,
             });
         }
@@ -264,6 +267,7 @@ impl Job {
             epoch: request.epoch,
             layout: request.layout.fingerprint,
             content: request.layout.content(),
+            dtype: self.packed_bytes().map_or(WireDtype::AsStored, |_| WireDtype::Fp8),
             last_hash: request.last_hash,
             first_block: request.first_block,
             blocks: self.block_ids.len() as u32,
@@ -271,6 +275,15 @@ impl Job {
             ranks: request.ranks,
             deadline_ms: u32::try_from(left.as_millis()).unwrap_or(u32::MAX),
             credit: self.shared.limits.window_bytes,
+        }
+    }
+
+    /// Bytes of a block that comes packed, where it may and can.
+    fn packed_bytes(&self) -> Option<u64> {
+        let packed = || self.request.layout.packed_bytes().ok().map(|bytes| bytes as u64);
+        match self.request.dtype {
+            WireDtype::AsStored => None,
+            WireDtype::Fp8 => packed(),
         }
     }
 
@@ -327,6 +340,7 @@ impl Job {
             ReceiverConfig {
                 pull: self.header(),
                 block_bytes: self.memory.block_bytes() as u64,
+                packed_bytes: self.packed_bytes(),
                 deadline: self.deadline,
                 stall: self.shared.limits.stall,
                 direct: false,
@@ -368,23 +382,31 @@ impl Job {
             corrupt,
             failed,
             checksums,
-            order: receiver.order(),
+            form: receiver.form(),
             direct: false,
         })
     }
 
-    /// Takes bytes of a block in the common order.
-    fn fill(
+    /// Writes bytes of a block as it travels.
+    fn write(
         &self,
         filling: &mut Option<Filling>,
+        form: BlockForm,
         block: u32,
         offset: usize,
         bytes: &[u8],
-    ) -> Result<(), MemoryError> {
-        // The receiver takes this order where it was offered, and it is where the heads are known.
-        let Some(map) = &self.request.layout.heads else { return Err(MemoryError::ReadOnly) };
-        let filling = filling.get_or_insert_with(|| Filling::new(self.memory.clone(), map.clone()));
-        filling.write(block, offset, bytes)
+    ) -> Result<(), String> {
+        let written = |result: Result<(), MemoryError>| result.map_err(|error| error.to_string());
+        if form == BlockForm::AsItLies {
+            return written(self.memory.write(block, offset, bytes));
+        }
+        if filling.is_none() {
+            // The receiver takes such forms where they were offered, and that is where the heads are known.
+            let map = self.request.layout.heads.clone().ok_or("heads of unknown places")?;
+            let new = Filling::new(self.memory.clone(), map, form.dtype());
+            *filling = Some(new.map_err(|error| error.to_string())?);
+        }
+        filling.as_mut().map_or(Ok(()), |filling| written(filling.write(block, offset, bytes)))
     }
 
     /// Moves bytes between the streams, the memory and the receiver until the receiver is done.
@@ -412,15 +434,16 @@ impl Job {
                                 receiver.cancel(ErrorCode::Cancelled.into());
                                 continue;
                             }
-                            self.shared.counters.received.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+                            let counters = &self.shared.counters;
+                            counters.received.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+                            if receiver.form() == BlockForm::Packed {
+                                counters.packed.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+                            }
                             let block = self.block_ids[index as usize];
-                            let wrote = match receiver.order() {
-                                BlockOrder::AsItLies => self.memory.write(block, offset, &bytes),
-                                BlockOrder::Common => self.fill(&mut filling, block, offset, &bytes),
-                            };
+                            let wrote = self.write(&mut filling, receiver.form(), block, offset, &bytes);
                             if let Err(error) = wrote {
                                 open = None;
-                                *memory_error = Some(error.to_string());
+                                *memory_error = Some(error);
                                 receiver.cancel(ErrorCode::Internal.into());
                             }
                         }

@@ -11,11 +11,13 @@ use bytes::Bytes;
 use quinn::crypto::rustls::QuicServerConfig;
 use quinn::{Connection, Incoming, ReadError, RecvStream, SendStream, ServerConfig, WriteError};
 use tokio::time::{sleep_until, timeout};
+use tokio_util::task::AbortOnDropHandle;
 
 use super::api::{Limits, SendReport};
 use super::endpoint::Shared;
 use super::probe::Allowance;
 use super::{probe, socket, transport};
+use crate::checksum::Made;
 use crate::direct::{self, Ticket};
 use crate::hold::HeldBlocks;
 use crate::protocol::{Close, Sender, SenderAction, SenderConfig, StreamEnd};
@@ -31,6 +33,9 @@ const MAX_INCOMING: usize = 256;
 
 /// KV bytes gathered ahead of what the connection took.
 const BATCH: usize = 1 << 20;
+
+/// Blocks that are put together at once, the one that is sent next among them.
+const MAKING: usize = 2;
 
 /// From one look for a free buffer of the memory to the next.
 const BUFFER_POLL: Duration = Duration::from_millis(1);
@@ -148,12 +153,14 @@ struct Serve<'a> {
     written: usize,
     /// Bytes in the batch that are not written.
     batched: usize,
-    /// A block whose checksum is being made, or for which no buffer is free.
+    /// The block to send next, whose checksum is being made, or which is being put together, or for which no buffer is free.
     awaited: Option<u32>,
     /// When to look for a buffer again.
     retry_at: Option<Instant>,
     /// Blocks on their way from the memory, in order, each with its index.
     ahead: VecDeque<(u32, Staged)>,
+    /// Blocks that are being put together, likewise.
+    making: VecDeque<(u32, AbortOnDropHandle<Option<Made>>)>,
     checksums: Vec<u64>,
 }
 
@@ -172,6 +179,7 @@ impl<'a> Serve<'a> {
             awaited: None,
             retry_at: None,
             ahead: VecDeque::new(),
+            making: VecDeque::new(),
             checksums: Vec::new(),
         }
     }
@@ -189,7 +197,7 @@ impl<'a> Serve<'a> {
             if timer.deadline().into_std() != due {
                 timer.as_mut().reset(due.into());
             }
-            let Self { sender, held, batch, written, awaited, retry_at, .. } = &mut self;
+            let Self { sender, held, batch, written, awaited, retry_at, making, .. } = &mut self;
             let pending = &mut batch[*written..];
             tokio::select! {
                 biased;
@@ -203,6 +211,7 @@ impl<'a> Serve<'a> {
                 code = hold_ended(held.as_ref()) => sender.handle_hold_ended(code),
                 () = &mut timer => sender.handle_timeout(Instant::now()),
                 (index, checksum) = checksum_made(held.as_ref(), *awaited, *retry_at) => self.gather(index, checksum),
+                (index, made) = block_made(making, *awaited) => self.made(index, made),
                 wrote = send.write_chunks(pending), if writing && !pending.is_empty() => match wrote {
                     Ok(wrote) => self.wrote(wrote),
                     // The puller may still say how it ended.
@@ -233,24 +242,18 @@ impl<'a> Serve<'a> {
                     let accepted = opened.as_ref().map(HeldBlocks::accepted);
                     self.sender.handle_opened(Instant::now(), accepted.map_err(|error| *error));
                     self.held = opened.ok();
-                    if let Some(held) = &self.held {
-                        held.make_checksums();
-                    }
                 }
                 SenderAction::Send(frame) => {
                     self.batched += frame.as_ref().len();
                     self.batch.push(Bytes::copy_from_slice(frame.as_ref()));
                 }
-                SenderAction::Gather(index) => {
-                    let known = self
-                        .held
-                        .as_ref()
-                        .and_then(|held| held.checksums.get(held.first_block + index as usize));
-                    match known {
+                SenderAction::Gather(index) => match &self.held {
+                    Some(held) if !held.lie() => self.make(index),
+                    held => match held.as_ref().and_then(|held| held.checksum(index)) {
                         Some(checksum) => self.gather(index, Some(checksum)),
                         None => self.awaited = Some(index),
-                    }
-                }
+                    },
+                },
                 SenderAction::Payload(range) => {
                     self.batched += range.len();
                     self.shared.counters.sent.fetch_add(range.len() as u64, Ordering::Relaxed);
@@ -292,18 +295,7 @@ impl<'a> Serve<'a> {
             return self.sender.handle_block(Err(ErrorCode::Internal.into()));
         };
         match taken {
-            Ok(pieces) => {
-                let mut start = 0;
-                for piece in pieces {
-                    let len = piece.len();
-                    self.gathered.push((start, piece));
-                    start += len;
-                }
-                if self.checksums.len() == index as usize {
-                    self.checksums.push(checksum);
-                }
-                self.sender.handle_block(Ok(checksum));
-            }
+            Ok(pieces) => self.take(index, pieces, checksum),
             // They come back as fast as the network takes what was sent; those of later blocks have to at once.
             Err(MemoryError::NoBuffer) => {
                 self.ahead.clear();
@@ -314,6 +306,44 @@ impl<'a> Serve<'a> {
                 tracing::warn!(%error, "a held block cannot be read");
                 self.sender.handle_block(Err(ErrorCode::Internal.into()));
             }
+        }
+    }
+
+    /// A block's bytes are at hand.
+    fn take(&mut self, index: u32, pieces: Vec<Bytes>, checksum: u64) {
+        let mut start = 0;
+        for piece in pieces {
+            let len = piece.len();
+            self.gathered.push((start, piece));
+            start += len;
+        }
+        if self.checksums.len() == index as usize {
+            self.checksums.push(checksum);
+        }
+        self.sender.handle_block(Ok(checksum));
+    }
+
+    /// Has a block put together, and those that come next.
+    fn make(&mut self, index: u32) {
+        let Some(held) = &self.held else { return };
+        let begin = |index| (index, AbortOnDropHandle::new(tokio::spawn(held.make(index))));
+        self.awaited = Some(index);
+        if self.making.front().is_none_or(|(at, _)| *at != index) {
+            self.making.push_front(begin(index));
+        }
+        let last = self.making.iter().map(|(at, _)| at + 1).max();
+        let next = last.map_or(0, |last| last.max(self.sender.begun()))..held.block_ids.len() as u32;
+        self.making.extend(next.take(MAKING.saturating_sub(self.making.len())).map(begin));
+    }
+
+    /// A block was put together, or cannot be.
+    fn made(&mut self, index: u32, made: Option<Made>) {
+        self.awaited = None;
+        self.making.pop_front();
+        self.gathered.clear();
+        match made {
+            Some(Made { pieces, checksum }) => self.take(index, pieces, checksum),
+            None => self.sender.handle_block(Err(ErrorCode::Internal.into())),
         }
     }
 
@@ -377,15 +407,29 @@ pub(crate) async fn hold_ended(held: Option<&HeldBlocks>) -> ErrorCode {
     held.claim.end().map_or(ErrorCode::Released, |end| end.code())
 }
 
-/// Resolves when the checksum of the awaited block is made, or will not be; and not before `retry_at`.
+/// Resolves when the checksum of the awaited block, which travels as it lies, is made, or will not be; and not before
+/// `retry_at`.
 pub(crate) async fn checksum_made(
     held: Option<&HeldBlocks>,
     awaited: Option<u32>,
     retry_at: Option<Instant>,
 ) -> (u32, Option<u64>) {
-    let (Some(held), Some(index)) = (held, awaited) else { return std::future::pending().await };
+    let (Some(held), Some(index)) = (held.filter(|held| held.lie()), awaited) else {
+        return std::future::pending().await;
+    };
     if let Some(at) = retry_at {
         sleep_until(at.into()).await;
     }
-    (index, held.checksums.wait(held.first_block + index as usize).await)
+    (index, held.checksum_made(index).await)
+}
+
+/// Resolves when the awaited block, the first of these, is put together, or cannot be.
+async fn block_made(
+    making: &mut VecDeque<(u32, AbortOnDropHandle<Option<Made>>)>,
+    awaited: Option<u32>,
+) -> (u32, Option<Made>) {
+    match making.front_mut() {
+        Some((index, made)) if awaited == Some(*index) => (*index, made.await.ok().flatten()),
+        _ => std::future::pending().await,
+    }
 }

@@ -17,7 +17,7 @@ use baton_kv_transfer::{
     SendReport, Source,
 };
 use baton_proto::connector::{HeadSpan, Heads, Layout, Piece};
-use baton_proto::wire::{LayoutFingerprint, PullHeader, WireError};
+use baton_proto::wire::{LayoutFingerprint, PullHeader, WireDtype, WireError};
 use baton_proto::{BlockHash, Epoch, TransferId};
 use rcgen::{CertificateParams, CertifiedIssuer, KeyPair};
 
@@ -125,8 +125,17 @@ pub fn memfd(len: u64) -> OwnedFd {
     fd
 }
 
-/// Bytes that differ from block to block and from seed to seed.
+/// Bytes that differ from block to block and from seed to seed. As bf16 they are values from 2^-7 to 2, of either sign.
 pub fn content(len: usize, block: u32, seed: u64) -> Vec<u8> {
+    let mut bytes = noise(len, block, seed);
+    for value in bytes.as_chunks_mut::<2>().0 {
+        value[1] = value[1] & 0x83 | 0x3C;
+    }
+    bytes
+}
+
+/// The same, and any bytes.
+pub fn noise(len: usize, block: u32, seed: u64) -> Vec<u8> {
     let mut state = seed ^ (u64::from(block) << 32) ^ 0x9e37_79b9_7f4a_7c15;
     let mut bytes = Vec::with_capacity(len + 8);
     while bytes.len() < len {
@@ -276,6 +285,7 @@ pub fn request(peer: Peer, id: TransferId, epoch: u64, shape: Shape, first: u32,
         transfer_id: id,
         epoch: Epoch(epoch),
         layout: shape.fingerprint().into(),
+        dtype: WireDtype::AsStored,
         first_block: first,
         last_hash: hash(first + blocks - 1),
         rank: 0,

@@ -9,6 +9,7 @@ fn pull() -> PullHeader {
         epoch: Epoch(0x0102_0304_0506_0708),
         layout: LayoutFingerprint::from_bytes([0xb2; 16]),
         content: Some(LayoutFingerprint::from_bytes([0xd4; 16])),
+        dtype: WireDtype::AsStored,
         last_hash: BlockHash::from_bytes([0xc3; 16]),
         first_block: 9,
         blocks: 10,
@@ -23,8 +24,10 @@ fn every_kind() -> Vec<Frame> {
     let mut frames = vec![
         Frame::Pull(pull()),
         Frame::Pull(PullHeader { content: None, ..pull() }),
-        Frame::Accepted(Accepted { block_bytes: 1 << 40, order: BlockOrder::AsItLies }),
-        Frame::Accepted(Accepted { block_bytes: 1 << 20, order: BlockOrder::Common }),
+        Frame::Pull(PullHeader { dtype: WireDtype::Fp8, ..pull() }),
+        Frame::Accepted(Accepted { block_bytes: 1 << 40, form: BlockForm::AsItLies }),
+        Frame::Accepted(Accepted { block_bytes: 1 << 20, form: BlockForm::Common }),
+        Frame::Accepted(Accepted { block_bytes: 1 << 19, form: BlockForm::Packed }),
         Frame::Block(BlockHeader { index: 7, checksum: u64::MAX }),
         Frame::Credit(u64::MAX - 1),
         Frame::Again(3),
@@ -65,10 +68,10 @@ fn the_largest_frame_is_as_large_as_stated() {
     assert_eq!(largest, Some(MAX_FRAME));
 }
 
-/// What version 2 looks like on the wire. A change here is a new version.
+/// What version 3 looks like on the wire. A change here is a new version.
 #[test]
-fn version_2_to_the_byte() {
-    let mut expected = b"BK\x02\x01\x68\x00\x00\x00".to_vec();
+fn version_3_to_the_byte() {
+    let mut expected = b"BK\x03\x01\x68\x00\x00\x00".to_vec();
     expected.extend([0xa1; 16]);
     expected.extend([0xb2; 16]);
     expected.extend([0xd4; 16]);
@@ -79,14 +82,18 @@ fn version_2_to_the_byte() {
         expected.extend(number.to_le_bytes());
     }
     assert_eq!(Frame::Pull(pull()).encode().as_ref(), expected);
+    *expected.last_chunk_mut().unwrap() = 1u32.to_le_bytes();
+    assert_eq!(Frame::Pull(PullHeader { dtype: WireDtype::Fp8, ..pull() }).encode().as_ref(), expected);
 
     let block = Frame::Block(BlockHeader { index: 0x0a0b, checksum: 0x11 }).encode();
-    assert_eq!(block.as_ref(), b"BK\x02\x04\x10\0\0\0\x11\0\0\0\0\0\0\0\x0b\x0a\0\0\0\0\0\0");
-    let accepted = Frame::Accepted(Accepted { block_bytes: 0x22, order: BlockOrder::Common }).encode();
-    assert_eq!(accepted.as_ref(), b"BK\x02\x02\x10\0\0\0\x22\0\0\0\0\0\0\0\x01\0\0\0\0\0\0\0");
+    assert_eq!(block.as_ref(), b"BK\x03\x04\x10\0\0\0\x11\0\0\0\0\0\0\0\x0b\x0a\0\0\0\0\0\0");
+    let accepted = Frame::Accepted(Accepted { block_bytes: 0x22, form: BlockForm::Common }).encode();
+    assert_eq!(accepted.as_ref(), b"BK\x03\x02\x10\0\0\0\x22\0\0\0\0\0\0\0\x01\0\0\0\0\0\0\0");
+    let packed = Frame::Accepted(Accepted { block_bytes: 0x11, form: BlockForm::Packed }).encode();
+    assert_eq!(packed.as_ref(), b"BK\x03\x02\x10\0\0\0\x11\0\0\0\0\0\0\0\x02\0\0\0\0\0\0\0");
     let refused = Frame::Refused(WireError::new(ErrorCode::StaleEpoch, 6)).encode();
-    assert_eq!(refused.as_ref(), b"BK\x02\x03\x10\0\0\0\x06\0\0\0\0\0\0\0\x04\0\0\0\0\0\0\0");
-    assert_eq!(Frame::Again(2).encode().as_ref(), b"BK\x02\x06\x04\0\0\0\x02\0\0\0");
+    assert_eq!(refused.as_ref(), b"BK\x03\x03\x10\0\0\0\x06\0\0\0\0\0\0\0\x04\0\0\0\0\0\0\0");
+    assert_eq!(Frame::Again(2).encode().as_ref(), b"BK\x03\x06\x04\0\0\0\x02\0\0\0");
 }
 
 #[test]
@@ -110,7 +117,7 @@ fn broken_frames_are_refused() {
         Frame::decode(&bytes)
     };
     assert_eq!(with(0, b'X'), Err(FrameError::Magic));
-    assert_eq!(with(2, 1), Err(FrameError::Version(1)));
+    assert_eq!(with(2, 2), Err(FrameError::Version(2)));
     assert_eq!(with(3, 0), Err(FrameError::Kind(0)));
     assert_eq!(with(4, 15), Err(FrameError::Length { kind: FINISH, len: 15 }));
     assert_eq!(with(7, 1), Err(FrameError::Magic));
@@ -133,12 +140,16 @@ fn pulls_of_ranks_that_cannot_be_are_no_frames() {
     }
     let with = |frame: Frame, at: usize| {
         let mut bytes = frame.encode().as_ref().to_vec();
-        bytes[at] = 2;
+        bytes[at] = 3;
         Frame::decode(&bytes)
     };
-    assert_eq!(with(Frame::Pull(pull()), PREFIX + 100), Err(FrameError::Body(PULL)));
-    let accepted = Frame::Accepted(Accepted { block_bytes: 1, order: BlockOrder::AsItLies });
-    assert_eq!(with(accepted, PREFIX + 8), Err(FrameError::Body(ACCEPTED)), "an order that does not exist");
+    assert_eq!(
+        with(Frame::Pull(pull()), PREFIX + 100),
+        Err(FrameError::Body(PULL)),
+        "a type that does not exist"
+    );
+    let accepted = Frame::Accepted(Accepted { block_bytes: 1, form: BlockForm::AsItLies });
+    assert_eq!(with(accepted, PREFIX + 8), Err(FrameError::Body(ACCEPTED)), "a form that does not exist");
     assert_eq!(with(accepted, PREFIX + 12), Err(FrameError::Body(ACCEPTED)));
 }
 

@@ -21,7 +21,7 @@ use baton_kv_transfer::{
 };
 use baton_proto::connector::{Hello, Hold, Pull, Side, ToAgent, ToConnector, VERSION};
 use baton_proto::control::v1;
-use baton_proto::wire::ErrorCode;
+use baton_proto::wire::{ErrorCode, WireDtype};
 use baton_proto::{BlockHash, Epoch, TransferId};
 
 use self::interface::kind;
@@ -110,6 +110,8 @@ struct Running {
 
 /// See the module.
 pub struct Core {
+    /// What KV is pulled as.
+    dtype: WireDtype,
     metrics: Metrics,
     table: Arc<Mutex<HoldTable>>,
     epoch: Epoch,
@@ -126,11 +128,13 @@ pub struct Core {
 }
 
 impl Core {
-    /// Without any connection. The table is shared with those who serve pulls from it; its epoch is the first.
-    pub fn new(table: Arc<Mutex<HoldTable>>, metrics: Metrics) -> Self {
+    /// Without any connection. The table is shared with those who serve pulls from it; its epoch is the first. Engines whose
+    /// KV cannot be pulled as `dtype` are refused.
+    pub fn new(dtype: WireDtype, table: Arc<Mutex<HoldTable>>, metrics: Metrics) -> Self {
         let epoch = lock(&table).epoch();
         metrics.set_epoch(epoch.0);
         Self {
+            dtype,
             metrics,
             table,
             epoch,
@@ -200,7 +204,10 @@ impl Core {
             && life.scheduler.is_some()
         {
             attachment.can_transfer = true;
-            attachment.block_bytes = ranks.iter().map(|rank| rank.memory.block_bytes() as u64).sum();
+            let stored = |rank: &Ready| rank.memory.block_bytes() as u64;
+            let on_the_wire = |rank: &Ready| rank.layout.packed_bytes.unwrap_or(stored(rank));
+            attachment.block_bytes = ranks.iter().map(|rank| stored(rank)).sum();
+            attachment.wire_block_bytes = ranks.iter().map(|rank| on_the_wire(rank)).sum();
             attachment.layout = layout::describe(ranks.iter().map(|rank| &rank.layout));
         }
         attachment
@@ -227,7 +234,7 @@ impl Core {
             (Stage::Worker { storages, layout: described @ None, .. }, ToAgent::Layout(layout)) => {
                 let shape = self.life.as_ref().map(|life| &life.shape);
                 let (ranks, blocks) = shape.map_or((1, 0), |shape| (shape.tp_size, shape.num_blocks));
-                match RankLayout::new(&layout, ranks) {
+                match RankLayout::new(&layout, ranks, self.dtype) {
                     Ok(rank) => {
                         *described = Some(rank);
                         let storages = std::mem::replace(storages, Storages::new());
@@ -493,6 +500,7 @@ impl Core {
             transfer_id,
             epoch: source.epoch,
             layout: ready.layout.blocks.clone(),
+            dtype: self.dtype,
             first_block,
             last_hash: *last_hash,
             rank,

@@ -82,6 +82,7 @@ impl Agent {
             block_size,
             num_blocks: 1 << 20,
             block_bytes: 1 << 20,
+            wire_block_bytes: 0,
             role: v1::Role::Both as i32,
             can_transfer: false,
             layout: String::new(),

@@ -369,8 +369,8 @@ impl<'a> Pricing<'a> {
     /// Bytes of a handoff: the blocks that the decode engine does not hold.
     #[inline]
     pub(crate) fn handoff_bytes(&self, prefill: u32, decode: u32) -> u64 {
-        let hot = self.hot(decode);
-        self.handoff_blocks(decode).saturating_mul(hot.block_bytes.max(self.hot(prefill).block_bytes))
+        let block = block_on_its_way(self.hot(prefill), self.hot(decode));
+        self.handoff_blocks(decode).saturating_mul(block)
     }
 
     #[inline]
@@ -383,7 +383,7 @@ impl<'a> Pricing<'a> {
     #[inline]
     pub(crate) fn handoff_at_least(&self, decode: u32) -> f64 {
         let hot = self.hot(decode);
-        let bytes = self.handoff_blocks(decode).saturating_mul(hot.block_bytes);
+        let bytes = self.handoff_blocks(decode).saturating_mul(hot.wire_block_bytes.min(hot.block_bytes));
         let links = self.fleet.links();
         match self.fleet.streamed_layers() {
             0 | 1 => links.at_least_into(hot.slot, bytes, self.loads.at_host(hot.host)),
@@ -394,7 +394,8 @@ impl<'a> Pricing<'a> {
     /// Bytes that any handoff to this engine moves at least.
     #[inline]
     pub(crate) fn handoff_bytes_at_least(&self, decode: u32) -> f64 {
-        self.handoff_blocks(decode).saturating_mul(self.hot(decode).block_bytes) as f64
+        let hot = self.hot(decode);
+        self.handoff_blocks(decode).saturating_mul(hot.wire_block_bytes.min(hot.block_bytes)) as f64
     }
 
     /// The end of all links out of an engine.
@@ -469,7 +470,7 @@ impl<'a> Pricing<'a> {
         if from.block_size != to.block_size || theirs <= ours {
             return None;
         }
-        let bytes = (theirs - ours).saturating_mul(to.block_bytes.max(from.block_bytes));
+        let bytes = (theirs - ours).saturating_mul(block_on_its_way(from, to));
         Some((theirs * u64::from(to.block_size), bytes))
     }
 
@@ -563,6 +564,16 @@ fn queue_seconds(hot: &Hot, reserved: &Reserved) -> f64 {
     reserved.prefill_seconds - mean / 2.0 + foreign
 }
 
+/// Bytes that a block takes on its way from one engine to another: what each rank there pulls, as its agent asks for it from
+/// other hosts, and as it lies within one.
+#[inline]
+fn block_on_its_way(from: &Hot, to: &Hot) -> u64 {
+    match from.host == to.host {
+        true => to.block_bytes,
+        false => to.wire_block_bytes,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -599,6 +610,36 @@ mod tests {
         sum_is_total(&priced);
         let own = [Term::Prefill, Term::Transfer, Term::FirstStep].map(|term| priced.terms.get(term));
         assert!((own.iter().sum::<f64>() - priced.ttft_seconds).abs() < 1e-12);
+    }
+
+    #[test]
+    fn a_block_is_priced_as_it_travels_to_who_pulls_it() {
+        let on = |n, host: &str, block, wire| {
+            with(engine(n), |info| {
+                (info.host, info.block_bytes, info.wire_block_bytes) = (host.into(), block, wire);
+                info.can_pull_cached = true;
+            })
+        };
+        // The last one has every head on two ranks, each of which pulls its own.
+        let engines = vec![
+            on(0, "a", 1000, 510),
+            on(1, "a", 1000, 1000),
+            on(2, "b", 1000, 1000),
+            on(3, "b", 2000, 1020),
+        ];
+        let (fleet, loads) = (Fleet::new(engines, Links::default()), idle(4));
+        let pricing = pricing(&fleet, &loads, &[0, 10, 0, 0], 161);
+        for (from, to, block) in
+            [(1, 0, 1000), (2, 0, 510), (0, 1, 1000), (2, 1, 1000), (3, 2, 1000), (2, 3, 2000), (0, 3, 1020)]
+        {
+            let blocks = 11 - u64::from(pricing.held[to as usize]);
+            assert_eq!(pricing.handoff_bytes(from, to), blocks * block, "{from} to {to}");
+            assert!(pricing.handoff_bytes_at_least(to) <= (blocks * block) as f64);
+            let way = pricing.transfer(from, to, blocks * block);
+            assert!(pricing.handoff_at_least(to) <= way.wait + way.transfer, "{from} to {to}");
+        }
+        assert_eq!(pricing.pulled(1, 0), Some((160, 10 * 1000)));
+        assert_eq!(pricing.pulled(1, 3), Some((160, 10 * 1020)));
     }
 
     #[test]

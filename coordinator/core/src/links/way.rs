@@ -61,7 +61,9 @@ impl Way {
         if self.crossings.len() >= REMEMBERED {
             self.crossings.pop_front();
         }
-        for old in &mut self.crossings {
+        // They lie in the order in which they ended; the first ones did so before this one began.
+        let met = self.crossings.partition_point(|old| old.ended <= new.began() + UNSURE_SECONDS);
+        for old in self.crossings.range_mut(met..) {
             old.moved += new.beside(old);
             new.moved += old.beside(&new);
         }
@@ -72,8 +74,8 @@ impl Way {
             *width = crossing.moved / crossing.seconds;
         }
         let of = &mut widths[..count];
-        of.sort_unstable_by(|a, b| b.total_cmp(a));
-        self.bytes_per_second = Some(of[count / ONE_WRONG_OF]);
+        let (_, width, _) = of.select_nth_unstable_by(count / ONE_WRONG_OF, |a, b| b.total_cmp(a));
+        self.bytes_per_second = Some(*width);
     }
 }
 

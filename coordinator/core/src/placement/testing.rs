@@ -20,6 +20,7 @@ pub(crate) fn engine(n: u32) -> Engine {
             role: Role::Both,
             block_size: 16,
             block_bytes: 100_000,
+            wire_block_bytes: 100_000,
             num_blocks: 0,
             layout: "l".into(),
             streamed_layers: 0,

@@ -296,6 +296,7 @@ fn members(fleet: &Fleet, order: &[u32]) -> (Vec<Member>, Vec<(Slot, u32)>) {
             host: (host / every) as u32,
             kv_tokens: hot.kv_tokens,
             token_bytes: hot.block_bytes as f64 / size,
+            wire_token_bytes: hot.wire_block_bytes as f64 / size,
         });
     }
     slots.sort_unstable();

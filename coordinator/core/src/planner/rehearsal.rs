@@ -32,7 +32,10 @@ pub(super) struct Member {
     pub(super) host: u32,
     /// What its cache takes.
     pub(super) kv_tokens: f64,
+    /// Bytes that a token's KV takes on its way to it within its host.
     pub(super) token_bytes: f64,
+    /// The same from another one.
+    pub(super) wire_token_bytes: f64,
 }
 
 /// How fast transfers are.
@@ -359,13 +362,13 @@ impl Rehearsal {
         let mut best = (f64::INFINITY, 0, 0.0);
         for at in 0..self.decoding as u32 {
             let (engine, member) = (&self.engines[at as usize], &play.members[at as usize]);
-            let bytes = (request.prompt - self.hit(at)).max(0.0) * member.token_bytes;
+            let tokens = (request.prompt - self.hit(at)).max(0.0);
             let to = member.host as usize;
             let there = match from == to {
-                true => computed.at + bytes / play.roads.within,
+                true => computed.at + tokens * member.token_bytes / play.roads.within,
                 false => {
                     let begin = self.cards[from].0.max(self.cards[to].1).max(computed.at);
-                    begin + bytes / play.roads.between
+                    begin + tokens * member.wire_token_bytes / play.roads.between
                 }
             };
             let over = engine.context + request.prompt + request.tokens - member.kv_tokens;

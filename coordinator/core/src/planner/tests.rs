@@ -179,7 +179,9 @@ fn a_prompt_is_traced_to_the_last_request_that_began_like_it() {
 }
 
 fn members(count: u32, speed: Speed) -> Vec<Member> {
-    (0..count).map(|n| Member { speed, host: n / 2, kv_tokens: 1e5, token_bytes: 1e5 }).collect()
+    (0..count)
+        .map(|n| Member { speed, host: n / 2, kv_tokens: 1e5, token_bytes: 1e5, wire_token_bytes: 1e5 })
+        .collect()
 }
 
 const ROADS: Roads = Roads { between: 1e9, within: 1e10, round_trips: 2e-4 };

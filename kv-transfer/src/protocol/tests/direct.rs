@@ -18,7 +18,8 @@ fn direct(
     let deadline = now + Duration::from_secs(5);
     let stall = Duration::from_secs(1);
     let block_bytes = BLOCK_BYTES as u64;
-    let config = ReceiverConfig { pull: header, block_bytes, deadline, stall, direct: true };
+    let config =
+        ReceiverConfig { pull: header, block_bytes, packed_bytes: None, deadline, stall, direct: true };
     let mut receiver = Receiver::new(now, config);
     let mut sender = Sender::new(now, SenderConfig { hello: stall, max_deadline: stall * 5 });
     let mut held = None;
@@ -44,7 +45,7 @@ fn direct(
                 SenderAction::Gather(index) => {
                     let held = held.as_ref().unwrap();
                     gathered = held.block_ids[index as usize];
-                    sender.handle_block(Ok(held.checksums.get(held.first_block + index as usize).unwrap()));
+                    sender.handle_block(Ok(held.checksum(index).unwrap()));
                 }
                 SenderAction::Payload(range) => {
                     assert_eq!(range, 0..BLOCK_BYTES);

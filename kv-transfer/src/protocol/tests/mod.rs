@@ -4,5 +4,6 @@
 
 mod cases;
 mod direct;
+mod packed;
 mod pair;
 mod storms;

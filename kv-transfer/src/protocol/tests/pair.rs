@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use baton_kernels::{BlockMemory, Guard, MemoryError};
-use baton_proto::wire::{ErrorCode, LayoutFingerprint, PullHeader, WireError};
+use baton_kernels::{BlockLayout, BlockMemory, Filling, Guard, MemoryError, Sliced};
+use baton_proto::connector::{HeadSpan, Heads, Layout, Piece};
+use baton_proto::wire::{BlockForm, ErrorCode, LayoutFingerprint, PullHeader, WireDtype, WireError};
 use baton_proto::{BlockHash, Epoch, TransferId};
 use bytes::Bytes;
 use rand::rngs::StdRng;
@@ -18,6 +19,32 @@ use crate::protocol::*;
 pub(super) const BLOCK_BYTES: usize = 200;
 pub(super) const LAYOUT: LayoutFingerprint = LayoutFingerprint::from_bytes([1; 16]);
 pub(super) const LEASE: Duration = Duration::from_secs(20);
+
+/// How all blocks lie: two heads in each of two layers, of five tokens with five values of bf16.
+pub(super) fn layout() -> BlockLayout {
+    let span = |start| HeadSpan { start, head_stride: 50, dims: vec![(5, 10)], len: 10 };
+    let layout = Layout {
+        facts: BTreeMap::from([("dtype".to_owned(), "bfloat16".to_owned())]),
+        order: BTreeMap::new(),
+        pieces: vec![Piece { storage: 0, offset: 0, stride: BLOCK_BYTES as u64, len: BLOCK_BYTES as u32 }],
+        heads: Some(Heads { total: 2, count: 2, spans: vec![span(0), span(100)] }),
+    };
+    BlockLayout { fingerprint: LAYOUT, ..BlockLayout::of(&layout, 1).unwrap() }
+}
+
+/// Bytes of a block that travels packed.
+pub(super) fn packed_bytes() -> u64 {
+    layout().packed_bytes().unwrap() as u64
+}
+
+/// What packing makes of a block.
+pub(super) fn through_fp8(bytes: &[u8]) -> Vec<u8> {
+    let (from, to) = (Memory::new(1, |_, at| bytes[at]), Memory::new(1, |_, _| 0));
+    let (map, guard): (_, Guard) = (layout().heads.unwrap(), Arc::new(()));
+    let packed = Sliced::whole(from, map.clone(), WireDtype::Fp8).unwrap().read(0, guard).unwrap().concat();
+    Filling::new(to.clone(), map, WireDtype::Fp8).unwrap().write(0, 0, &packed).unwrap();
+    to.block(0)
+}
 
 /// Blocks in plain vectors, which know how often each is being read.
 pub(super) struct Memory {
@@ -126,6 +153,7 @@ pub(super) struct Transfer {
     pub(super) blocks: u32,
     pub(super) window: u64,
     pub(super) target: Arc<Memory>,
+    pub(super) filling: Option<Filling>,
     pub(super) receiver: Receiver,
     pub(super) sender: Option<Sender>,
     pub(super) held: Option<HeldBlocks>,
@@ -197,11 +225,7 @@ impl Pair {
             transfer_id: id,
             hashes: (0..blocks as usize).map(hash).collect(),
             block_ids: block_ids.clone(),
-            ranks: vec![RankHold {
-                memory: memory.clone(),
-                layout: LAYOUT.into(),
-                checksums: checksums.clone(),
-            }],
+            ranks: vec![RankHold { memory: memory.clone(), layout: layout(), checksums: checksums.clone() }],
         };
         let guard = self.table.insert(self.now, hold, LEASE).unwrap();
         checksums.make(&memory, &block_ids, &guard).unwrap();
@@ -215,6 +239,7 @@ impl Pair {
             epoch: Epoch(1),
             layout: LAYOUT,
             content: None,
+            dtype: WireDtype::AsStored,
             last_hash: hash((first + blocks).saturating_sub(1) as usize),
             first_block: first,
             blocks,
@@ -229,6 +254,7 @@ impl Pair {
         let config = ReceiverConfig {
             pull: header,
             block_bytes: BLOCK_BYTES as u64,
+            packed_bytes: (header.dtype == WireDtype::Fp8).then(packed_bytes),
             deadline: self.now + Duration::from_millis(u64::from(header.deadline_ms)),
             stall: Duration::from_secs(4),
             direct: false,
@@ -239,6 +265,7 @@ impl Pair {
             blocks: header.blocks,
             window: header.credit,
             target: Memory::new(header.blocks as usize, |_, _| 0xee),
+            filling: None,
             receiver: Receiver::new(self.now, config),
             sender: None,
             held: None,
@@ -370,7 +397,15 @@ impl Pair {
                 ReceiverAction::Write { index, offset, bytes } => {
                     let transfer = &mut self.transfers[stream];
                     transfer.flying -= bytes.len() as i64;
-                    transfer.target.write(index, offset, &bytes).unwrap();
+                    let Transfer { target, filling, receiver, .. } = transfer;
+                    match receiver.form() {
+                        BlockForm::AsItLies => target.write(index, offset, &bytes).unwrap(),
+                        form => {
+                            let map = layout().heads.unwrap();
+                            let new = || Filling::new(target.clone(), map, form.dtype()).unwrap();
+                            filling.get_or_insert_with(new).write(index, offset, &bytes).unwrap();
+                        }
+                    }
                 }
                 ReceiverAction::Copy { .. } => panic!("a place in a pull over a network"),
                 ReceiverAction::Done(result) => {
@@ -404,15 +439,20 @@ impl Pair {
                 }
                 SenderAction::Gather(index) => {
                     let held = transfer.held.as_ref().unwrap();
-                    let block = held.block_ids[index as usize];
-                    let pieces = held.memory.clone().read(block, held.claim.guard()).unwrap();
-                    let checksum = held.checksums.get(held.first_block + index as usize);
+                    let (pieces, checksum) = match held.checksum(index) {
+                        Some(checksum) => {
+                            let block = held.block_ids[index as usize];
+                            (held.memory.clone().read(block, held.claim.guard()).unwrap(), checksum)
+                        }
+                        None => {
+                            let part = &held.parts[0];
+                            let known = part.checksums.get(part.first_block + index as usize).unwrap();
+                            let made = held.make_now(index, known).unwrap();
+                            (made.pieces, made.checksum)
+                        }
+                    };
                     transfer.gathered = Some(pieces[0].clone());
-                    transfer
-                        .sender
-                        .as_mut()
-                        .unwrap()
-                        .handle_block(checksum.ok_or(ErrorCode::Internal.into()));
+                    transfer.sender.as_mut().unwrap().handle_block(Ok(checksum));
                 }
                 SenderAction::Payload(range) => {
                     transfer.flying += range.len() as i64;
@@ -515,7 +555,10 @@ impl Pair {
                     continue;
                 }
                 let source = self.holds[&transfer.id][transfer.first as usize + block] as usize;
-                let expected: Vec<u8> = (0..BLOCK_BYTES).map(|at| original(source, at)).collect();
+                let mut expected: Vec<u8> = (0..BLOCK_BYTES).map(|at| original(source, at)).collect();
+                if transfer.receiver.form() == BlockForm::Packed {
+                    expected = through_fp8(&expected);
+                }
                 assert!(transfer.target.block(block as u32) == expected, "block {block} is wrong");
             }
         }

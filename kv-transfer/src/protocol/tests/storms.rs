@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use baton_proto::TransferId;
-use baton_proto::wire::{Accepted, BlockHeader, BlockOrder, ErrorCode, Frame, PullHeader};
+use baton_proto::wire::{Accepted, BlockForm, BlockHeader, ErrorCode, Frame, PullHeader, WireDtype};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
@@ -23,6 +23,9 @@ fn storm(seed: u64) {
         let mut header = pair.header(id, first, blocks - first);
         header.credit = dice.random_range(1..3_000);
         header.deadline_ms = dice.random_range(100..15_000);
+        if dice.random_bool(0.4) {
+            (header.content, header.dtype) = (layout().content(), WireDtype::Fp8);
+        }
         pair.pull(header);
     }
     let mut trouble = BTreeSet::new();
@@ -77,7 +80,7 @@ fn whatever_a_puller_sends_the_holder_neither_panics_nor_sends_unasked() {
         let mut rng = StdRng::seed_from_u64(seed);
         let now = Instant::now();
         let mut sender = Sender::new(now, sender_config());
-        let accepted = Accepted { block_bytes: BLOCK_BYTES as u64, order: BlockOrder::AsItLies };
+        let accepted = Accepted { block_bytes: BLOCK_BYTES as u64, form: BlockForm::AsItLies };
         let mut allowed = 0u64;
         let mut sent = 0u64;
         for _ in 0..rng.random_range(1..60) {
@@ -88,7 +91,7 @@ fn whatever_a_puller_sends_the_holder_neither_panics_nor_sends_unasked() {
                 }),
                 1 => Frame::Credit(rng.random_range(0..2_000)),
                 2 => Frame::Again(rng.random_range(0..5)),
-                3 => Frame::Accepted(Accepted { block_bytes: 1, order: BlockOrder::AsItLies }),
+                3 => Frame::Accepted(Accepted { block_bytes: 1, form: BlockForm::AsItLies }),
                 4 if rng.random_bool(0.1) => Frame::Finish(None),
                 _ => Frame::Credit(u64::from(rng.random::<u16>())),
             };
@@ -126,12 +129,14 @@ fn whatever_a_holder_sends_the_puller_neither_panics_nor_writes_outside() {
         let mut rng = StdRng::seed_from_u64(seed);
         let now = Instant::now();
         let (blocks, direct) = (rng.random_range(1..4), rng.random_bool(0.5));
+        let packed_bytes = rng.random_bool(0.5).then(packed_bytes);
         let pull = Pair::new(0, calm()).header(TransferId::from_bytes([1; 16]), 0, blocks);
         let mut receiver = Receiver::new(
             now,
             ReceiverConfig {
                 pull,
                 block_bytes: BLOCK_BYTES as u64,
+                packed_bytes,
                 deadline: now + Duration::from_secs(1),
                 stall: Duration::from_secs(1),
                 direct,
@@ -140,12 +145,13 @@ fn whatever_a_holder_sends_the_puller_neither_panics_nor_writes_outside() {
         for _ in 0..rng.random_range(1..30) {
             let mut bytes = match rng.random_range(0..5) {
                 0 => {
-                    let block_bytes = BLOCK_BYTES as u64 + u64::from(rng.random_bool(0.1));
-                    let order = match rng.random_bool(0.1) {
-                        true => BlockOrder::Common,
-                        false => BlockOrder::AsItLies,
+                    let (form, bytes) = match rng.random_range(0..10) {
+                        0 => (BlockForm::Common, BLOCK_BYTES as u64),
+                        1..4 => (BlockForm::Packed, super::pair::packed_bytes()),
+                        _ => (BlockForm::AsItLies, BLOCK_BYTES as u64),
                     };
-                    Frame::Accepted(Accepted { block_bytes, order }).encode().as_ref().to_vec()
+                    let block_bytes = bytes + u64::from(rng.random_bool(0.1));
+                    Frame::Accepted(Accepted { block_bytes, form }).encode().as_ref().to_vec()
                 }
                 1 | 2 => {
                     let header = BlockHeader { index: rng.random_range(0..5), checksum: rng.random() };
@@ -164,7 +170,11 @@ fn whatever_a_holder_sends_the_puller_neither_panics_nor_writes_outside() {
             while let Some(action) = receiver.poll() {
                 match action {
                     ReceiverAction::Write { index, offset, bytes } => {
-                        assert!(!direct && index < blocks && offset + bytes.len() <= BLOCK_BYTES);
+                        let most = match receiver.form() {
+                            BlockForm::Packed => packed_bytes.expect("what was asked for") as usize,
+                            _ => BLOCK_BYTES,
+                        };
+                        assert!(!direct && index < blocks && offset + bytes.len() <= most);
                     }
                     ReceiverAction::Copy { index, .. } => {
                         assert!(direct && index < blocks);

@@ -4,6 +4,7 @@ mod faults;
 mod identity;
 mod index;
 mod openai;
+mod packed;
 mod pull;
 mod second_turn;
 mod sim;
@@ -27,6 +28,8 @@ pub enum Scenario {
     SecondTurn,
     /// What a busy engine has cached is pulled by the other one.
     Pull,
+    /// bf16 KV travels as fp8 where that is asked for.
+    Packed,
     /// What the index says is cached is what the engine finds cached.
     Index,
     /// Token ids equal the engine's.
@@ -51,12 +54,13 @@ pub enum Scenario {
 
 impl Scenario {
     /// All of them, in order: the ones that break something come last.
-    pub const ALL: [Scenario; 15] = [
+    pub const ALL: [Scenario; 16] = [
         Scenario::Identity,
         Scenario::Ttft,
         Scenario::Sim,
         Scenario::SecondTurn,
         Scenario::Pull,
+        Scenario::Packed,
         Scenario::Index,
         Scenario::Tokens,
         Scenario::OpenAi,
@@ -77,6 +81,7 @@ impl Scenario {
             Scenario::Sim => "sim",
             Scenario::SecondTurn => "second_turn",
             Scenario::Pull => "pull",
+            Scenario::Packed => "packed",
             Scenario::Index => "index",
             Scenario::Tokens => "tokens",
             Scenario::OpenAi => "http",
@@ -98,6 +103,7 @@ impl Scenario {
             Scenario::Sim => sim::run(bed).await,
             Scenario::SecondTurn => second_turn::run(bed).await,
             Scenario::Pull => pull::run(bed).await,
+            Scenario::Packed => packed::run(bed).await,
             Scenario::Index => index::run(bed).await,
             Scenario::Tokens => tokens::run(bed).await,
             Scenario::OpenAi => openai::run(bed).await,

@@ -20,7 +20,7 @@ pub const PRECISION: f64 = 0.01;
 /// Rates that are tried above the highest one that was found, in steps of twice the precision.
 pub const BEYOND: u32 = 4;
 /// Rates are tried down to the guess over this, and up to as many times the guess.
-const WIDEST: f64 = 4096.0;
+const WIDEST: f64 = 64.0;
 
 /// A rate that was tried.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]

@@ -166,6 +166,7 @@ impl Production {
             let life = Life::default();
             index.open(slot, life.epoch).expect("a fleet has fewer engines than the index takes");
             let constants = &member.speed;
+            let block_bytes = constants.kv_bytes(u64::from(block_tokens)).round() as u64;
             let info = core::EngineInfo {
                 slot,
                 id: format!("e{at:04}").parse().expect("a DNS label"),
@@ -178,7 +179,8 @@ impl Production {
                     Role::Decode => core::Role::Decode,
                 },
                 block_size: block_tokens,
-                block_bytes: constants.kv_bytes(u64::from(block_tokens)).round() as u64,
+                block_bytes,
+                wire_block_bytes: block_bytes,
                 num_blocks: member.kind.kv_tokens / u64::from(block_tokens),
                 layout: "simulated".to_owned(),
                 streamed_layers: 0,

@@ -171,6 +171,8 @@ pub struct Attachment {
     pub can_transfer: bool,
     /// Bytes of one block over all ranks; 0 until then.
     pub block_bytes: u64,
+    /// Bytes that one takes on its way here from another host, likewise.
+    pub wire_block_bytes: u64,
     /// See [`crate::layout::describe`]; empty until then.
     pub layout: String,
 }

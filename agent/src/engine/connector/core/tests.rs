@@ -5,12 +5,13 @@ use baton_kv_transfer::Claim;
 use baton_proto::block_hash::BlockHasher;
 use baton_proto::connector::{Content, Layout};
 use baton_proto::plan::Source;
-use baton_proto::wire::{BlockOrder, LayoutFingerprint, PullHeader};
+use baton_proto::wire::{BlockForm, LayoutFingerprint, PullHeader, WireDtype};
 use bytes::Bytes;
 
 use super::*;
 
 mod gpu;
+mod packed;
 mod two_phase;
 
 const BLOCKS: u64 = 64;
@@ -80,9 +81,13 @@ struct Bed {
 
 impl Bed {
     fn new() -> Self {
+        Self::pulling_as(WireDtype::AsStored)
+    }
+
+    fn pulling_as(dtype: WireDtype) -> Self {
         let table = HoldTable::new(Epoch(1000), MAX_HOLDS, Arc::new(|| ()));
         let table = Arc::new(Mutex::new(table));
-        let core = Core::new(table.clone(), Metrics::default());
+        let core = Core::new(dtype, table.clone(), Metrics::default());
         Self { core, table, now: Now { instant: Instant::now(), unix_ms: 5000 }, done: Vec::new() }
     }
 
@@ -163,6 +168,7 @@ impl Bed {
             epoch,
             layout: LayoutFingerprint::of(&layout(rank)),
             content: None,
+            dtype: WireDtype::AsStored,
             last_hash: *chain.last().unwrap(),
             first_block: 0,
             blocks: chain.len() as u32,
@@ -249,7 +255,7 @@ fn report(bytes: u64, failed: Vec<usize>) -> PullReport {
         corrupt: 2 * failed.len() as u32,
         failed,
         checksums: vec![],
-        order: BlockOrder::AsItLies,
+        form: BlockForm::AsItLies,
         direct: false,
     }
 }

@@ -84,6 +84,7 @@ proptest! {
                             epoch: life,
                             layout: LayoutFingerprint::of(&layout(rank)),
                             content: None,
+                            dtype: WireDtype::AsStored,
                             last_hash: hashes(&content(4))[0],
                             first_block: 0,
                             blocks: 1,
