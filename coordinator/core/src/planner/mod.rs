@@ -4,6 +4,7 @@
 //! one: as long as every engine does both, each request adds least where it is served whole, or nearly so, and all are held up by the prompts of
 //! others. So from time to time the [`Planner`] takes the last requests of a model and rehearses (`rehearsal`) what would have become of them for each number of
 //! engines that only decode. Where that keeps the SLOs of clearly more of them, engines get [`Parts`] for the decisions to come, until all doing both is clearly better again.
+//! A request whose first token would come late by such a split is served whole by an engine that only decodes, where that is in time; rehearsals do not know that.
 //!
 //! Only engines whose role is [`Role::Both`] are given parts: where an operator gave an engine of a model another one, the split is theirs. Without SLOs nothing is planned: then every second
 //! counts the same, and decisions see those.

@@ -2,9 +2,9 @@
 //!
 //! By bisection on the rate's logarithm: from a guess, rates are doubled or halved until one keeps the SLOs and twice it does not, then the interval
 //! is halved until its ends differ by at most [`PRECISION`]. All rates are of one seed, so a request is the same at all of them. A
-//! rate that misses is given up as soon as it has missed too often. What is in a closed loop is measured in a [steady state](Workload::steady). There one request that is
-//! turned away takes all later ones of its session with it, so that a rate may miss by chance and a higher one not: [`BEYOND`] rates above the highest one that was found
-//! are tried, too, and as many above any of these that keeps the SLOs.
+//! rate that misses is given up as soon as it has missed too often. What is in a closed loop is measured in a [steady state](Workload::steady).
+//! A rate may miss by chance and a higher one not: plans come at other times, and in a closed loop one request that is turned away takes all later ones of its session with it. So
+//! [`BEYOND`] rates above the highest one that was found are tried, too, and as many above any of these that keeps the SLOs.
 
 use serde::Serialize;
 
@@ -123,12 +123,10 @@ pub fn capacity(
         let middle = (low * high).sqrt();
         if keeps(middle)? { low = middle } else { high = middle }
     }
-    if workload.is_closed_loop() {
-        let mut missed = 0;
-        while missed < BEYOND && low < guess * WIDEST {
-            low *= 1.0 + 2.0 * precision;
-            missed = if keeps(low)? { 0 } else { missed + 1 };
-        }
+    let mut missed = 0;
+    while missed < BEYOND && low < guess * WIDEST {
+        low *= 1.0 + 2.0 * precision;
+        missed = if keeps(low)? { 0 } else { missed + 1 };
     }
     Ok(found)
 }
