@@ -121,7 +121,7 @@ async fn others_requests_are_told_from_ours() {
     let (_prefill, mut decode) = (entry.load.reserve_prefill(10, 0.1), entry.load.reserve_decode(10));
     decode.sent();
     let _coming = entry.load.reserve_decode(100);
-    entry.report(v1::EngineLoad { running: 4, waiting: 3, kv_usage: 0.5, ..Default::default() });
+    entry.report(v1::EngineLoad { running: 5, waiting: 3, kv_usage: 0.5, ..Default::default() });
     let engine = entry.snapshot(now);
     assert_eq!((engine.foreign_running, engine.foreign_waiting), (3, 2));
     let tokens = engine.info.kv_tokens().unwrap();

@@ -134,7 +134,7 @@ fn who_would_come_late_waits_and_is_turned_away_where_that_does_not_change() {
 #[test]
 fn two_runs_in_which_requests_wait_are_equal_to_the_byte() {
     let json = || {
-        let (report, _) = observe(&example(), "adaptive", 3.0, Shape::documents(), 1500);
+        let (report, _) = observe(&example(), "adaptive", 4.0, Shape::documents(), 1500);
         assert!(report.waited > 100, "{}", report.waited);
         serde_json::to_string(&report).expect("a report is JSON")
     };
