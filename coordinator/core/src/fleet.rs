@@ -110,7 +110,7 @@ pub struct Engine {
     pub prefill_share: f64,
     /// What a planner gave it to do ([`crate::planner::Parts`]), if anything.
     pub part: Option<Role>,
-    /// Tokens of KV that are in use there beyond the context that is reserved, as of the last report ([`EngineInfo::kv_beyond`]).
+    /// Tokens of KV in use there beyond the context of what was sent there, as of the last report ([`EngineInfo::kv_beyond`]).
     pub kv_beyond: f64,
     /// Tokens of the answers that it gave, on average; `None` where it gave none yet.
     pub answer_tokens: Option<f64>,

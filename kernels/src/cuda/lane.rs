@@ -13,29 +13,65 @@ use super::ready::ReadyEvent;
 
 /// One stream and staging for one block. Work on it runs in order, so the staging is free again for the next block as
 /// soon as that is enqueued; two lanes make the kernel of one block run beside the copy of another.
-struct Lane {
+struct Lane<S> {
     stream: Arc<CudaStream>,
-    staging: Mutex<DeviceBuffer>,
+    staging: Mutex<S>,
 }
 
 /// Lanes of one direction, used in turn.
-pub(super) struct Lanes {
-    lanes: Vec<Lane>,
+pub(super) struct Lanes<S = DeviceBuffer> {
+    lanes: Vec<Lane<S>>,
     next: std::sync::atomic::AtomicUsize,
+}
+
+impl<S> Lanes<S> {
+    /// Each with staging of its own.
+    pub(super) fn with(
+        device: &Arc<Device>,
+        count: usize,
+        staging: impl Fn() -> Result<S, DeviceError>,
+    ) -> Result<Self, DeviceError> {
+        let lane = |_| Ok(Lane { stream: device.new_stream()?, staging: Mutex::new(staging()?) });
+        Ok(Self {
+            lanes: (0..count).map(lane).collect::<Result<_, DeviceError>>()?,
+            next: Default::default(),
+        })
+    }
+
+    fn next(&self) -> &Lane<S> {
+        let turn = self.next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        &self.lanes[turn % self.lanes.len()]
+    }
+
+    /// Enqueues work between staging and `buffer` on the next lane, behind `after`. The buffer is kept until that is over,
+    /// also where not all of it could be enqueued.
+    pub(super) fn begin(
+        &self,
+        device: &Arc<Device>,
+        mut buffer: PinnedBuffer,
+        after: Option<&ReadyEvent>,
+        enqueue: impl FnOnce(&Arc<CudaStream>, &S, &mut PinnedBuffer) -> Result<(), DeviceError>,
+    ) -> Result<UnderWay, DeviceError> {
+        let lane = self.next();
+        let event = new_event(device)?;
+        let staging = lane.staging.lock().unwrap_or_else(PoisonError::into_inner);
+        device.bind()?;
+        if let Some(after) = after {
+            after.hold_back(&lane.stream)?;
+        }
+        let enqueued = enqueue(&lane.stream, &staging, &mut buffer);
+        begun(&lane.stream, enqueued, event, Used::Buffer(buffer))
+    }
+
+    /// Waits for all that is enqueued.
+    pub(super) fn drain(&self) -> Result<(), DeviceError> {
+        self.lanes.iter().try_for_each(|lane| lane.stream.synchronize().named("cuStreamSynchronize"))
+    }
 }
 
 impl Lanes {
     pub(super) fn new(device: &Arc<Device>, count: usize, block_bytes: usize) -> Result<Self, DeviceError> {
-        let lane = |_| {
-            let staging = Mutex::new(DeviceBuffer::zeroed(device, block_bytes)?);
-            Ok(Lane { stream: device.new_stream()?, staging })
-        };
-        Ok(Self { lanes: (0..count).map(lane).collect::<Result<_, _>>()?, next: Default::default() })
-    }
-
-    fn next(&self) -> &Lane {
-        let turn = self.next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        &self.lanes[turn % self.lanes.len()]
+        Self::with(device, count, || DeviceBuffer::zeroed(device, block_bytes))
     }
 
     /// Begins to gather a block to `buffer`, behind `after`.
@@ -46,26 +82,15 @@ impl Lanes {
         &self,
         paged: &Paged,
         block: u32,
-        mut buffer: PinnedBuffer,
+        buffer: PinnedBuffer,
         after: Option<&ReadyEvent>,
     ) -> Result<UnderWay, DeviceError> {
         let bytes = paged.plan().block_bytes();
-        let lane = self.next();
-        let event = new_event(paged.device())?;
-        let staging = lane.staging.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(after) = after {
-            after.hold_back(&lane.stream)?;
-        }
-        // SAFETY: staging belongs to the lane, whose stream runs in order; the rest is the caller's. The buffer is kept
-        // in `UnderWay`, or below, until the copy is over.
-        let enqueued = unsafe {
-            paged.enqueue_gather(&lane.stream, &[block], &staging, 0, bytes).and_then(|()| {
-                let target = &mut buffer.bytes_mut()[..bytes];
-                result::memcpy_dtoh_async(target, staging.address(), lane.stream.cu_stream())
-                    .named("cuMemcpyDtoHAsync")
-            })
-        };
-        begun(&lane.stream, enqueued, event, Used::Buffer(buffer))
+        // SAFETY: staging belongs to the lane, whose stream runs in order; `begin` keeps the buffer; the rest is the caller's.
+        self.begin(paged.device(), buffer, after, |stream, staging, buffer| unsafe {
+            paged.enqueue_gather(stream, &[block], staging, 0, bytes)?;
+            to_host(stream, staging, bytes, buffer)
+        })
     }
 
     /// Begins to scatter a block from `buffer`.
@@ -79,18 +104,11 @@ impl Lanes {
         buffer: PinnedBuffer,
     ) -> Result<UnderWay, DeviceError> {
         let bytes = paged.plan().block_bytes();
-        let lane = self.next();
-        let event = new_event(paged.device())?;
-        let staging = lane.staging.lock().unwrap_or_else(PoisonError::into_inner);
-        paged.device().bind()?;
         // SAFETY: as in `fetch`.
-        let enqueued = unsafe {
-            let source = &buffer.bytes()[..bytes];
-            result::memcpy_htod_async(staging.address(), source, lane.stream.cu_stream())
-                .named("cuMemcpyHtoDAsync")
-                .and_then(|()| paged.enqueue_scatter(&lane.stream, &[block], &staging, 0, bytes))
-        };
-        begun(&lane.stream, enqueued, event, Used::Buffer(buffer))
+        self.begin(paged.device(), buffer, None, |stream, staging, buffer| unsafe {
+            to_gpu(stream, buffer, bytes, staging)?;
+            paged.enqueue_scatter(stream, &[block], staging, 0, bytes)
+        })
     }
 
     /// Begins to copy a block of a peer: the gather reads the peer's memory, the scatter writes ours.
@@ -116,15 +134,41 @@ impl Lanes {
         };
         begun(&lane.stream, enqueued, event, Used::Peer(peer.clone()))
     }
+}
 
-    /// Waits for all that is enqueued.
-    pub(super) fn drain(&self) -> Result<(), DeviceError> {
-        self.lanes.iter().try_for_each(|lane| lane.stream.synchronize().named("cuStreamSynchronize"))
-    }
+/// Enqueues a copy of the first `len` bytes of `from` to a buffer.
+///
+/// # Safety
+/// Both have to stay until it is over, and nobody may use them but what the stream runs.
+pub(super) unsafe fn to_host(
+    stream: &CudaStream,
+    from: &DeviceBuffer,
+    len: usize,
+    buffer: &mut PinnedBuffer,
+) -> Result<(), DeviceError> {
+    let target = &mut buffer.bytes_mut()[..len];
+    // SAFETY: the caller's.
+    unsafe { result::memcpy_dtoh_async(target, from.address(), stream.cu_stream()) }
+        .named("cuMemcpyDtoHAsync")
+}
+
+/// Enqueues a copy of the first `len` bytes of a buffer to `to`.
+///
+/// # Safety
+/// As for [`to_host`].
+pub(super) unsafe fn to_gpu(
+    stream: &CudaStream,
+    buffer: &PinnedBuffer,
+    len: usize,
+    to: &DeviceBuffer,
+) -> Result<(), DeviceError> {
+    let source = &buffer.bytes()[..len];
+    // SAFETY: the caller's.
+    unsafe { result::memcpy_htod_async(to.address(), source, stream.cu_stream()) }.named("cuMemcpyHtoDAsync")
 }
 
 /// What was enqueued on a stream, or why not all of it was.
-pub(super) fn begun(
+fn begun(
     stream: &CudaStream,
     enqueued: Result<(), DeviceError>,
     event: CudaEvent,
@@ -142,7 +186,7 @@ pub(super) fn begun(
 }
 
 /// A thread that waits for it sleeps.
-pub(super) fn new_event(device: &Device) -> Result<CudaEvent, DeviceError> {
+fn new_event(device: &Device) -> Result<CudaEvent, DeviceError> {
     let flags = sys::CUevent_flags_enum::CU_EVENT_BLOCKING_SYNC;
     device.context.new_event(Some(flags)).named("cuEventCreate")
 }

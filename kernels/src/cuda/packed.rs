@@ -3,15 +3,13 @@
 //! A block is gathered from its pieces, its heads are gathered from there in the common order, and packed; or the reverse.
 //! Each step has staging of its own on the GPU, which is taken once, with the first block.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use baton_proto::wire::WireDtype;
-use cudarc::driver::{CudaStream, result};
 
 use super::buffer::DeviceBuffer;
-use super::device::{DeviceError, Named};
-use super::lane::{UnderWay, Used, begun, new_event};
+use super::device::DeviceError;
+use super::lane::{Lanes, UnderWay, to_gpu, to_host};
 use super::launch::{Packer, Paged};
 use super::pinned::PinnedBuffer;
 use super::ready::ReadyEvent;
@@ -25,15 +23,7 @@ pub(super) struct Packing {
     map: Arc<HeadMap>,
     packer: Packer,
     packed_bytes: usize,
-    lanes: Vec<Lane>,
-    next: AtomicUsize,
-}
-
-/// One stream with staging for one block. Work on it runs in order, so the staging is free again for the next block as soon
-/// as that is enqueued.
-struct Lane {
-    stream: Arc<CudaStream>,
-    staging: Mutex<Staging>,
+    lanes: Lanes<Staging>,
 }
 
 /// A block on its way: as its pieces lie end to end, in the common order, and packed.
@@ -55,20 +45,18 @@ impl Packing {
         if plan.block_bytes() != block_bytes || packed_bytes > block_bytes {
             return Err(DeviceError::Shape(format!("{packed_bytes} bytes for blocks of {block_bytes}")));
         }
-        let lane = |_| {
-            let staging = Staging {
+        let staging = || {
+            Ok(Staging {
                 heads: Paged::new(plan.clone(), vec![DeviceBuffer::zeroed(device, block_bytes)?])?,
                 common: DeviceBuffer::zeroed(device, block_bytes)?,
                 packed: DeviceBuffer::zeroed(device, packed_bytes)?,
-            };
-            Ok(Lane { stream: device.new_stream()?, staging: Mutex::new(staging) })
+            })
         };
         Ok(Self {
             packer: Packer::new(device, block_bytes / 2 / map.count() as usize, segment)?,
             map: map.clone(),
             packed_bytes,
-            lanes: (0..LANES).map(lane).collect::<Result<_, DeviceError>>()?,
-            next: AtomicUsize::new(0),
+            lanes: Lanes::with(device, LANES, staging)?,
         })
     }
 
@@ -82,10 +70,6 @@ impl Packing {
         self.packed_bytes
     }
 
-    fn next(&self) -> &Lane {
-        &self.lanes[self.next.fetch_add(1, Ordering::Relaxed) % self.lanes.len()]
-    }
-
     /// Begins to pack a block to `buffer`, behind `after`.
     ///
     /// # Safety
@@ -94,31 +78,17 @@ impl Packing {
         &self,
         paged: &Paged,
         block: u32,
-        mut buffer: PinnedBuffer,
+        buffer: PinnedBuffer,
         after: Option<&ReadyEvent>,
     ) -> Result<UnderWay, DeviceError> {
-        let lane = self.next();
-        let event = new_event(paged.device())?;
-        let staging = lane.staging.lock().unwrap_or_else(PoisonError::into_inner);
-        let Staging { heads, common, packed } = &*staging;
-        let (block_bytes, count) = (common.len(), self.map.count() as usize);
-        if let Some(after) = after {
-            after.hold_back(&lane.stream)?;
-        }
-        // SAFETY: the staging belongs to the lane, whose stream runs in order; the rest is the caller's. The buffer is kept
-        // in `UnderWay`, or below, until the copy is over.
-        let enqueued = unsafe {
-            paged
-                .enqueue_gather(&lane.stream, &[block], &heads.storages()[0], 0, block_bytes)
-                .and_then(|()| heads.enqueue_gather(&lane.stream, &[0], common, 0, block_bytes))
-                .and_then(|()| self.packer.enqueue_pack(&lane.stream, common, count, packed))
-                .and_then(|()| {
-                    let target = &mut buffer.bytes_mut()[..self.packed_bytes];
-                    result::memcpy_dtoh_async(target, packed.address(), lane.stream.cu_stream())
-                        .named("cuMemcpyDtoHAsync")
-                })
-        };
-        begun(&lane.stream, enqueued, event, Used::Buffer(buffer))
+        // SAFETY: staging belongs to the lane, whose stream runs in order; `begin` keeps the buffer; the rest is the caller's.
+        self.lanes.begin(paged.device(), buffer, after, |stream, staging, buffer| unsafe {
+            let Staging { heads, common, packed } = staging;
+            paged.enqueue_gather(stream, &[block], &heads.storages()[0], 0, common.len())?;
+            heads.enqueue_gather(stream, &[0], common, 0, common.len())?;
+            self.packer.enqueue_pack(stream, common, self.map.count() as usize, packed)?;
+            to_host(stream, packed, self.packed_bytes, buffer)
+        })
     }
 
     /// Begins to unpack a block from `buffer`.
@@ -131,28 +101,18 @@ impl Packing {
         block: u32,
         buffer: PinnedBuffer,
     ) -> Result<UnderWay, DeviceError> {
-        let lane = self.next();
-        let event = new_event(paged.device())?;
-        let staging = lane.staging.lock().unwrap_or_else(PoisonError::into_inner);
-        let Staging { heads, common, packed } = &*staging;
-        let (block_bytes, count) = (common.len(), self.map.count() as usize);
-        paged.device().bind()?;
         // SAFETY: as in `fetch`.
-        let enqueued = unsafe {
-            let source = &buffer.bytes()[..self.packed_bytes];
-            result::memcpy_htod_async(packed.address(), source, lane.stream.cu_stream())
-                .named("cuMemcpyHtoDAsync")
-                .and_then(|()| self.packer.enqueue_unpack(&lane.stream, packed, count, common))
-                .and_then(|()| heads.enqueue_scatter(&lane.stream, &[0], common, 0, block_bytes))
-                .and_then(|()| {
-                    paged.enqueue_scatter(&lane.stream, &[block], &heads.storages()[0], 0, block_bytes)
-                })
-        };
-        begun(&lane.stream, enqueued, event, Used::Buffer(buffer))
+        self.lanes.begin(paged.device(), buffer, None, |stream, staging, buffer| unsafe {
+            let Staging { heads, common, packed } = staging;
+            to_gpu(stream, buffer, self.packed_bytes, packed)?;
+            self.packer.enqueue_unpack(stream, packed, self.map.count() as usize, common)?;
+            heads.enqueue_scatter(stream, &[0], common, 0, common.len())?;
+            paged.enqueue_scatter(stream, &[block], &heads.storages()[0], 0, common.len())
+        })
     }
 
     /// Waits for all that is enqueued.
     pub(super) fn drain(&self) -> Result<(), DeviceError> {
-        self.lanes.iter().try_for_each(|lane| lane.stream.synchronize().named("cuStreamSynchronize"))
+        self.lanes.drain()
     }
 }

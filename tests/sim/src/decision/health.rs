@@ -117,6 +117,7 @@ impl Production {
         let engine = live.plan.decode() as usize;
         let seconds = self.fleet.engines()[engine].speed.prefill_seconds(live.prompt_tokens, 0);
         (live.fell_back, live.hold, live.transfer) = (true, None, None);
+        live.decode.sent();
         live.prefill = Some(self.members[engine].load.reserve_prefill(live.prompt_tokens, seconds));
     }
 }
