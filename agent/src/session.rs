@@ -241,6 +241,7 @@ impl Session {
                 }
                 self.reports.push_back(match report {
                     Report::Outcome(outcome) => Say::Transfer(outcome),
+                    Report::HoldTaken(taken) => Say::HoldTaken(taken),
                     Report::Link(sample) => Say::Link(sample),
                 });
             }
@@ -346,6 +347,10 @@ impl Session {
             num_blocks: engine.map(|engine| engine.num_blocks).or(status.num_blocks).unwrap_or(0),
             block_bytes: attachment.block_bytes,
             wire_block_bytes: attachment.wire_block_bytes,
+            chunk_tokens: match &attachment.engine {
+                Some(engine) if attachment.can_transfer => engine.chunk_tokens,
+                _ => 0,
+            },
             role: v1::Role::from(self.identity.role).into(),
             can_transfer: attachment.can_transfer,
             layout: attachment.layout.clone(),

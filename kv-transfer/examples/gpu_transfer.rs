@@ -87,7 +87,7 @@ fn serve(dir: &str, blocks: u32) -> Result<()> {
     let dynamic: Arc<dyn BlockMemory> = memory.clone();
     let guard: baton_kernels::Guard = Arc::new(());
     let started = Instant::now();
-    Checksums::pending(ids.len()).make(&dynamic, &ids, &guard)?;
+    Checksums::pending(ids.len()).make(&dynamic, 0, &ids, &guard)?;
     let checksums = started.elapsed();
     for (number, first, count) in pulls(blocks) {
         for number in [number, SECOND + number] {

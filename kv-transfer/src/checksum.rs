@@ -9,8 +9,8 @@
 //! packed bytes: they say that what was unpacked is what the holder packed, of the very bytes that were held. What packing
 //! changes they cannot say, nor are they ever compared with those of the bytes before it.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use baton_kernels::{BlockMemory, Guard, MemoryError};
@@ -25,13 +25,11 @@ const AT_ONCE: usize = 64;
 const BUFFER_POLL: Duration = Duration::from_millis(1);
 const BUFFER_POLLS: u32 = 5000;
 
-/// The checksums of a hold's blocks, in order, as they become known. A pull may begin while they are being made: it
-/// waits for the checksum of each block before it sends the block.
+/// The checksums of a hold's blocks as they become known. A pull may begin while they are being made, or while the blocks
+/// themselves are being computed: it waits for the checksum of each block before it reads the block.
 #[derive(Debug)]
 pub struct Checksums {
-    values: Box<[AtomicU64]>,
-    /// How many of `values` are made.
-    made: AtomicUsize,
+    values: Box<[OnceLock<u64>]>,
     abandoned: AtomicBool,
     progress: Notify,
 }
@@ -51,30 +49,31 @@ impl Checksums {
     /// For a hold of this many blocks; none is known yet.
     pub fn pending(blocks: usize) -> Arc<Self> {
         Arc::new(Self {
-            values: (0..blocks).map(|_| AtomicU64::new(0)).collect(),
-            made: AtomicUsize::new(0),
+            values: (0..blocks).map(|_| OnceLock::new()).collect(),
             abandoned: AtomicBool::new(false),
             progress: Notify::new(),
         })
     }
 
-    /// Makes them all, in order, from a worker's memory: 0.1 s or less for each GiB; call it where blocking is fine, once,
-    /// and hand it the guard of the hold, so that the blocks stay. On an error nobody waits for the rest any more:
-    /// pulls of these blocks end with `internal`.
+    /// Makes those of blocks that are computed, `first` of the hold and the ones behind it, from a worker's memory: 0.1 s or
+    /// less for each GiB; call it where blocking is fine, once for each block, and hand it the guard of the hold, so that the
+    /// blocks stay. On an error nobody waits for the rest any more: pulls of these blocks end with `internal`.
     pub fn make(
         &self,
         memory: &Arc<dyn BlockMemory>,
+        first: usize,
         block_ids: &[u32],
         guard: &Guard,
     ) -> Result<(), MemoryError> {
-        let wanted = &block_ids[..block_ids.len().min(self.values.len())];
-        let made = wanted.chunks(AT_ONCE).try_for_each(|blocks| match memory.checksums(blocks) {
+        let mut next = first..;
+        let mut set = |checksum| next.by_ref().take(1).for_each(|block| self.set(block, checksum));
+        let made = block_ids.chunks(AT_ONCE).try_for_each(|blocks| match memory.checksums(blocks) {
             Some(checksums) => {
-                checksums?.into_iter().for_each(|checksum| self.push(checksum));
+                checksums?.into_iter().for_each(&mut set);
                 Ok(())
             }
             None => blocks.iter().try_for_each(|block| {
-                self.push(of_block(memory, *block, guard)?);
+                set(of_block(memory, *block, guard)?);
                 Ok(())
             }),
         });
@@ -94,12 +93,9 @@ impl Checksums {
         self.values.is_empty()
     }
 
-    /// Adds the checksum of the next block. One thread at a time; more than there are blocks are ignored.
-    pub fn push(&self, checksum: u64) {
-        let next = self.made.load(Ordering::Relaxed);
-        if let Some(slot) = self.values.get(next) {
-            slot.store(checksum, Ordering::Relaxed);
-            self.made.store(next + 1, Ordering::Release);
+    /// The checksum of a block is known; the first one counts. That of a block which is none of the hold's is ignored.
+    pub fn set(&self, block: usize, checksum: u64) {
+        if self.values.get(block).is_some_and(|value| value.set(checksum).is_ok()) {
             self.progress.notify_waiters();
         }
     }
@@ -112,7 +108,7 @@ impl Checksums {
 
     /// The checksum of a block, where it is known.
     pub fn get(&self, block: usize) -> Option<u64> {
-        (block < self.made.load(Ordering::Acquire)).then(|| self.values[block].load(Ordering::Relaxed))
+        self.values.get(block)?.get().copied()
     }
 
     /// The checksum of a block, once it is known; `None` where it will not be made.
@@ -209,9 +205,9 @@ mod tests {
             let checksums = checksums.clone();
             async move { (checksums.wait(1).await, checksums.wait(2).await, checksums.wait(3).await) }
         });
-        for checksum in [7, 8] {
+        for (block, checksum) in [7, 8].into_iter().enumerate() {
             tokio::task::yield_now().await;
-            checksums.push(checksum);
+            checksums.set(block, checksum);
         }
         tokio::task::yield_now().await;
         checksums.abandon();

@@ -1,4 +1,7 @@
-//! Holds: blocks of finished requests that stay until they were pulled.
+//! Holds: blocks that stay until they were pulled.
+//!
+//! A hold is taken when all its blocks are computed, or before: then it *grows* ([`HoldTable::grow`]) as each rank computes
+//! them, and a pull waits for every block until it is there ([`Checksums::wait`]).
 //!
 //! # Two-phase release
 //! A hold *ends* by the first of: every rank of a puller said it is finished with it, its lease ran out, it was released
@@ -10,9 +13,10 @@
 //! The table reads no clock and does no I/O: `now` comes in, and [`HoldTable::poll`] says what to release. When a guard is
 //! dropped or a puller finishes on another thread, the table's `wake` is called, after which `poll` has news.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
+use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use baton_kernels::{BlockLayout, BlockMemory, Guard, MemoryError, Slice, Sliced, shares_of};
@@ -36,7 +40,7 @@ pub struct Hold {
     pub transfer_id: TransferId,
     /// Hash of each block, from the prompt's start.
     pub hashes: Vec<BlockHash>,
-    /// The blocks, in order; as many as hashes, and at least one.
+    /// The first blocks, in order, that all ranks have computed already; at most as many as hashes.
     pub block_ids: Vec<u32>,
     /// The workers' part, by rank; at least one.
     pub ranks: Vec<RankHold>,
@@ -50,6 +54,17 @@ pub struct RankHold {
     pub layout: BlockLayout,
     /// Of all blocks of the hold, in order; may still be in the making.
     pub checksums: Arc<Checksums>,
+}
+
+impl RankHold {
+    fn making(&self, growth: Growth, shared: &Arc<Shared>) -> Making {
+        Making {
+            memory: self.memory.clone(),
+            checksums: self.checksums.clone(),
+            growth,
+            guard: shared.copy(),
+        }
+    }
 }
 
 /// A hold that cannot be taken. Its blocks are free to go.
@@ -68,7 +83,7 @@ pub enum HoldError {
     #[error("{0} holds are live, and no more are taken")]
     Full(usize),
     /// Counts that must agree do not.
-    #[error("a hold of {blocks} blocks with {hashes} hashes for {ranks} ranks")]
+    #[error("a hold of {blocks} blocks so far with {hashes} hashes for {ranks} ranks")]
     Shape {
         /// Block ids.
         blocks: usize,
@@ -114,6 +129,67 @@ pub struct ReleasedHold {
     pub end: HoldEnd,
 }
 
+/// Blocks that a rank has computed of a hold that grows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Growth {
+    /// How many blocks of the hold come before them.
+    pub first: usize,
+    /// The blocks, in order.
+    pub block_ids: Vec<u32>,
+}
+
+/// Checksums to be made of blocks that came to be held. Holds a guard: drop it when they are made.
+pub struct Making {
+    /// The rank's memory.
+    pub memory: Arc<dyn BlockMemory>,
+    /// Where its checksums go.
+    pub checksums: Arc<Checksums>,
+    /// Which blocks.
+    pub growth: Growth,
+    /// Keeps them from being released.
+    pub guard: Guard,
+}
+
+impl Making {
+    /// Makes them: see [`Checksums::make`].
+    pub fn run(&self) -> Result<(), MemoryError> {
+        let Growth { first, block_ids } = &self.growth;
+        self.checksums.make(&self.memory, *first, block_ids, &self.guard)
+    }
+}
+
+/// A hold that cannot grow so.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum GrowError {
+    /// There is no hold of the request, or none yet.
+    #[error("request {0:?} has no hold")]
+    Unknown(String),
+    /// It has fewer blocks, or ranks.
+    #[error("blocks {first} to {end} of rank {rank}, in a hold of {blocks} blocks for {ranks} ranks")]
+    Range {
+        /// First block.
+        first: usize,
+        /// Behind the last one.
+        end: usize,
+        /// Whose.
+        rank: u32,
+        /// The hold's blocks.
+        blocks: usize,
+        /// The hold's ranks.
+        ranks: usize,
+    },
+    /// Ranks differ in which block it is.
+    #[error("block {index} of the prompt is {said}, and {known} by what another rank said")]
+    Differs {
+        /// Which of the hold's.
+        index: usize,
+        /// What it is now said to be.
+        said: u32,
+        /// What it was before.
+        known: u32,
+    },
+}
+
 /// A run of held blocks, opened for one puller.
 #[derive(Clone)]
 pub struct HeldBlocks {
@@ -121,8 +197,10 @@ pub struct HeldBlocks {
     pub memory: Arc<dyn BlockMemory>,
     /// The form in which `memory` has them.
     pub form: BlockForm,
-    /// Their ids, in order.
-    pub block_ids: Vec<u32>,
+    /// The hold's, as far as they are computed.
+    ids: Arc<[OnceLock<u32>]>,
+    /// Which of them these are.
+    range: Range<usize>,
     /// The ranks that they are read from, each with the checksums made when they were held. Of blocks as they lie it is one.
     pub parts: Arc<[Part]>,
     /// The right to read them.
@@ -143,9 +221,24 @@ impl HeldBlocks {
         Accepted { block_bytes: self.memory.block_bytes() as u64, form: self.form }
     }
 
+    /// How many there are, those that are not computed yet included.
+    pub fn count(&self) -> u32 {
+        self.range.len() as u32
+    }
+
+    /// The id of one of the blocks, once it is computed: known wherever its checksum is.
+    pub fn block(&self, index: u32) -> Option<u32> {
+        self.ids[self.range.clone()].get(index as usize)?.get().copied()
+    }
+
     /// Whether they travel as they lie, and so have the checksums made when they were held.
     pub fn lie(&self) -> bool {
         self.form == BlockForm::AsItLies
+    }
+
+    /// Whether one of the blocks is computed, and its checksums are made.
+    pub fn is_there(&self, index: u32) -> bool {
+        self.parts.iter().all(|part| part.checksums.get(part.first_block + index as usize).is_some())
     }
 
     /// The checksum of one of the blocks, where they travel as they lie and it is known.
@@ -175,14 +268,15 @@ impl HeldBlocks {
             for part in &*held.parts {
                 checksum ^= part.checksums.wait(part.first_block + index as usize).await?;
             }
-            let made = tokio::task::spawn_blocking(move || held.make_now(index, checksum)).await.ok()?;
+            let block = held.block(index)?;
+            let made = tokio::task::spawn_blocking(move || held.make_now(block, checksum)).await.ok()?;
             made.inspect_err(|error| tracing::warn!(%error, "a held block cannot be put together")).ok()
         }
     }
 
-    /// The same at once. `checksum` is that of the parts when they were held, joined by exclusive or.
-    pub(crate) fn make_now(&self, index: u32, checksum: u64) -> Result<Made, MemoryError> {
-        Made::read(&self.memory, &self.parts, self.block_ids[index as usize], checksum, &self.claim.guard())
+    /// The same at once, of the block with this id. `checksum` is that of the parts when they were held, joined by exclusive or.
+    pub(crate) fn make_now(&self, block: u32, checksum: u64) -> Result<Made, MemoryError> {
+        Made::read(&self.memory, &self.parts, block, checksum, &self.claim.guard())
     }
 }
 
@@ -278,7 +372,11 @@ impl Drop for Copy {
 }
 
 struct Entry {
-    hold: Hold,
+    request_id: String,
+    hashes: Vec<BlockHash>,
+    ids: Arc<[OnceLock<u32>]>,
+    ranks: Vec<RankHold>,
+    lease: Duration,
     expires: Instant,
     shared: Arc<Shared>,
 }
@@ -291,7 +389,7 @@ pub struct HoldTable {
     wake: Wake,
     /// Live and ended ones, until released. Ordered, so that releases come in an order that tests can repeat.
     entries: BTreeMap<TransferId, Entry>,
-    requests: BTreeSet<String>,
+    requests: BTreeMap<String, TransferId>,
     remembered: VecDeque<(TransferId, HoldEnd)>,
 }
 
@@ -304,7 +402,7 @@ impl HoldTable {
             max_holds,
             wake,
             entries: BTreeMap::new(),
-            requests: BTreeSet::new(),
+            requests: BTreeMap::new(),
             remembered: VecDeque::new(),
         }
     }
@@ -324,21 +422,22 @@ impl HoldTable {
         self.entries.is_empty()
     }
 
-    /// Holds blocks for `lease` from `now`. The guard is for making the checksums: drop it when they are made.
-    pub fn insert(&mut self, now: Instant, hold: Hold, lease: Duration) -> Result<Guard, HoldError> {
-        let (blocks, hashes, ranks) = (hold.block_ids.len(), hold.hashes.len(), hold.ranks.len());
-        let checksums_fit = hold.ranks.iter().all(|rank| rank.checksums.len() == blocks);
-        if blocks == 0 || blocks != hashes || ranks == 0 || !checksums_fit {
+    /// Holds blocks for `lease` from `now`. Gives the checksums to be made of those that are computed already, of each rank.
+    pub fn insert(&mut self, now: Instant, hold: Hold, lease: Duration) -> Result<Vec<Making>, HoldError> {
+        let Hold { request_id, transfer_id, hashes, block_ids, ranks } = hold;
+        let checksums_fit = ranks.iter().all(|rank| rank.checksums.len() == hashes.len());
+        if hashes.is_empty() || block_ids.len() > hashes.len() || ranks.is_empty() || !checksums_fit {
+            let (blocks, hashes, ranks) = (block_ids.len(), hashes.len(), ranks.len());
             return Err(HoldError::Shape { blocks, hashes, ranks });
         }
-        if self.entries.contains_key(&hold.transfer_id) {
-            return Err(HoldError::DuplicateTransfer(hold.transfer_id));
+        if self.entries.contains_key(&transfer_id) {
+            return Err(HoldError::DuplicateTransfer(transfer_id));
         }
-        if self.past(hold.transfer_id).is_some() {
-            return Err(HoldError::TransferOver(hold.transfer_id));
+        if self.past(transfer_id).is_some() {
+            return Err(HoldError::TransferOver(transfer_id));
         }
-        if self.requests.contains(&hold.request_id) {
-            return Err(HoldError::DuplicateRequest(hold.request_id));
+        if self.requests.contains_key(&request_id) {
+            return Err(HoldError::DuplicateRequest(request_id));
         }
         if self.entries.len() >= self.max_holds {
             return Err(HoldError::Full(self.entries.len()));
@@ -351,10 +450,53 @@ impl HoldTable {
             epoch_ended: self.epoch_ended.clone(),
             wake: self.wake.clone(),
         });
-        let guard = shared.copy();
-        self.requests.insert(hold.request_id.clone());
-        self.entries.insert(hold.transfer_id, Entry { hold, expires: now + lease, shared });
-        Ok(guard)
+        let known = block_ids.iter().map(|block| OnceLock::from(*block));
+        let ids = known.chain(std::iter::repeat_with(OnceLock::new)).take(hashes.len()).collect();
+        let growth = Growth { first: 0, block_ids };
+        let making = ranks.iter().filter(|_| !growth.block_ids.is_empty());
+        let making = making.map(|rank| rank.making(growth.clone(), &shared)).collect();
+        self.requests.insert(request_id.clone(), transfer_id);
+        let entry = Entry { request_id, hashes, ids, ranks, lease, expires: now + lease, shared };
+        self.entries.insert(transfer_id, entry);
+        Ok(making)
+    }
+
+    /// A rank has computed more blocks of a hold, whose lease begins anew. Gives the checksums to be made, or `None` where the
+    /// hold has ended.
+    pub fn grow(
+        &mut self,
+        now: Instant,
+        request_id: &str,
+        rank: u32,
+        growth: Growth,
+    ) -> Result<Option<Making>, GrowError> {
+        let entry = self.requests.get(request_id).and_then(|id| self.entries.get_mut(id));
+        let entry = entry.ok_or_else(|| GrowError::Unknown(request_id.to_owned()))?;
+        let (first, end) = (growth.first, growth.first.saturating_add(growth.block_ids.len()));
+        let range = || {
+            let (blocks, ranks) = (entry.ids.len(), entry.ranks.len());
+            GrowError::Range { first, end, rank, blocks, ranks }
+        };
+        let ids = entry.ids.get(first..end).ok_or_else(range)?;
+        let of = entry.ranks.get(rank as usize).ok_or_else(range)?;
+        for ((index, id), said) in (first..).zip(ids).zip(&growth.block_ids) {
+            let known = *id.get_or_init(|| *said);
+            if known != *said {
+                return Err(GrowError::Differs { index, said: *said, known });
+            }
+        }
+        // An ended hold's guards only become fewer.
+        if entry.shared.end.get().is_some() || now >= entry.expires {
+            return Ok(None);
+        }
+        let making = of.making(growth, &entry.shared);
+        entry.expires = now + entry.lease;
+        Ok(Some(making))
+    }
+
+    /// The request of a hold is over before its time: ends the hold, as [`Self::release`] does.
+    pub fn cancel(&mut self, request_id: &str) -> bool {
+        self.requests.get(request_id).copied().is_some_and(|transfer_id| self.release(transfer_id))
     }
 
     /// Opens the blocks that a pull asks for, or says why not. Everything that can be wrong with a pull is found here,
@@ -373,26 +515,24 @@ impl HoldTable {
         if now >= entry.expires {
             return Err(ErrorCode::LeaseExpired.into());
         }
-        let hold = &entry.hold;
         if pull.ranks == 0 || pull.ranks > MAX_RANKS || pull.rank >= pull.ranks {
             return Err(ErrorCode::Protocol.into());
         }
-        let Some(wanted) = Wanted::of(&hold.ranks, pull) else {
-            let block_bytes = hold.ranks.first().map_or(0, |rank| rank.memory.block_bytes() as u64);
+        let Some(wanted) = Wanted::of(&entry.ranks, pull) else {
+            let block_bytes = entry.ranks.first().map_or(0, |rank| rank.memory.block_bytes() as u64);
             return Err(WireError::new(ErrorCode::LayoutMismatch, block_bytes));
         };
-        let held = hold.block_ids.len();
+        let held = entry.ids.len();
         let (first, blocks) = (pull.first_block as usize, pull.blocks as usize);
         let Some(end) = first.checked_add(blocks).filter(|end| blocks > 0 && *end <= held) else {
             return Err(WireError::new(ErrorCode::Range, held as u64));
         };
-        if hold.hashes[end - 1] != pull.last_hash {
+        if entry.hashes[end - 1] != pull.last_hash {
             return Err(WireError::new(ErrorCode::ContentMismatch, held as u64));
         }
         if entry.shared.finished().has(pull.rank, pull.ranks) {
             return Err(ErrorCode::Released.into());
         }
-        let block_ids = hold.block_ids[first..end].to_vec();
         let claim = Claim { copy: entry.shared.copy(), rank: pull.rank, ranks: pull.ranks };
         let part = |rank: &RankHold| Part {
             memory: rank.memory.clone(),
@@ -401,7 +541,7 @@ impl HoldTable {
         };
         let Wanted { memory, form, ranks } = wanted;
         let parts = ranks.into_iter().map(part).collect();
-        Ok(HeldBlocks { memory, form, block_ids, parts, claim })
+        Ok(HeldBlocks { memory, form, ids: entry.ids.clone(), range: first..end, parts, claim })
     }
 
     /// Ends a hold by order. `false` where there is none, or it ended already. Its blocks are released by a later
@@ -446,7 +586,7 @@ impl HoldTable {
     /// in flight. In order of transfer id.
     pub fn poll(&mut self, now: Instant) -> Vec<ReleasedHold> {
         let mut released = Vec::new();
-        for entry in self.entries.values() {
+        for (transfer_id, entry) in &self.entries {
             if entry.shared.finished().is_complete() {
                 end(entry, HoldEnd::Finished);
             } else if now >= entry.expires {
@@ -455,12 +595,8 @@ impl HoldTable {
             let Some(end) = entry.shared.end.get().copied() else { continue };
             // An ended hold opens for nobody, so its count only falls.
             if entry.shared.copies.load(Ordering::Acquire) == 0 {
-                let Hold { request_id, transfer_id, .. } = &entry.hold;
-                released.push(ReleasedHold {
-                    request_id: request_id.clone(),
-                    transfer_id: *transfer_id,
-                    end,
-                });
+                let request_id = entry.request_id.clone();
+                released.push(ReleasedHold { request_id, transfer_id: *transfer_id, end });
             }
         }
         for ReleasedHold { request_id, transfer_id, end } in &released {

@@ -15,7 +15,9 @@ pub mod protocol;
 pub mod quic;
 pub mod tls;
 
-pub use hold::{Claim, HeldBlocks, Hold, HoldEnd, HoldError, HoldTable, RankHold, ReleasedHold};
+pub use hold::{
+    Claim, GrowError, Growth, HeldBlocks, Hold, HoldEnd, HoldError, HoldTable, Making, RankHold, ReleasedHold,
+};
 pub use quic::{
     BindError, Canceller, Endpoint, EndpointConfig, Limits, PathReport, Peer, Pull, PullError, PullReport,
     PullRequest, SendReport, Source, Stats,

@@ -121,7 +121,7 @@ async fn a_pull_waits_for_checksums_and_the_hold_for_the_pull() {
     let (checksums, guard) = two.hold_unchecked(1, vec![7, 8]);
     let making = tokio::task::spawn_blocking(move || {
         std::thread::sleep(Duration::from_millis(50));
-        checksums.make(&memory, &[7, 8], &guard).unwrap();
+        checksums.make(&memory, 0, &[7, 8], &guard).unwrap();
     });
     assert!(two.pull(1, vec![0, 1]).await.unwrap().direct);
     making.await.unwrap();
@@ -312,7 +312,7 @@ async fn a_cancelled_copy_of_a_device_ends_before_the_holder_hears_of_it() {
     let memory: Arc<dyn BlockMemory> = two.theirs.clone();
     let (checksums, guard) = two.hold_unchecked(1, vec![7, 8]);
     // The first block's copy gets under way, and the second never is ready.
-    checksums.push(of_block(&memory, 7, &guard).unwrap());
+    checksums.set(0, of_block(&memory, 7, &guard).unwrap());
     drop(guard);
     let pull = two.puller.pull(two.request(1, 0, 2), device.clone(), vec![0, 1]);
     while device.under_way.lock().unwrap().is_empty() {

@@ -128,7 +128,7 @@ async fn a_pull_waits_for_checksums_and_the_hold_for_the_pull() {
     let pull = two.puller.pull(two.request(1, 0, 2), two.ours.clone(), vec![0, 1]);
     let making = tokio::task::spawn_blocking(move || {
         std::thread::sleep(Duration::from_millis(50));
-        checksums.make(&memory, &[7, 8], &guard).unwrap();
+        checksums.make(&memory, 0, &[7, 8], &guard).unwrap();
     });
     assert!(pull.await.unwrap().failed.is_empty());
     making.await.unwrap();

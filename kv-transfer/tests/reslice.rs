@@ -239,7 +239,6 @@ impl Engine {
             checksums: Checksums::pending(block_ids.len()),
         };
         let ranks: Vec<RankHold> = self.ranks.iter().map(rank).collect();
-        let making: Vec<_> = ranks.iter().map(|rank| (rank.memory.clone(), rank.checksums.clone())).collect();
         let hold = Hold {
             request_id: id.to_string(),
             transfer_id: id,
@@ -247,10 +246,8 @@ impl Engine {
             block_ids: block_ids.to_vec(),
             ranks,
         };
-        let guard = source.table.lock().unwrap().insert(std::time::Instant::now(), hold, LEASE).unwrap();
-        for (memory, checksums) in making {
-            checksums.make(&memory, block_ids, &guard).unwrap();
-        }
+        let making = source.table.lock().unwrap().insert(std::time::Instant::now(), hold, LEASE).unwrap();
+        making.iter().for_each(|making| making.run().unwrap());
     }
 
     fn request(

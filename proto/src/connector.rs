@@ -27,7 +27,7 @@ use crate::ids::{Epoch, TransferId};
 use crate::plan::Source;
 
 /// Version of this protocol.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// Largest message in either direction: a 1M-token request is 4 MiB of token ids and its block ids.
 pub const MAX_MESSAGE: usize = 16 << 20;
@@ -63,11 +63,14 @@ pub enum ToAgent {
     },
     /// Worker: how blocks lie in the storages.
     Layout(Layout),
-    /// Scheduler: a finished request's blocks stay until released.
+    /// Scheduler: a request's blocks stay until released, from now on or as they are computed.
     Hold(Hold),
+    /// Worker: more blocks of a held prompt are there.
+    Computed(Computed),
     /// Worker: fetch blocks into this worker's memory.
     Pull(Pull),
-    /// Scheduler: the request behind a pull was aborted. The pull still ends with a `PullDone`.
+    /// Scheduler: the request behind a pull, or behind a hold that is not complete, was aborted, or preempted. The pull still
+    /// ends with a `PullDone`, the hold with a `Released`.
     Cancel {
         /// The engine's request id.
         request_id: String,
@@ -91,6 +94,9 @@ pub struct Hello {
     pub block_size: u32,
     /// Blocks in the GPU cache.
     pub num_blocks: u64,
+    /// Most tokens of a prompt that one step computes: blocks of longer ones come to be held in chunks of so many. 0 where a prompt is
+    /// computed at once.
+    pub chunk_tokens: u32,
 }
 
 /// Part of an engine.
@@ -178,18 +184,29 @@ impl Content {
     }
 }
 
-/// Blocks of a finished request that stay.
+/// Blocks of a request that stay.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hold {
     /// The engine's request id.
     pub request_id: String,
     /// Names the handoff.
     pub transfer_id: TransferId,
-    /// From now, on the agent's clock.
+    /// From now, or from the last [`Computed`], on the agent's clock.
     pub lease_ms: u32,
     /// The tokens whose KV the blocks hold, from the prompt's start; the last block may be partly filled.
     pub content: Content,
-    /// The blocks, in order.
+    /// The first blocks, in order, that all ranks have computed already. The others follow as each worker's [`Computed`].
+    pub block_ids: Vec<u32>,
+}
+
+/// Blocks of a held prompt that a rank has computed, all layers of them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Computed {
+    /// The engine's request id.
+    pub request_id: String,
+    /// How many blocks of the prompt come before them.
+    pub first_block: u32,
+    /// The blocks, in order; the same for all ranks.
     pub block_ids: Vec<u32>,
 }
 

@@ -1,4 +1,4 @@
-//! Frames between agents, version 3.
+//! Frames between agents, version 4.
 //!
 //! Frames travel on bidirectional QUIC streams, one stream per pull or probe; the states in which each frame may
 //! come are told in `baton_kv_transfer::protocol`. The ALPN protocol [`ALPN`] names the major version of the whole
@@ -33,6 +33,7 @@
 //! | 12 | [`Frame::Direct`] | puller | [`Direct`] | a [`Frame::Pull`] |
 //! | 13 | [`Frame::Memory`] | holder | bytes that follow, 32 bit | so many bytes of msgpack: a [`SharedMemory`] |
 //! | 14 | [`Frame::Place`] | holder | number of a block in the holder's memory, 32 bit | |
+//! | 15 | [`Frame::Later`] | holder | index of the block, 32 bit | |
 //!
 //! KV bytes are never part of a frame: they follow the [`Frame::Block`] that announces them. Kinds 12 to 14 travel on
 //! Unix sockets between agents of one host only; there a [`Frame::Place`] stands where the bytes would.
@@ -52,10 +53,10 @@ use crate::ids::{Epoch, TransferId};
 pub use near::{Direct, Near, NearReply, Purpose, SharedAllocation, SharedMemory, SharedStorages};
 
 /// Version of the frames that this build writes and accepts.
-pub const VERSION: u8 = 3;
+pub const VERSION: u8 = 4;
 
 /// ALPN protocol of connections between agents.
-pub const ALPN: &[u8] = b"baton-kv/3";
+pub const ALPN: &[u8] = b"baton-kv/4";
 
 /// Bytes before a frame's body.
 pub const PREFIX: usize = 8;
@@ -402,6 +403,8 @@ pub enum Frame {
     Memory(u32),
     /// Holder, on a Unix socket: where the block lies whose header came last.
     Place(u32),
+    /// Holder: this block, the next one, is not held yet. Said again from time to time until it is.
+    Later(u32),
 }
 
 /// Bytes that are no frame.
@@ -495,7 +498,7 @@ struct RawCredit {
 }
 
 #[derive(Archive, Serialize, Deserialize)]
-struct RawAgain {
+struct RawIndex {
     index: u32,
 }
 
@@ -553,6 +556,7 @@ const NEAR_REPLY: u8 = 11;
 const DIRECT: u8 = 12;
 const MEMORY: u8 = 13;
 const PLACE: u8 = 14;
+const LATER: u8 = 15;
 
 /// Length of the body of a kind.
 const fn body_len(kind: u8) -> Option<usize> {
@@ -562,7 +566,7 @@ const fn body_len(kind: u8) -> Option<usize> {
         REFUSED | FINISH => size_of::<ArchivedRawError>(),
         BLOCK => size_of::<ArchivedRawBlock>(),
         CREDIT => size_of::<ArchivedRawCredit>(),
-        AGAIN => size_of::<ArchivedRawAgain>(),
+        AGAIN | LATER => size_of::<ArchivedRawIndex>(),
         PROBE => size_of::<ArchivedRawProbe>(),
         PROBE_REPLY => size_of::<ArchivedRawProbeReply>(),
         NEAR => size_of::<ArchivedRawNear>(),
@@ -653,7 +657,8 @@ impl Frame {
                 archive!(BLOCK, RawBlock { checksum, index, zero: 0 })
             }
             Frame::Credit(granted) => archive!(CREDIT, RawCredit { granted }),
-            Frame::Again(index) => archive!(AGAIN, RawAgain { index }),
+            Frame::Again(index) => archive!(AGAIN, RawIndex { index }),
+            Frame::Later(index) => archive!(LATER, RawIndex { index }),
             Frame::Finish(error) => archive!(FINISH, raw_error(error)),
             Frame::Probe(Probe { bytes }) => archive!(PROBE, RawProbe { bytes }),
             Frame::ProbeReply(ProbeReply { bytes, mtu }) => {
@@ -734,7 +739,8 @@ impl Frame {
                 Frame::Block(BlockHeader { index: raw.index, checksum: raw.checksum })
             }
             CREDIT => Frame::Credit(unarchive!(kind, RawCredit, ArchivedRawCredit, body).granted),
-            AGAIN => Frame::Again(unarchive!(kind, RawAgain, ArchivedRawAgain, body).index),
+            AGAIN => Frame::Again(unarchive!(kind, RawIndex, ArchivedRawIndex, body).index),
+            LATER => Frame::Later(unarchive!(kind, RawIndex, ArchivedRawIndex, body).index),
             FINISH => {
                 let raw = unarchive!(kind, RawError, ArchivedRawError, body);
                 Frame::Finish(wire_error(&raw).ok_or(invalid)?)

@@ -56,6 +56,8 @@ const AUDIT: &str = "baton::audit";
 pub enum Report {
     /// A handoff ended.
     Outcome(v1::TransferOutcome),
+    /// A prompt's blocks may be pulled as they are computed.
+    HoldTaken(v1::HoldTaken),
     /// A transfer measured a link.
     Link(v1::LinkSample),
 }
@@ -270,6 +272,7 @@ impl Hub {
                 }
             }
             Action::Outcome(outcome) => self.report(Report::Outcome(outcome)),
+            Action::HoldTaken(taken) => self.report(Report::HoldTaken(taken)),
             Action::Link(sample) => self.report(Report::Link(sample)),
         }
         None
@@ -344,10 +347,8 @@ async fn accept(listener: Listener, accepted: mpsc::Sender<UnixStream>, stop: Ca
 }
 
 fn make_checksums(job: ChecksumJob, metrics: &Metrics) {
-    for (memory, checksums) in &job.ranks {
-        if let Err(error) = checksums.make(memory, &job.block_ids, &job.guard) {
-            tracing::warn!(%error, "checksums of held blocks");
-        }
+    if let Err(error) = job.making.run() {
+        tracing::warn!(%error, "checksums of held blocks");
     }
     metrics.checksums_made(job.taken.elapsed());
 }

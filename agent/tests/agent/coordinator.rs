@@ -35,6 +35,7 @@ pub(crate) struct Seen {
     pub(crate) heartbeats: usize,
     pub(crate) links: Vec<v1::LinkSample>,
     pub(crate) transfers: Vec<v1::TransferOutcome>,
+    pub(crate) taken: Vec<v1::HoldTaken>,
     tell: Option<mpsc::Sender<Result<v1::CoordinatorMessage, Status>>>,
 }
 
@@ -194,6 +195,10 @@ impl Seen {
             }
             Say::Transfer(transfer) => {
                 self.transfers.push(transfer);
+                None
+            }
+            Say::HoldTaken(taken) => {
+                self.taken.push(taken);
                 None
             }
         }

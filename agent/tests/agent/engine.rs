@@ -14,7 +14,7 @@ use axum::Router;
 use axum::http::StatusCode;
 use axum::routing::get;
 use baton_proto::connector::{
-    Content, HeadSpan, Heads, Hello, Hold, Layout, Piece, Pull, Side, ToAgent, ToConnector, VERSION,
+    Computed, Content, HeadSpan, Heads, Hello, Hold, Layout, Piece, Pull, Side, ToAgent, ToConnector, VERSION,
 };
 use baton_proto::plan::Source;
 use baton_proto::{ContentKeys, Epoch, TransferId};
@@ -370,6 +370,7 @@ pub(crate) fn hello(instance: &str, side: Side, tp_size: u32) -> ToAgent {
         model: MODEL.to_owned(),
         block_size: BLOCK,
         num_blocks: BLOCKS,
+        chunk_tokens: 2 * BLOCK,
     })
 }
 
@@ -420,6 +421,13 @@ impl Attached {
             block_ids: block_ids.to_vec(),
         };
         self.scheduler.say(&ToAgent::Hold(hold)).await;
+    }
+
+    /// A rank has computed more of a held prompt.
+    pub(crate) async fn computed(&self, rank: usize, transfer: u8, first_block: u32, block_ids: &[u32]) {
+        let request_id = format!("hold-{transfer}");
+        let computed = Computed { request_id, first_block, block_ids: block_ids.to_vec() };
+        self.workers[rank].0.say(&ToAgent::Computed(computed)).await;
     }
 
     /// Starts to pull what `source` holds into blocks of one rank.

@@ -116,6 +116,38 @@ async fn only_the_missing_tail_travels() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn blocks_leave_while_the_prompt_is_computed() {
+    let site = Site::new();
+    let mut p = Side::start(&site, "p", 2, "bf16", 1).await;
+    let mut d = Side::start(&site, "d", 2, "bf16", 1).await;
+    p.hold(1, &[], 50, LEASE).await;
+    for rank in 0..2 {
+        d.engine.pull(rank, 1, p.source(), 0, &[10, 2, 33, 0], 50).await;
+    }
+    let compute = |rank: usize, blocks: std::ops::Range<usize>| {
+        let (p, from) = (&p, [3, 60, 1, 7]);
+        async move {
+            for block in &from[blocks.clone()] {
+                p.engine.workers[rank].1.fill(*block, u64::from(*block) << 8 | rank as u64);
+            }
+            p.engine.computed(rank, 1, blocks.start as u32, &from[blocks]).await;
+        }
+    };
+    compute(0, 0..2).await;
+    compute(1, 0..2).await;
+    compute(1, 2..4).await;
+    assert_eq!(d.engine.pulled(1).await, (vec![], String::new()), "rank 1 waits for nobody");
+    compute(0, 2..4).await;
+    assert_eq!(d.engine.pulled(0).await, (vec![], String::new()));
+    for rank in 0..2 {
+        for (from, to) in [3, 60, 1, 7].into_iter().zip([10, 2, 33, 0]) {
+            assert_eq!(p.engine.workers[rank].1.read(from), d.engine.workers[rank].1.read(to));
+        }
+        assert_eq!(p.engine.released(rank).await, ["hold-1"]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn every_rank_pulls_its_own_part() {
     let site = Site::new();
     let mut p = Side::start(&site, "p", 2, "bf16", 1).await;

@@ -213,6 +213,7 @@ pub(crate) mod testing {
             num_blocks: 100,
             block_bytes: 4096,
             wire_block_bytes: 0,
+            chunk_tokens: 0,
             role: v1::Role::Both as i32,
             can_transfer: true,
             layout: "l".into(),

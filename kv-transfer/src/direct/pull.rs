@@ -119,11 +119,11 @@ pub(crate) async fn attempt(
     drop(ended);
     // Where the holder does not hear of it, the hold stays until its lease ends.
     let _ = timeout_at(job.deadline.into(), stream.write_all(&outgoing)).await;
-    let Received { bytes, corrupt, failed, checksums } = received;
+    let Received { bytes, corrupt, failed, checksums, waited } = received;
     job.shared.counters.corrupt.fetch_add(u64::from(corrupt), Ordering::Relaxed);
     job.shared.counters.direct.fetch_add(bytes, Ordering::Relaxed);
     let (elapsed, form) = (job.started.elapsed(), BlockForm::AsItLies);
-    Ok(PullReport { bytes, elapsed, rtt, corrupt, failed, checksums, form, direct: true })
+    Ok(PullReport { bytes, elapsed, waited, rtt, corrupt, failed, checksums, form, direct: true })
 }
 
 /// Waits for a device's copies, and looks at what lies there now.

@@ -222,7 +222,7 @@ impl Serving<'_> {
 
     /// Does what the sender says, until it has nothing more or enough is said.
     fn act(&mut self) -> Option<(Close, Result<(), WireError>)> {
-        while self.sender.is_done() || (self.outgoing.len() < AHEAD && self.awaited.is_none()) {
+        while self.sender.is_done() || self.outgoing.len() < AHEAD {
             match self.sender.poll()? {
                 SenderAction::Open(pull) => {
                     // In another form a block lies nowhere.
@@ -240,7 +240,10 @@ impl Serving<'_> {
                     let held = self.held.as_ref();
                     match held.and_then(|held| held.checksum(index)) {
                         Some(checksum) => self.gather(index, Some(checksum)),
-                        None => self.awaited = Some(index),
+                        None => {
+                            self.sender.handle_not_held(Instant::now());
+                            self.awaited = Some(index);
+                        }
                     }
                 }
                 SenderAction::Payload(range) => {
@@ -262,7 +265,7 @@ impl Serving<'_> {
     fn gather(&mut self, index: u32, checksum: Option<u64>) {
         self.awaited = None;
         let held = self.held.as_ref();
-        let place = held.and_then(|held| held.block_ids.get(index as usize)).copied();
+        let place = held.and_then(|held| held.block(index));
         let (Some(checksum), Some(place)) = (checksum, place) else {
             return self.sender.handle_block(Err(ErrorCode::Internal.into()));
         };

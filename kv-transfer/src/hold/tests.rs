@@ -38,14 +38,15 @@ fn id(number: u8) -> TransferId {
     TransferId::from_bytes([number; 16])
 }
 
-fn hold(number: u8, request: u8, ranks: usize) -> Hold {
+/// Of two blocks, as many of them computed.
+fn hold(number: u8, request: u8, ranks: usize, computed: usize) -> Hold {
     let rank =
         |_| RankHold { memory: Arc::new(Nothing), layout: LAYOUT.into(), checksums: Checksums::pending(2) };
     Hold {
         request_id: format!("r{request}"),
         transfer_id: id(number),
         hashes: vec![BlockHash::from_bytes([0; 16]), BlockHash::from_bytes([1; 16])],
-        block_ids: vec![4, 7],
+        block_ids: [4, 7][..computed].to_vec(),
         ranks: (0..ranks).map(rank).collect(),
     }
 }
@@ -80,7 +81,8 @@ fn table(max_holds: usize) -> (HoldTable, Arc<AtomicU32>) {
 
 #[derive(Clone, Debug)]
 enum Operation {
-    Insert { number: u8, request: u8, ranks: usize, lease: u64 },
+    Insert { number: u8, request: u8, ranks: usize, computed: usize, lease: u64 },
+    Grow { request: u8, rank: u32, first: usize, blocks: Vec<u32> },
     Open { number: u8, rank: u32, stale: bool },
     Finish(usize),
     Drop(usize),
@@ -92,8 +94,11 @@ enum Operation {
 
 fn operation() -> impl Strategy<Value = Operation> {
     prop_oneof![
-        6 => (0..12u8, 0..5u8, 1..3usize, 1..60u64)
-            .prop_map(|(number, request, ranks, lease)| Operation::Insert { number, request, ranks, lease }),
+        6 => (0..12u8, 0..5u8, 1..3usize, 0..3usize, 1..60u64).prop_map(
+            |(number, request, ranks, computed, lease)| Operation::Insert { number, request, ranks, computed, lease }
+        ),
+        4 => (0..5u8, 0..3u32, prop::sample::select(vec![(0, vec![4]), (1, vec![7]), (0, vec![4, 7]), (1, vec![6]), (1, vec![7, 8])]))
+            .prop_map(|(request, rank, (first, blocks))| Operation::Grow { request, rank, first, blocks }),
         6 => (0..12u8, 0..3u32, prop::bool::weighted(0.1))
             .prop_map(|(number, rank, stale)| Operation::Open { number, rank, stale }),
         4 => any::<usize>().prop_map(Operation::Finish),
@@ -108,7 +113,10 @@ fn operation() -> impl Strategy<Value = Operation> {
 struct Modelled {
     number: u8,
     request: u8,
+    /// Of which it is known which they are.
+    blocks: [Option<u32>; 2],
     finished: Vec<bool>,
+    lease: u64,
     expires: u64,
     end: Option<HoldEnd>,
     copies: usize,
@@ -127,7 +135,14 @@ impl Model {
         self.holds.iter_mut().find(|hold| hold.number == number)
     }
 
-    fn insert(&mut self, number: u8, request: u8, ranks: usize, lease: u64) -> Result<(), HoldError> {
+    fn insert(
+        &mut self,
+        number: u8,
+        request: u8,
+        ranks: usize,
+        computed: usize,
+        lease: u64,
+    ) -> Result<(), HoldError> {
         if self.find(number).is_some() {
             return Err(HoldError::DuplicateTransfer(id(number)));
         }
@@ -144,12 +159,37 @@ impl Model {
         self.holds.push(Modelled {
             number,
             request,
+            blocks: [(computed > 0).then_some(4), (computed > 1).then_some(7)],
             finished: vec![false; ranks],
+            lease,
             expires,
             end: None,
-            copies: 1,
+            copies: usize::from(computed > 0),
         });
         Ok(())
+    }
+
+    /// Whether there is something to be made.
+    fn grow(&mut self, request: u8, rank: u32, first: usize, blocks: &[u32]) -> Result<bool, GrowError> {
+        let now = self.now;
+        let found = self.holds.iter_mut().find(|hold| hold.request == request);
+        let hold = found.ok_or_else(|| GrowError::Unknown(format!("r{request}")))?;
+        let (end, ranks) = (first + blocks.len(), hold.finished.len());
+        if end > 2 || rank as usize >= ranks {
+            return Err(GrowError::Range { first, end, rank, blocks: 2, ranks });
+        }
+        for (index, said) in (first..).zip(blocks) {
+            let known = *hold.blocks[index].get_or_insert(*said);
+            if known != *said {
+                return Err(GrowError::Differs { index, said: *said, known });
+            }
+        }
+        let is_live = hold.end.is_none() && now < hold.expires;
+        if is_live {
+            hold.expires = now + hold.lease;
+            hold.copies += 1;
+        }
+        Ok(is_live)
     }
 
     fn open(&mut self, number: u8, rank: u32, stale: bool) -> Result<(), ErrorCode> {
@@ -196,9 +236,9 @@ impl Model {
     }
 }
 
-/// What keeps a hold from being released: the guard of its making, or a claim.
+/// What keeps a hold from being released: checksums to be made, or a claim.
 enum Held {
-    Guard(#[allow(dead_code, reason = "kept, never read")] Guard),
+    Making(#[allow(dead_code, reason = "kept, never read")] Vec<Making>),
     Claim(HeldBlocks, u32),
 }
 
@@ -216,11 +256,25 @@ proptest! {
             let now = start + Duration::from_millis(model.now);
             let before = woken.load(Ordering::Relaxed);
             match operation {
-                Operation::Insert { number, request, ranks, lease } => {
-                    let result = table.insert(now, hold(number, request, ranks), Duration::from_millis(lease));
-                    let expected = model.insert(number, request, ranks, lease);
+                Operation::Insert { number, request, ranks, computed, lease } => {
+                    let lives = Duration::from_millis(lease);
+                    let result = table.insert(now, hold(number, request, ranks, computed), lives);
+                    let expected = model.insert(number, request, ranks, computed, lease);
                     prop_assert_eq!(result.as_ref().map(|_| ()), expected.as_ref().map(|_| ()));
-                    held.extend(result.ok().map(|guard| (number, Held::Guard(guard))));
+                    let making = result.ok().filter(|making| !making.is_empty());
+                    prop_assert!(making.as_ref().is_none_or(|making| making.len() == ranks));
+                    held.extend(making.map(|making| (number, Held::Making(making))));
+                }
+                Operation::Grow { request, rank, first, blocks } => {
+                    let growth = Growth { first, block_ids: blocks.clone() };
+                    let result = table.grow(now, &format!("r{request}"), rank, growth.clone());
+                    let expected = model.grow(request, rank, first, &blocks);
+                    prop_assert_eq!(result.as_ref().map(|making| making.is_some()), expected.as_ref().copied());
+                    if let Ok(Some(making)) = result {
+                        prop_assert_eq!(&making.growth, &growth);
+                        let hold = model.holds.iter().find(|hold| hold.request == request);
+                        held.push((hold.expect("it has grown").number, Held::Making(vec![making])));
+                    }
                 }
                 Operation::Open { number, rank, stale } => {
                     // As many as the holder has, where that can be.
@@ -230,7 +284,9 @@ proptest! {
                     prop_assert_eq!(result.as_ref().map(|_| ()).map_err(|error| error.code), expected);
                     if let Ok(opened) = result {
                         let first = opened.parts.iter().map(|part| part.first_block).collect::<Vec<_>>();
-                        prop_assert_eq!((&opened.block_ids[..], &first[..]), (&[7][..], &[1][..]));
+                        prop_assert_eq!((opened.count(), &first[..]), (1, &[1][..]));
+                        prop_assert_eq!(opened.block(0), model.find(number).expect("it is open").blocks[1]);
+                        prop_assert_eq!(opened.block(1), None);
                         held.push((number, Held::Claim(opened, rank)));
                     }
                 }
@@ -299,11 +355,11 @@ proptest! {
 #[test]
 fn holds_whose_parts_do_not_agree_are_refused() {
     let (mut table, _) = table(3);
-    let mut too_few_hashes = hold(1, 1, 1);
+    let mut too_few_hashes = hold(1, 1, 1, 2);
     too_few_hashes.hashes.pop();
-    let mut no_rank = hold(1, 1, 1);
+    let mut no_rank = hold(1, 1, 1, 2);
     no_rank.ranks.clear();
-    let mut other_checksums = hold(1, 1, 1);
+    let mut other_checksums = hold(1, 1, 1, 2);
     other_checksums.ranks[0].checksums = Checksums::pending(3);
     for bad in [too_few_hashes, no_rank, other_checksums] {
         let result = table.insert(Instant::now(), bad, Duration::from_secs(1));
@@ -313,11 +369,24 @@ fn holds_whose_parts_do_not_agree_are_refused() {
 }
 
 #[test]
+fn a_cancelled_request_ends_its_hold() {
+    let (mut table, _) = table(3);
+    let now = Instant::now();
+    table.insert(now, hold(1, 5, 1, 0), Duration::from_secs(1)).unwrap();
+    assert!(!table.cancel("r6") && table.cancel("r5") && !table.cancel("r5"));
+    let released = table.poll(now);
+    assert_eq!((released[0].request_id.as_str(), released[0].end), ("r5", HoldEnd::Released));
+    // Its other ranks may not have heard of it.
+    let late = Growth { first: 0, block_ids: vec![4] };
+    assert_eq!(table.grow(now, "r5", 0, late).err(), Some(GrowError::Unknown("r5".into())));
+}
+
+#[test]
 fn only_so_many_ended_transfers_are_remembered() {
     let (mut table, _) = table(1);
     let now = Instant::now();
     for number in 0..=REMEMBERED {
-        let mut hold = hold(0, 0, 1);
+        let mut hold = hold(0, 0, 1, 2);
         hold.transfer_id = TransferId::from_bytes((number as u128).to_be_bytes());
         drop(table.insert(now, hold, Duration::ZERO).unwrap());
         assert_eq!(table.poll(now).len(), 1);

@@ -30,6 +30,7 @@
 //!                                             <-- Accepted{bytes of a block, their form}
 //!                                             <-- Block{0, checksum}, bytes
 //!                                             <-- Block{1, checksum}, bytes ...
+//!                                             <-- Later{2}, again each 0.5 s until block 2 is held
 //! Credit{bytes granted in all}            -->
 //! Again{1}                                -->          where block 1 did not match its checksum
 //!                                             <-- Block{1, checksum}, bytes
@@ -57,6 +58,10 @@
 //!
 //! **A pull may overtake its hold**, since the two take different ways to the holder: an unknown id is looked up again for
 //! [`UNKNOWN_GRACE`] before it is refused.
+//!
+//! **A pull may overtake the computation**, too: a hold may grow while its prompt is computed. A block that is not held when its
+//! turn comes is said to come later, so that the puller does not take the holder for stalled, and can tell what the link
+//! took from what the engine took. Its deadline goes on.
 //!
 //! **End.** `Finish` says that the puller's rank needs nothing more of the hold, for whatever reason: success, its
 //! deadline, a cancelled request. A stream that breaks without one says nothing about the hold, which stays until its

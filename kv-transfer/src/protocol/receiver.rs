@@ -54,6 +54,9 @@ pub struct Receiver {
     failed: Vec<usize>,
     bytes: u64,
     checksums: Vec<u64>,
+    /// Since when the next block is said to come later.
+    later: Option<Instant>,
+    waited: Duration,
 }
 
 enum State {
@@ -121,6 +124,8 @@ pub struct Received {
     pub failed: Vec<usize>,
     /// As the holder sent them, in order of blocks.
     pub checksums: Vec<u64>,
+    /// How long the holder had nothing to send, since the next block was not held yet.
+    pub waited: Duration,
 }
 
 /// Why a pull did not come to its end.
@@ -158,6 +163,8 @@ impl Receiver {
             failed: Vec::new(),
             bytes: 0,
             checksums: vec![0; pull.blocks as usize],
+            later: None,
+            waited: Duration::ZERO,
         }
     }
 
@@ -267,11 +274,18 @@ impl Receiver {
                     if !fresh && !self.again.contains(&header.index) {
                         return Err(ErrorCode::Protocol.into());
                     }
+                    if let Some(since) = self.later.take() {
+                        self.waited += self.heard.saturating_duration_since(since);
+                    }
                     self.state = if self.direct {
                         State::Placing(header)
                     } else {
                         State::InBlock { header, offset: 0, hasher: Box::new(Xxh3::new()) }
                     };
+                    Ok(true)
+                }
+                Some(Frame::Later(index)) if index == self.next && index < self.pull.blocks => {
+                    self.later.get_or_insert(self.heard);
                     Ok(true)
                 }
                 Some(Frame::Refused(error)) if self.direct => {
@@ -357,6 +371,7 @@ impl Receiver {
                 corrupt: self.corrupt,
                 failed,
                 checksums: std::mem::take(&mut self.checksums),
+                waited: self.waited,
             })));
             self.state = State::Done;
         }

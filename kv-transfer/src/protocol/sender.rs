@@ -13,6 +13,10 @@ use super::{StreamEnd, UNKNOWN_GRACE};
 /// From one look for an unknown transfer to the next.
 const UNKNOWN_INTERVAL: Duration = Duration::from_millis(5);
 
+/// A block that is not held for so long is said to come later, and again each time it took that long.
+const LATER: Duration = Duration::from_millis(5);
+const LATER_AGAIN: Duration = Duration::from_millis(500);
+
 /// What a sender goes by.
 #[derive(Clone, Debug)]
 pub struct SenderConfig {
@@ -52,8 +56,11 @@ enum State {
     },
     /// Nothing to send, or no credit to begin.
     BetweenBlocks,
-    /// The shell gathers a block.
-    Gathering(u32),
+    /// The shell gathers a block. `later`: when to say that it is not held yet, where it is not.
+    Gathering {
+        index: u32,
+        later: Option<Instant>,
+    },
     InBlock {
         index: u32,
         offset: u64,
@@ -171,9 +178,9 @@ impl Sender {
                 }
                 self.granted = granted;
             }
-            (Frame::Again(index), State::BetweenBlocks | State::Gathering(_) | State::InBlock { .. }) => {
+            (Frame::Again(index), State::BetweenBlocks | State::Gathering { .. } | State::InBlock { .. }) => {
                 let sending = match self.state {
-                    State::Gathering(at) | State::InBlock { index: at, .. } => Some(at),
+                    State::Gathering { index: at, .. } | State::InBlock { index: at, .. } => Some(at),
                     _ => None,
                 };
                 let was_sent = index < self.next && sending != Some(index);
@@ -217,9 +224,16 @@ impl Sender {
         }
     }
 
+    /// The block that [`SenderAction::Gather`] asked for is not held yet.
+    pub fn handle_not_held(&mut self, now: Instant) {
+        if let State::Gathering { later, .. } = &mut self.state {
+            *later = Some(now + LATER);
+        }
+    }
+
     /// The block that [`SenderAction::Gather`] asked for is at hand, or cannot be had.
     pub fn handle_block(&mut self, checksum: Result<u64, WireError>) {
-        let State::Gathering(index) = self.state else { return };
+        let State::Gathering { index, .. } = self.state else { return };
         match checksum {
             Ok(checksum) => {
                 let header = Frame::Block(BlockHeader { index, checksum });
@@ -247,7 +261,7 @@ impl Sender {
     pub fn handle_timeout(&mut self, now: Instant) {
         if now >= self.deadline {
             let opened =
-                matches!(self.state, State::BetweenBlocks | State::Gathering(_) | State::InBlock { .. });
+                matches!(self.state, State::BetweenBlocks | State::Gathering { .. } | State::InBlock { .. });
             self.stop(ErrorCode::Deadline.into());
             if opened {
                 // The puller counts from an earlier moment: it gave up before, and will not come back.
@@ -261,13 +275,21 @@ impl Sender {
             self.state = State::Opening { since, at: None };
             self.outbox.push_back(SenderAction::Open(pull));
         }
+        if let State::Gathering { index, later: Some(later) } = &mut self.state
+            && now >= *later
+        {
+            *later = now + LATER_AGAIN;
+            self.outbox.push_back(SenderAction::Send(Frame::Later(*index).encode()));
+        }
     }
 
     /// When [`Self::handle_timeout`] is due; `None` when all is over.
     pub fn poll_timeout(&self) -> Option<Instant> {
         match self.state {
             State::Done => None,
-            State::Opening { at: Some(at), .. } => Some(at.min(self.deadline)),
+            State::Opening { at: Some(at), .. } | State::Gathering { later: Some(at), .. } => {
+                Some(at.min(self.deadline))
+            }
             _ => Some(self.deadline),
         }
     }
@@ -288,7 +310,7 @@ impl Sender {
                     }
                     None => return None,
                 };
-                self.state = State::Gathering(index);
+                self.state = State::Gathering { index, later: None };
                 Some(SenderAction::Gather(index))
             }
             State::InBlock { index, offset } if credit > 0 => {

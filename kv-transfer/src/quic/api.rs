@@ -157,6 +157,8 @@ pub struct PullReport {
     pub bytes: u64,
     /// From the call to the last byte.
     pub elapsed: Duration,
+    /// Of that, how long the holder had nothing to send, since its engine had not computed it yet.
+    pub waited: Duration,
     /// The connection's round trip as measured at the end.
     pub rtt: Duration,
     /// Blocks that arrived corrupt, repetitions included.

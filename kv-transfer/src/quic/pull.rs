@@ -209,6 +209,7 @@ impl Job {
             return Ok(PullReport {
                 bytes: 0,
                 elapsed: Duration::ZERO,
+                waited: Duration::ZERO,
                 rtt: Duration::ZERO,
                 corrupt: 0,
                 failed: Vec::new(),
@@ -349,7 +350,7 @@ impl Job {
         let mut memory_error = None;
         let result = self.drive(&mut receiver, &mut send, &mut recv, &mut memory_error).await;
         let unanswered = !receiver.answered();
-        let Received { bytes, corrupt, failed, checksums } = match result {
+        let Received { bytes, corrupt, failed, checksums, waited } = match result {
             Ok(received) => received,
             Err(stop) => {
                 let code = match stop {
@@ -378,6 +379,7 @@ impl Job {
         Ok(PullReport {
             bytes,
             elapsed: self.started.elapsed(),
+            waited,
             rtt: connection.rtt(),
             corrupt,
             failed,

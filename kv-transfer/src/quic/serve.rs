@@ -235,7 +235,7 @@ impl<'a> Serve<'a> {
 
     /// Does what the sender says, until it has nothing more or enough is gathered.
     fn act(&mut self) -> Option<(Close, Result<(), WireError>)> {
-        while self.sender.is_done() || (self.batched < BATCH && self.awaited.is_none()) {
+        while self.sender.is_done() || self.batched < BATCH {
             match self.sender.poll()? {
                 SenderAction::Open(pull) => {
                     let opened = self.shared.source.open(&pull);
@@ -247,13 +247,18 @@ impl<'a> Serve<'a> {
                     self.batched += frame.as_ref().len();
                     self.batch.push(Bytes::copy_from_slice(frame.as_ref()));
                 }
-                SenderAction::Gather(index) => match &self.held {
-                    Some(held) if !held.lie() => self.make(index),
-                    held => match held.as_ref().and_then(|held| held.checksum(index)) {
-                        Some(checksum) => self.gather(index, Some(checksum)),
-                        None => self.awaited = Some(index),
-                    },
-                },
+                SenderAction::Gather(index) => {
+                    if self.held.as_ref().is_some_and(|held| !held.is_there(index)) {
+                        self.sender.handle_not_held(Instant::now());
+                    }
+                    match &self.held {
+                        Some(held) if !held.lie() => self.make(index),
+                        held => match held.as_ref().and_then(|held| held.checksum(index)) {
+                            Some(checksum) => self.gather(index, Some(checksum)),
+                            None => self.awaited = Some(index),
+                        },
+                    }
+                }
                 SenderAction::Payload(range) => {
                     self.batched += range.len();
                     self.shared.counters.sent.fetch_add(range.len() as u64, Ordering::Relaxed);
@@ -332,7 +337,7 @@ impl<'a> Serve<'a> {
             self.making.push_front(begin(index));
         }
         let last = self.making.iter().map(|(at, _)| at + 1).max();
-        let next = last.map_or(0, |last| last.max(self.sender.begun()))..held.block_ids.len() as u32;
+        let next = last.map_or(0, |last| last.max(self.sender.begun()))..held.count();
         self.making.extend(next.take(MAKING.saturating_sub(self.making.len())).map(begin));
     }
 
@@ -350,7 +355,7 @@ impl<'a> Serve<'a> {
     /// Begins to take a block from memory; `None` where nothing is held.
     fn stage(&self, index: u32) -> Option<Result<Staged, MemoryError>> {
         let held = self.held.as_ref()?;
-        let block = *held.block_ids.get(index as usize)?;
+        let block = held.block(index)?;
         Some(held.memory.clone().stage(block, held.claim.guard()))
     }
 
@@ -359,6 +364,10 @@ impl<'a> Serve<'a> {
         let most = self.held.as_ref().map_or(0, |held| held.memory.ahead());
         while self.ahead.len() < most {
             let next = self.ahead.back().map_or(self.sender.begun(), |(at, _)| at + 1);
+            // One that is not computed yet would be read too early.
+            if self.held.as_ref().is_none_or(|held| held.checksum(next).is_none()) {
+                return;
+            }
             match self.stage(next) {
                 Some(Ok(staged)) => self.ahead.push_back((next, staged)),
                 // What is wrong shows when it is that block's turn.

@@ -13,8 +13,8 @@ use baton_kernels::{BlockLayout, BlockMemory, EngineMemory, Guard};
 use baton_kv_transfer::checksum::Checksums;
 use baton_kv_transfer::tls::Identity;
 use baton_kv_transfer::{
-    Endpoint, EndpointConfig, HeldBlocks, Hold, HoldTable, Limits, Peer, PullRequest, RankHold, ReleasedHold,
-    SendReport, Source,
+    Endpoint, EndpointConfig, Growth, HeldBlocks, Hold, HoldTable, Limits, Making, Peer, PullRequest,
+    RankHold, ReleasedHold, SendReport, Source,
 };
 use baton_proto::connector::{HeadSpan, Heads, Layout, Piece};
 use baton_proto::wire::{LayoutFingerprint, PullHeader, WireDtype, WireError};
@@ -196,6 +196,27 @@ impl TableSource {
         self.released.lock().unwrap().extend(released);
     }
 
+    /// Holds a prompt of so many blocks, of which the first are computed. Their checksums are still to be made.
+    pub fn take(
+        &self,
+        id: TransferId,
+        memory: &Arc<impl BlockMemory>,
+        layout: impl Into<BlockLayout>,
+        (block_ids, blocks): (Vec<u32>, usize),
+        lease: Duration,
+    ) -> Vec<Making> {
+        let checksums = Checksums::pending(blocks);
+        let rank = RankHold { memory: memory.clone(), layout: layout.into(), checksums };
+        let hold = Hold {
+            request_id: id.to_string(),
+            transfer_id: id,
+            hashes: (0..blocks as u32).map(hash).collect(),
+            block_ids,
+            ranks: vec![rank],
+        };
+        self.table.lock().unwrap().insert(Instant::now(), hold, lease).unwrap()
+    }
+
     /// Holds blocks whose checksums are still to be made. The hold is kept for as long as the guard, too.
     pub fn hold_unchecked(
         &self,
@@ -205,20 +226,9 @@ impl TableSource {
         block_ids: Vec<u32>,
         lease: Duration,
     ) -> (Arc<Checksums>, Guard) {
-        let checksums = Checksums::pending(block_ids.len());
-        let hold = Hold {
-            request_id: id.to_string(),
-            transfer_id: id,
-            hashes: (0..block_ids.len() as u32).map(hash).collect(),
-            block_ids,
-            ranks: vec![RankHold {
-                memory: memory.clone(),
-                layout: layout.into(),
-                checksums: checksums.clone(),
-            }],
-        };
-        let guard = self.table.lock().unwrap().insert(Instant::now(), hold, lease).unwrap();
-        (checksums, guard)
+        let blocks = block_ids.len();
+        let making = self.take(id, memory, layout, (block_ids, blocks), lease).remove(0);
+        (making.checksums, making.guard)
     }
 
     /// Holds blocks, with checksums made at once.
@@ -230,9 +240,16 @@ impl TableSource {
         block_ids: Vec<u32>,
         lease: Duration,
     ) {
-        let (checksums, guard) = self.hold_unchecked(id, memory, layout, block_ids.clone(), lease);
-        let memory: Arc<dyn BlockMemory> = memory.clone();
-        checksums.make(&memory, &block_ids, &guard).unwrap();
+        let blocks = block_ids.len();
+        let making = self.take(id, memory, layout, (block_ids, blocks), lease);
+        making.iter().for_each(|making| making.run().unwrap());
+    }
+
+    /// More of its blocks are computed.
+    pub fn grow(&self, id: TransferId, first: usize, block_ids: Vec<u32>) {
+        let growth = Growth { first, block_ids };
+        let grown = self.table.lock().unwrap().grow(Instant::now(), &id.to_string(), 0, growth);
+        grown.unwrap().expect("it is live").run().unwrap();
     }
 
     /// Waits until something is released.

@@ -40,6 +40,7 @@ fn every_kind() -> Vec<Frame> {
         Frame::Direct(Direct { token: [5; 16], purpose: Purpose::Map }),
         Frame::Memory(1 << 20),
         Frame::Place(u32::MAX),
+        Frame::Later(9),
     ];
     for code in ErrorCode::ALL {
         frames.push(Frame::Refused(WireError::new(code, 77)));
@@ -68,10 +69,10 @@ fn the_largest_frame_is_as_large_as_stated() {
     assert_eq!(largest, Some(MAX_FRAME));
 }
 
-/// What version 3 looks like on the wire. A change here is a new version.
+/// What version 4 looks like on the wire. A change here is a new version.
 #[test]
-fn version_3_to_the_byte() {
-    let mut expected = b"BK\x03\x01\x68\x00\x00\x00".to_vec();
+fn version_4_to_the_byte() {
+    let mut expected = b"BK\x04\x01\x68\x00\x00\x00".to_vec();
     expected.extend([0xa1; 16]);
     expected.extend([0xb2; 16]);
     expected.extend([0xd4; 16]);
@@ -86,14 +87,15 @@ fn version_3_to_the_byte() {
     assert_eq!(Frame::Pull(PullHeader { dtype: WireDtype::Fp8, ..pull() }).encode().as_ref(), expected);
 
     let block = Frame::Block(BlockHeader { index: 0x0a0b, checksum: 0x11 }).encode();
-    assert_eq!(block.as_ref(), b"BK\x03\x04\x10\0\0\0\x11\0\0\0\0\0\0\0\x0b\x0a\0\0\0\0\0\0");
+    assert_eq!(block.as_ref(), b"BK\x04\x04\x10\0\0\0\x11\0\0\0\0\0\0\0\x0b\x0a\0\0\0\0\0\0");
     let accepted = Frame::Accepted(Accepted { block_bytes: 0x22, form: BlockForm::Common }).encode();
-    assert_eq!(accepted.as_ref(), b"BK\x03\x02\x10\0\0\0\x22\0\0\0\0\0\0\0\x01\0\0\0\0\0\0\0");
+    assert_eq!(accepted.as_ref(), b"BK\x04\x02\x10\0\0\0\x22\0\0\0\0\0\0\0\x01\0\0\0\0\0\0\0");
     let packed = Frame::Accepted(Accepted { block_bytes: 0x11, form: BlockForm::Packed }).encode();
-    assert_eq!(packed.as_ref(), b"BK\x03\x02\x10\0\0\0\x11\0\0\0\0\0\0\0\x02\0\0\0\0\0\0\0");
+    assert_eq!(packed.as_ref(), b"BK\x04\x02\x10\0\0\0\x11\0\0\0\0\0\0\0\x02\0\0\0\0\0\0\0");
     let refused = Frame::Refused(WireError::new(ErrorCode::StaleEpoch, 6)).encode();
-    assert_eq!(refused.as_ref(), b"BK\x03\x03\x10\0\0\0\x06\0\0\0\0\0\0\0\x04\0\0\0\0\0\0\0");
-    assert_eq!(Frame::Again(2).encode().as_ref(), b"BK\x03\x06\x04\0\0\0\x02\0\0\0");
+    assert_eq!(refused.as_ref(), b"BK\x04\x03\x10\0\0\0\x06\0\0\0\0\0\0\0\x04\0\0\0\0\0\0\0");
+    assert_eq!(Frame::Again(2).encode().as_ref(), b"BK\x04\x06\x04\0\0\0\x02\0\0\0");
+    assert_eq!(Frame::Later(2).encode().as_ref(), b"BK\x04\x0f\x04\0\0\0\x02\0\0\0");
 }
 
 #[test]

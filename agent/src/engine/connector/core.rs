@@ -16,10 +16,10 @@ use std::time::{Duration, Instant};
 use baton_kernels::BlockMemory;
 use baton_kv_transfer::checksum::Checksums;
 use baton_kv_transfer::{
-    Hold as HeldRequest, HoldEnd as TableEnd, HoldError, HoldTable, Peer, PullError, PullReport, PullRequest,
-    RankHold,
+    GrowError, Growth, Hold as HeldRequest, HoldEnd as TableEnd, HoldError, HoldTable, Peer, PullError,
+    PullReport, PullRequest, RankHold,
 };
-use baton_proto::connector::{Hello, Hold, Pull, Side, ToAgent, ToConnector, VERSION};
+use baton_proto::connector::{Computed, Hello, Hold, Pull, Side, ToAgent, ToConnector, VERSION};
 use baton_proto::control::v1;
 use baton_proto::wire::{ErrorCode, WireDtype};
 use baton_proto::{BlockHash, Epoch, TransferId};
@@ -42,6 +42,8 @@ pub const MAX_STORAGES: usize = 4096;
 pub const MAX_LEASE: Duration = Duration::from_secs(600);
 /// Most cancelled requests that are remembered, the latest.
 const MAX_CANCELLED: usize = 1024;
+/// Most messages of workers about requests that are not held that are kept.
+const MAX_EARLY: usize = 256;
 /// Most requests that the engine wants held before its workers have registered their memory.
 const MAX_UNHELD: usize = 16 << 10;
 
@@ -55,6 +57,8 @@ struct Life {
     cancelled: VecDeque<String>,
     /// Requests whose blocks came to be held before all workers were ready to be told of their release.
     unheld: Vec<String>,
+    /// Of requests that are not held, the latest: what a worker says may overtake what the scheduler said before.
+    early: VecDeque<(u32, Computed)>,
 }
 
 struct Worker {
@@ -245,6 +249,10 @@ impl Core {
             }
             (Stage::Scheduler, ToAgent::Hold(hold)) => self.hold(now, hold, extra.hashes),
             (Stage::Scheduler, ToAgent::Cancel { request_id }) => self.cancel(request_id),
+            (Stage::Worker { rank, .. }, ToAgent::Computed(computed)) => {
+                let rank = *rank;
+                self.computed(now, conn, rank, computed);
+            }
             (Stage::Worker { rank, .. }, ToAgent::Pull(pull)) => {
                 let rank = *rank;
                 self.pull(now, conn, rank, pull, extra.hashes);
@@ -260,8 +268,9 @@ impl Core {
         if let Err(reason) = hello::check(&hello) {
             return self.refuse(now, conn, reason);
         }
-        let Hello { instance, side, tp_size, model, block_size, num_blocks, .. } = hello;
-        let shape = EngineShape { model, block_size, num_blocks, tp_size };
+        let Hello { instance, side, tp_size, model, block_size, num_blocks, chunk_tokens, version: _ } =
+            hello;
+        let shape = EngineShape { model, block_size, num_blocks, tp_size, chunk_tokens };
         if let Some(life) = &self.life {
             let taken = match side {
                 Side::Scheduler => life.scheduler.is_some(),
@@ -290,6 +299,7 @@ impl Core {
                 workers: BTreeMap::new(),
                 cancelled: VecDeque::new(),
                 unheld: Vec::new(),
+                early: VecDeque::new(),
             }
         });
         let stage = match side {
@@ -406,35 +416,23 @@ impl Core {
         let num_blocks = life.shape.num_blocks;
         let epoch = life.epoch;
         let workers = &life.workers;
-        let Hold { request_id, transfer_id, lease_ms, block_ids, .. } = hold;
-        let problem = if hashes.len() != block_ids.len() {
-            Some(format!("{} blocks for content of {} blocks", block_ids.len(), hashes.len()))
-        } else {
-            block_ids
-                .iter()
-                .find(|block| u64::from(**block) >= num_blocks)
-                .map(|block| format!("block {block} of {num_blocks}"))
-        };
+        let Hold { request_id, transfer_id, lease_ms, block_ids, content } = hold;
+        let problem = beyond(&block_ids, num_blocks);
+        let grows = block_ids.len() < hashes.len();
         let ranks: Vec<_> = ranks
             .iter()
             .map(|rank| RankHold {
                 memory: rank.memory.clone(),
                 layout: rank.layout.blocks.clone(),
-                checksums: Checksums::pending(block_ids.len()),
+                checksums: Checksums::pending(hashes.len()),
             })
             .collect();
-        let jobs: Vec<_> = ranks.iter().map(|rank| (rank.memory.clone(), rank.checksums.clone())).collect();
         let lease = Duration::from_millis(lease_ms.into()).min(MAX_LEASE);
         let taken = match problem {
             Some(problem) => Err(problem),
             None => {
-                let held = HeldRequest {
-                    request_id: request_id.clone(),
-                    transfer_id,
-                    hashes,
-                    block_ids: block_ids.clone(),
-                    ranks,
-                };
+                let request_id = request_id.clone();
+                let held = HeldRequest { request_id, transfer_id, hashes, block_ids, ranks };
                 let inserted = lock(&self.table).insert(now.instant, held, lease);
                 if let Err(HoldError::DuplicateRequest(_)) = inserted {
                     // To say `Released` would free the blocks of the hold that there is.
@@ -444,14 +442,19 @@ impl Core {
             }
         };
         match taken {
-            Ok(guard) => {
+            Ok(making) => {
                 self.holds.insert(transfer_id, epoch);
-                self.actions.push(Action::Checksum(ChecksumJob {
-                    ranks: jobs,
-                    block_ids,
-                    guard,
-                    taken: now.instant,
-                }));
+                let taken = now.instant;
+                self.actions
+                    .extend(making.into_iter().map(|making| Action::Checksum(ChecksumJob { making, taken })));
+                if grows {
+                    self.actions.push(Action::HoldTaken(v1::HoldTaken {
+                        transfer_id: transfer_id.as_bytes().to_vec().into(),
+                        epoch: epoch.0,
+                        num_tokens: (content.tokens.len() / 4) as u32,
+                    }));
+                    self.take_early(now, &request_id);
+                }
             }
             Err(error) => {
                 tracing::warn!(%transfer_id, request_id, error, "blocks cannot be held");
@@ -460,6 +463,44 @@ impl Core {
                     let released = ToConnector::Released { request_ids: vec![request_id.clone()] };
                     self.actions.push(Action::Send(worker.conn, released));
                 }
+            }
+        }
+    }
+
+    /// A rank has computed more of a held prompt.
+    fn computed(&mut self, now: Now, conn: ConnId, rank: u32, computed: Computed) {
+        let Some(life) = &mut self.life else { return };
+        if let Some(problem) = beyond(&computed.block_ids, life.shape.num_blocks) {
+            return self.refuse(now, conn, format!("computed.block_ids: {problem}"));
+        }
+        let growth = Growth { first: computed.first_block as usize, block_ids: computed.block_ids.clone() };
+        let grown = lock(&self.table).grow(now.instant, &computed.request_id, rank, growth);
+        match grown {
+            Ok(making) => {
+                let job = making.map(|making| ChecksumJob { making, taken: now.instant });
+                self.actions.extend(job.map(Action::Checksum));
+            }
+            Err(GrowError::Unknown(_)) => {
+                if life.early.len() == MAX_EARLY {
+                    life.early.pop_front();
+                }
+                life.early.push_back((rank, computed));
+            }
+            Err(error) => self.refuse(now, conn, format!("computed: {error}")),
+        }
+    }
+
+    /// A request came to be held of which workers have spoken already.
+    fn take_early(&mut self, now: Now, request_id: &str) {
+        let Some(life) = &mut self.life else { return };
+        let early = std::mem::take(&mut life.early);
+        let (of_it, others) = early.into_iter().partition(|(_, early)| early.request_id == request_id);
+        life.early = others;
+        let of_it: VecDeque<(u32, Computed)> = of_it;
+        for (rank, computed) in of_it {
+            let conn = self.life.as_ref().and_then(|life| life.workers.get(&rank)).map(|worker| worker.conn);
+            if let Some(conn) = conn {
+                self.computed(now, conn, rank, computed);
             }
         }
     }
@@ -524,6 +565,7 @@ impl Core {
 
     fn cancel(&mut self, request_id: String) {
         let Some(life) = &mut self.life else { return };
+        lock(&self.table).cancel(&request_id);
         for (id, pull) in &self.pulls {
             if pull.epoch == life.epoch && pull.request_id == request_id {
                 self.actions.push(Action::CancelPull(*id));
@@ -561,7 +603,7 @@ impl Core {
             self.actions.push(Action::Link(v1::LinkSample {
                 source: pull.source.clone(),
                 bytes: report.bytes,
-                seconds: report.elapsed.as_secs_f64(),
+                seconds: report.elapsed.saturating_sub(report.waited).as_secs_f64(),
                 rtt_seconds: report.rtt.as_secs_f64(),
             }));
         }
@@ -612,6 +654,12 @@ impl Core {
             self.actions.push(Action::Send(worker.conn, released));
         }
     }
+}
+
+/// What is wrong with these blocks of an engine that has so many.
+fn beyond(block_ids: &[u32], num_blocks: u64) -> Option<String> {
+    let block = block_ids.iter().find(|block| u64::from(**block) >= num_blocks)?;
+    Some(format!("block {block} of {num_blocks}"))
 }
 
 /// A panic elsewhere leaves the table as it was between two of its calls.

@@ -44,7 +44,7 @@ fn direct(
                 SenderAction::Send(frame) => receiver.handle_bytes(now, frame.as_ref().to_vec().into()),
                 SenderAction::Gather(index) => {
                     let held = held.as_ref().unwrap();
-                    gathered = held.block_ids[index as usize];
+                    gathered = held.block(index).unwrap();
                     sender.handle_block(Ok(held.checksum(index).unwrap()));
                 }
                 SenderAction::Payload(range) => {

@@ -225,10 +225,10 @@ impl Pair {
             transfer_id: id,
             hashes: (0..blocks as usize).map(hash).collect(),
             block_ids: block_ids.clone(),
-            ranks: vec![RankHold { memory: memory.clone(), layout: layout(), checksums: checksums.clone() }],
+            ranks: vec![RankHold { memory: memory.clone(), layout: layout(), checksums }],
         };
-        let guard = self.table.insert(self.now, hold, LEASE).unwrap();
-        checksums.make(&memory, &block_ids, &guard).unwrap();
+        let making = self.table.insert(self.now, hold, LEASE).unwrap();
+        making.iter().for_each(|making| making.run().unwrap());
         self.holds.insert(id, block_ids);
         id
     }
@@ -441,13 +441,13 @@ impl Pair {
                     let held = transfer.held.as_ref().unwrap();
                     let (pieces, checksum) = match held.checksum(index) {
                         Some(checksum) => {
-                            let block = held.block_ids[index as usize];
+                            let block = held.block(index).unwrap();
                             (held.memory.clone().read(block, held.claim.guard()).unwrap(), checksum)
                         }
                         None => {
                             let part = &held.parts[0];
                             let known = part.checksums.get(part.first_block + index as usize).unwrap();
-                            let made = held.make_now(index, known).unwrap();
+                            let made = held.make_now(held.block(index).unwrap(), known).unwrap();
                             (made.pieces, made.checksum)
                         }
                     };

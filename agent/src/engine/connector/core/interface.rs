@@ -4,9 +4,9 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
+use baton_kernels::BlockMemory;
 use baton_kernels::cuda::{CudaStorage, IpcHandle};
-use baton_kernels::{BlockMemory, Guard};
-use baton_kv_transfer::checksum::Checksums;
+use baton_kv_transfer::Making;
 use baton_kv_transfer::{PullError, PullReport, PullRequest};
 use baton_proto::connector::{Layout, ToAgent, ToConnector};
 use baton_proto::control::v1;
@@ -136,7 +136,7 @@ pub enum Action {
     Close(ConnId),
     /// Map a worker's memory, and answer with [`Input::Mapped`].
     Map(ConnId, Storages, Layout, u64),
-    /// Make the checksums of a hold, then drop the guard.
+    /// Make checksums of held blocks, then drop the guard.
     Checksum(ChecksumJob),
     /// Start a pull, and answer with [`Input::PullEnded`].
     Pull(PullId, PullRequest, Arc<dyn BlockMemory>, Vec<u32>),
@@ -145,18 +145,16 @@ pub enum Action {
     /// Tell the coordinator.
     Outcome(v1::TransferOutcome),
     /// Tell the coordinator.
+    HoldTaken(v1::HoldTaken),
+    /// Tell the coordinator.
     Link(v1::LinkSample),
 }
 
 /// Checksums to make.
 pub struct ChecksumJob {
-    /// Each rank's memory, and where its checksums go.
-    pub ranks: Vec<(Arc<dyn BlockMemory>, Arc<Checksums>)>,
-    /// The blocks.
-    pub block_ids: Vec<u32>,
-    /// Keeps the blocks from being released.
-    pub guard: Guard,
-    /// When the hold was taken.
+    /// Of which blocks of which rank.
+    pub making: Making,
+    /// When they came to be held.
     pub taken: Instant,
 }
 
@@ -188,6 +186,8 @@ pub struct EngineShape {
     pub num_blocks: u64,
     /// Worker ranks.
     pub tp_size: u32,
+    /// Most tokens of a prompt that one step computes; 0 where a prompt is computed at once.
+    pub chunk_tokens: u32,
 }
 
 /// Name of a message, as in its `type`.
@@ -198,6 +198,7 @@ pub(super) fn kind(message: &ToAgent) -> &'static str {
         ToAgent::Gpu { .. } => "gpu",
         ToAgent::CudaStorage { .. } => "cuda_storage",
         ToAgent::Layout(_) => "layout",
+        ToAgent::Computed(_) => "computed",
         ToAgent::Hold(_) => "hold",
         ToAgent::Pull(_) => "pull",
         ToAgent::Cancel { .. } => "cancel",

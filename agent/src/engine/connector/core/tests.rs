@@ -56,6 +56,7 @@ fn hello(instance: &str, side: Side, tp_size: u32) -> ToAgent {
         model: "m".into(),
         block_size: BLOCK,
         num_blocks: BLOCKS,
+        chunk_tokens: 8,
     })
 }
 
@@ -143,6 +144,12 @@ impl Bed {
                 block_ids,
             }),
         );
+    }
+
+    /// A rank has computed more of a request's prompt.
+    fn computed(&mut self, i: u8, rank: u32, first_block: u32, block_ids: Vec<u32>) {
+        let request_id = format!("r{i}");
+        self.say(worker(rank), ToAgent::Computed(Computed { request_id, first_block, block_ids }));
     }
 
     fn pull(&mut self, i: u8, rank: u32, block_ids: Vec<u32>, first_block: u32, tokens: u32) {
@@ -250,6 +257,7 @@ fn released(i: u8) -> ToConnector {
 fn report(bytes: u64, failed: Vec<usize>) -> PullReport {
     PullReport {
         bytes,
+        waited: Duration::ZERO,
         elapsed: Duration::from_millis(20),
         rtt: Duration::from_millis(1),
         corrupt: 2 * failed.len() as u32,
@@ -348,10 +356,10 @@ fn memory_that_cannot_be_mapped_is_refused() {
 fn a_hold_is_released_when_every_rank_has_pulled_and_no_copy_is_left() {
     let mut bed = Bed::attached(2);
     bed.hold(1, vec![7, 9], 6);
-    let job = bed.checksum_job().unwrap();
-    assert_eq!((job.block_ids.clone(), job.ranks.len()), (vec![7, 9], 2));
+    let jobs = [bed.checksum_job().unwrap(), bed.checksum_job().unwrap()];
+    assert!(jobs.iter().all(|job| job.making.growth == Growth { first: 0, block_ids: vec![7, 9] }));
     let claims = [0, 1].map(|rank| bed.open(1, rank, Epoch(1000), 6).unwrap());
-    drop(job);
+    drop(jobs);
     claims[0].finish();
     bed.wait(1);
     assert_eq!(bed.sent(), []);
@@ -425,11 +433,92 @@ fn a_cancel_may_overtake_its_pull() {
 
 #[test]
 fn blocks_that_cannot_be_held_are_given_back_at_once() {
-    for (block_ids, tokens) in [(vec![1, 2, 3], 4), (vec![BLOCKS as u32], 4), (vec![], 0)] {
+    for (block_ids, tokens) in [(vec![1, 2, 3], 8), (vec![BLOCKS as u32], 4), (vec![], 0)] {
         let mut bed = Bed::attached(1);
         bed.hold(1, block_ids, tokens);
         assert_eq!(bed.sent(), [(worker(0), released(1))]);
         assert!(bed.checksum_job().is_none());
+    }
+}
+
+#[test]
+fn a_hold_grows_as_each_rank_computes() {
+    let mut bed = Bed::attached(2);
+    bed.hold(1, vec![], 6);
+    let taken = bed.done.iter().find_map(|action| match action {
+        Action::HoldTaken(taken) => Some(taken.clone()),
+        _ => None,
+    });
+    let transfer_id = transfer(1).as_bytes().to_vec().into();
+    assert_eq!(taken, Some(v1::HoldTaken { transfer_id, epoch: 1000, num_tokens: 6 }));
+    assert!(bed.checksum_job().is_none());
+    bed.wait(900);
+    bed.computed(1, 1, 0, vec![7]);
+    bed.computed(1, 0, 0, vec![7, 9]);
+    let [first, second] = [0, 1].map(|_| bed.checksum_job().unwrap().making.growth);
+    assert_eq!(first, Growth { first: 0, block_ids: vec![7] });
+    assert_eq!(second, Growth { first: 0, block_ids: vec![7, 9] });
+    // The lease began anew.
+    bed.wait(900);
+    assert!(bed.open(1, 0, Epoch(1000), 6).is_ok());
+    assert_eq!(bed.sent(), []);
+    bed.computed(1, 1, 1, vec![9]);
+    assert!(bed.checksum_job().is_some());
+}
+
+#[test]
+fn what_is_computed_may_overtake_its_hold() {
+    let mut bed = Bed::attached(1);
+    bed.computed(2, 0, 0, vec![3]);
+    bed.computed(1, 0, 0, vec![7]);
+    bed.computed(1, 0, 1, vec![9]);
+    assert!(bed.checksum_job().is_none());
+    bed.hold(1, vec![], 6);
+    let [first, second] = [0, 1].map(|_| bed.checksum_job().unwrap().making.growth);
+    assert_eq!((first.first, second.first), (0, 1));
+    assert!(bed.checksum_job().is_none(), "what belongs to another request");
+    assert_eq!(bed.sent(), []);
+}
+
+#[test]
+fn only_so_much_that_overtook_is_kept() {
+    let mut bed = Bed::attached(1);
+    bed.computed(1, 0, 0, vec![7]);
+    for _ in 0..MAX_EARLY {
+        bed.computed(2, 0, 0, vec![3]);
+    }
+    bed.hold(1, vec![], 6);
+    assert!(bed.checksum_job().is_none());
+}
+
+#[test]
+fn a_request_that_ends_early_ends_its_hold() {
+    let mut bed = Bed::attached(1);
+    bed.hold(1, vec![], 6);
+    bed.computed(1, 0, 0, vec![7]);
+    let job = bed.checksum_job();
+    bed.say(SCHEDULER, ToAgent::Cancel { request_id: "r1".into() });
+    assert_eq!(bed.sent(), [], "its blocks are being read");
+    drop(job);
+    bed.wait(0);
+    assert_eq!(bed.sent(), [(worker(0), released(1))]);
+    // What was under way when it ended counts for nothing.
+    bed.computed(1, 0, 1, vec![9]);
+    assert!(bed.checksum_job().is_none());
+}
+
+#[test]
+fn blocks_that_cannot_be_end_the_epoch() {
+    for (first_block, block_ids, error) in [
+        (0, vec![BLOCKS as u32], "computed.block_ids: block 64 of 64"),
+        (1, vec![7, 9], "computed: blocks 1 to 3 of rank 0, in a hold of 2 blocks for 1 ranks"),
+        (0, vec![8], "computed: block 0 of the prompt is 8, and 7 by what another rank said"),
+    ] {
+        let mut bed = Bed::attached(1);
+        bed.hold(1, vec![7], 6);
+        bed.computed(1, 0, first_block, block_ids);
+        assert_eq!(bed.sent(), [(worker(0), ToConnector::Refused { reason: error.into() })]);
+        assert_eq!(bed.open(1, 0, Epoch(1000), 6).err(), Some(ErrorCode::StaleEpoch));
     }
 }
 
@@ -529,7 +618,7 @@ fn pulls_that_cannot_be_are_over_at_once() {
 fn connections_close_only_behind_the_last_copy() {
     let mut bed = Bed::attached(2);
     bed.hold(1, vec![7], 4);
-    drop(bed.checksum_job());
+    while bed.checksum_job().is_some() {}
     let claim = bed.open(1, 0, Epoch(1000), 4).unwrap();
     bed.pull(2, 1, vec![3], 0, 4);
     let (pull, ..) = bed.pulls()[0];

@@ -12,12 +12,26 @@ use super::*;
 
 #[derive(Clone, Debug)]
 enum Op {
-    Hold(u8),
+    /// Of a block that is computed, or will be.
+    Hold {
+        hold: u8,
+        computed: bool,
+    },
+    Computed {
+        hold: u8,
+        rank: u32,
+    },
+    Cancel(u8),
     ChecksumsMade,
-    Open { hold: u8, rank: u32 },
+    Open {
+        hold: u8,
+        rank: u32,
+    },
     Finish(usize),
     DropClaim(usize),
-    Pull { rank: u32 },
+    Pull {
+        rank: u32,
+    },
     PullEnds(usize),
     Release(u8),
     Wait(u64),
@@ -27,7 +41,9 @@ enum Op {
 
 fn any_op() -> impl Strategy<Value = Op> {
     prop_oneof![
-        4 => (0..8u8).prop_map(Op::Hold),
+        4 => (0..8u8, any::<bool>()).prop_map(|(hold, computed)| Op::Hold { hold, computed }),
+        4 => (0..8u8, 0..2u32).prop_map(|(hold, rank)| Op::Computed { hold, rank }),
+        1 => (0..8u8).prop_map(Op::Cancel),
         4 => Just(Op::ChecksumsMade),
         6 => (0..8u8, 0..2u32).prop_map(|(hold, rank)| Op::Open { hold, rank }),
         4 => (0..9usize).prop_map(Op::Finish),
@@ -64,18 +80,23 @@ proptest! {
             let epoch = bed.core.attachment().epoch;
             let attached = bed.core.attachment().can_transfer;
             match op {
-                Op::Hold(i) if attached && used.insert((epoch, i)) => {
+                Op::Hold { hold: i, computed } if attached && used.insert((epoch, i)) => {
                     bed.say(scheduler, ToAgent::Hold(Hold {
                         request_id: format!("r{i}"),
                         // Of another life's it must differ, as random ids do.
                         transfer_id: TransferId::from_bytes([i, epoch.0 as u8, (epoch.0 >> 8) as u8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]),
                         lease_ms: 1000,
                         content: content(4),
-                        block_ids: vec![u32::from(i)],
+                        block_ids: computed.then_some(u32::from(i)).into_iter().collect(),
                     }));
                     held.insert((epoch, i));
-                    jobs.extend(bed.checksum_job().map(|job| (epoch, i, job)));
                 }
+                Op::Computed { hold, rank } if attached => bed.say(workers[rank as usize], ToAgent::Computed(Computed {
+                    request_id: format!("r{hold}"),
+                    first_block: 0,
+                    block_ids: vec![hold.into()],
+                })),
+                Op::Cancel(hold) if attached => bed.say(scheduler, ToAgent::Cancel { request_id: format!("r{hold}") }),
                 Op::ChecksumsMade if !jobs.is_empty() => drop(jobs.remove(0)),
                 Op::Open { hold, rank } => {
                     for life in [epoch, Epoch(1000)] {
@@ -141,6 +162,10 @@ proptest! {
                 }
                 Op::Wait(ms) => bed.wait(ms),
                 _ => {}
+            }
+            while let Some(job) = bed.checksum_job() {
+                let block = job.making.growth.block_ids[0] as u8;
+                jobs.push((epoch, block, job));
             }
             bed.wait(0);
             let copying = |life: Epoch, hold: Option<u8>| {
