@@ -41,6 +41,8 @@ pub struct ConnectorConfig {
     pub block_size: u32,
     /// Blocks, block 0 included.
     pub num_blocks: u64,
+    /// Tokens computed in one step, at most.
+    pub chunk_tokens: u32,
     /// The KV storages: file descriptors and lengths.
     pub storages: Vec<(OwnedFd, u64)>,
     /// How blocks lie in them.
@@ -140,6 +142,7 @@ fn hello(config: &ConnectorConfig, side: Side) -> Hello {
         model: config.model.clone(),
         block_size: config.block_size,
         num_blocks: config.num_blocks,
+        chunk_tokens: config.chunk_tokens,
     }
 }
 
@@ -170,7 +173,7 @@ async fn serve(connection: Connection, engine: &EngineHandle) {
             message = messages.recv() => {
                 let Some(message) = message else { break false };
                 let queue = match message {
-                    ToAgent::Pull(_) => &worker,
+                    ToAgent::Pull(_) | ToAgent::Computed(_) => &worker,
                     _ => &scheduler,
                 };
                 if queue.send(frame(&message)).is_err() {

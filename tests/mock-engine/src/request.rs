@@ -80,9 +80,22 @@ pub struct Output {
     pub finish: Option<Finish>,
 }
 
+/// How far a request's prompt is held while it is computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Holding {
+    /// The agent was told nothing.
+    No,
+    /// The agent knows of so many blocks.
+    Blocks(usize),
+    /// The hold ended before the prompt was computed.
+    Over,
+}
+
 /// A request that has not ended.
 #[derive(Debug)]
 pub struct Request {
+    /// Where its prompt is held as it is computed.
+    pub(crate) holding: Holding,
     pub(crate) key: u64,
     pub(crate) id: String,
     /// Prompt and output.
@@ -113,6 +126,7 @@ impl Request {
     pub(crate) fn new(new: NewRequest, block_size: usize, hasher: &mut EngineHasher) -> Self {
         let prompt_len = new.prompt.len();
         let mut request = Self {
+            holding: Holding::No,
             key: new.key,
             id: new.id,
             tokens: new.prompt,

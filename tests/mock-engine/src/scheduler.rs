@@ -4,6 +4,9 @@
 //! tokens to [`Scheduler::complete`]; in between it tells what the connector reported. What is to be sent to the agent and
 //! published as KV events collects here until it is taken.
 //!
+//! A prompt that takes several steps is held from the first one on, if it is to be held, and more of its blocks with each
+//! step; a prompt of one step when it is over.
+//!
 //! Its order of things is vLLM's: running requests first, in order of arrival, then those whose pull is over, then the
 //! waiting ones; a running request that finds no block preempts the youngest one; a block enters the prefix cache when
 //! the step that fills it is scheduled; pulled blocks enter it when the pull is over.
@@ -11,14 +14,14 @@
 use std::collections::{HashMap, VecDeque};
 
 use baton_proto::ContentKeys;
-use baton_proto::connector::{Content, Hold, Pull, ToAgent};
+use baton_proto::connector::{Computed, Content, Hold, Pull, ToAgent};
 use baton_proto::ids::Epoch;
 use baton_proto::plan::{Action, Held};
 
 use crate::block_pool::{BlockId, BlockPool};
 use crate::events::{BlockStored, KvEvent};
 use crate::hashing::EngineHasher;
-use crate::request::{Finish, NewRequest, Output, PrefillStats, Request};
+use crate::request::{Finish, Holding, NewRequest, Output, PrefillStats, Request};
 
 /// Limits of one engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,7 +92,7 @@ pub struct Scheduler {
     pulled: VecDeque<Request>,
     /// Blocks of requests that were aborted during their pull; something may still write to them.
     aborted: HashMap<String, Vec<BlockId>>,
-    /// Blocks of finished requests that their connector holds.
+    /// Blocks that the agent holds and their requests have no use for any more.
     held: HashMap<String, Vec<BlockId>>,
     epoch: Option<Epoch>,
     messages: Vec<ToAgent>,
@@ -122,11 +125,11 @@ impl Scheduler {
         self.waiting.push_back(request);
     }
 
-    /// Drops a request. Its blocks are free at once, unless a pull may still write to them.
+    /// Drops a request. Its blocks are free at once, unless a pull may still write to them, or read them.
     pub fn abort(&mut self, key: u64) {
         if let Some(at) = self.running.iter().position(|request| request.key == key) {
-            let request = self.running.remove(at);
-            self.free(request.blocks);
+            let mut request = self.running.remove(at);
+            self.let_go(&mut request);
         } else if let Some(at) = self.waiting.iter().position(|request| request.key == key) {
             self.waiting.remove(at);
         } else if let Some(at) = self.pulled.iter().position(|request| request.key == key)
@@ -292,6 +295,10 @@ impl Scheduler {
 
     /// Takes the sampled tokens of a step, in order of those of its rows that sample.
     pub fn complete(&mut self, rows: &[Row], sampled: impl IntoIterator<Item = u32>) -> Vec<Output> {
+        for row in rows {
+            let message = grow(&mut self.running[row.running], row, self.epoch, self.config.block_size);
+            self.messages.extend(message);
+        }
         let mut sampled = sampled.into_iter();
         let mut outputs = Vec::new();
         for row in rows.iter().filter(|row| row.samples) {
@@ -303,17 +310,16 @@ impl Scheduler {
             let finish = end.map(|(reason, stop_token)| {
                 request.finished = true;
                 let blocks = std::mem::take(&mut request.blocks);
-                let (held, hold) = match hold(request, &blocks, self.epoch, self.config.block_size) {
-                    Some((held, hold)) => (Some(held), Some(hold)),
-                    None => (None, None),
-                };
-                match hold {
-                    Some(hold) => {
-                        self.held.insert(request.id.clone(), blocks);
-                        self.messages.push(ToAgent::Hold(hold));
-                    }
+                let held = held(request, self.epoch);
+                let hold = held.as_ref().filter(|_| request.holding == Holding::No).and_then(|_| {
+                    let whole = request.prompt_len.div_ceil(self.config.block_size as usize);
+                    hold(request, blocks[..whole].to_vec())
+                });
+                match held {
+                    Some(_) => drop(self.held.insert(request.id.clone(), blocks)),
                     None => self.pool.free(blocks.into_iter().rev()),
                 }
+                self.messages.extend(hold.map(ToAgent::Hold));
                 Finish { reason, stop_token, held }
             });
             outputs.push(Output { key: request.key, token, prefill, finish });
@@ -335,6 +341,11 @@ impl Scheduler {
         for request in std::mem::take(&mut self.pulling) {
             let first = request.pull_first;
             self.end_pull(request, Some(first));
+        }
+        for request in &mut self.running {
+            if let Holding::Blocks(_) = request.holding {
+                request.holding = Holding::Over;
+            }
         }
         let unread = std::mem::take(&mut self.aborted).into_values();
         for blocks in unread.chain(std::mem::take(&mut self.held).into_values()) {
@@ -374,11 +385,14 @@ impl Scheduler {
         self.pulled.push_back(request);
     }
 
-    /// The agent has no more use for the blocks of these finished requests.
+    /// The agent has no more use for the blocks of these requests.
     pub fn released<'a>(&mut self, request_ids: impl IntoIterator<Item = &'a str>) {
         for id in request_ids {
             if let Some(blocks) = self.held.remove(id) {
                 self.free(blocks);
+            } else if let Some(request) = self.running.iter_mut().find(|request| request.id == id) {
+                // Its lease ran out, or nobody wants it any more.
+                request.holding = Holding::Over;
             }
         }
     }
@@ -395,11 +409,24 @@ impl Scheduler {
     }
 
     fn preempt(&mut self, mut request: Request) {
-        self.free(std::mem::take(&mut request.blocks));
+        self.let_go(&mut request);
         (request.computed, request.cached) = (0, 0);
         request.preemptions += 1;
         self.stats.preemptions += 1;
         self.waiting.push_front(request);
+    }
+
+    /// Takes a request's blocks before it is over. Where its prompt is held they are free when the agent says so.
+    fn let_go(&mut self, request: &mut Request) {
+        let blocks = std::mem::take(&mut request.blocks);
+        match request.holding {
+            Holding::Blocks(_) => {
+                self.messages.push(ToAgent::Cancel { request_id: request.id.clone() });
+                self.held.insert(request.id.clone(), blocks);
+                request.holding = Holding::Over;
+            }
+            Holding::No | Holding::Over => self.free(blocks),
+        }
     }
 
     /// Frees a request's blocks from its tail.
@@ -482,24 +509,48 @@ fn cache(pool: &mut BlockPool, request: &mut Request, block_size: u32) {
     });
 }
 
-/// The hold of a finished request, where its plan and the connector allow one.
-fn hold(
-    request: &Request,
-    blocks: &[BlockId],
-    epoch: Option<Epoch>,
-    block_size: u32,
-) -> Option<(Held, Hold)> {
+/// What is said of a finished request's hold, where its plan and the connector allow one.
+fn held(request: &Request, epoch: Option<Epoch>) -> Option<Held> {
     let (plan, epoch) = (request.plan.as_ref()?, epoch?);
+    let holds = matches!(plan.action, Action::Hold { .. }) && request.holding != Holding::Over;
+    let num_tokens = request.prompt_len as u32;
+    holds.then_some(Held { transfer_id: plan.transfer_id, epoch, num_tokens })
+}
+
+/// The hold of a request's prompt, of which these blocks are computed.
+fn hold(request: &Request, block_ids: Vec<BlockId>) -> Option<Hold> {
+    let plan = request.plan.as_ref()?;
     let Action::Hold { lease_ms } = plan.action else { return None };
-    let held = Held { transfer_id: plan.transfer_id, epoch, num_tokens: request.prompt_len as u32 };
-    let hold = Hold {
+    Some(Hold {
         request_id: request.id.clone(),
         transfer_id: plan.transfer_id,
         lease_ms,
         content: content(request, request.prompt_len),
-        block_ids: blocks[..request.prompt_len.div_ceil(block_size as usize)].to_vec(),
+        block_ids,
+    })
+}
+
+/// What the agent is told of a prompt that takes several steps, behind one of them.
+fn grow(request: &mut Request, row: &Row, epoch: Option<Epoch>, block_size: u32) -> Option<ToAgent> {
+    epoch?;
+    let (computed, size) = (row.start + row.len, block_size as usize);
+    let is_whole = computed >= request.prompt_len;
+    let blocks = if is_whole { request.prompt_len.div_ceil(size) } else { computed / size };
+    let first = match request.holding {
+        Holding::No if !is_whole => {
+            let hold = hold(request, request.blocks[..blocks].to_vec())?;
+            request.holding = Holding::Blocks(blocks);
+            return Some(ToAgent::Hold(hold));
+        }
+        Holding::Blocks(first) if first < blocks => first,
+        _ => return None,
     };
-    Some((held, hold))
+    request.holding = Holding::Blocks(blocks);
+    Some(ToAgent::Computed(Computed {
+        request_id: request.id.clone(),
+        first_block: first as u32,
+        block_ids: request.blocks[first..blocks].to_vec(),
+    }))
 }
 
 /// What the KV of the first `len` tokens is computed from.

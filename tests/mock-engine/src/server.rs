@@ -178,6 +178,7 @@ impl Server {
                 model: config.served_model_name[0].clone(),
                 block_size: config.block_size,
                 num_blocks: u64::from(config.blocks),
+                chunk_tokens: scheduler.max_num_batched_tokens as u32,
                 storages: shared,
                 layout: shape.layout(),
             };

@@ -108,6 +108,12 @@ impl Engine {
             match message {
                 ToAgent::Pull(pull) => self.pulls.push(pull),
                 ToAgent::Hold(hold) => self.holds.push(hold),
+                ToAgent::Computed(more) => {
+                    let hold = self.holds.iter_mut().find(|hold| hold.request_id == more.request_id);
+                    let hold = hold.expect("it is held");
+                    assert_eq!(more.first_block as usize, hold.block_ids.len());
+                    hold.block_ids.extend(more.block_ids);
+                }
                 ToAgent::Cancel { request_id } => self.cancelled.push(request_id),
                 other => panic!("{other:?}"),
             }
@@ -138,9 +144,11 @@ impl Engine {
         self.check();
     }
 
-    /// No block is lost or counted twice, and the events say what is cached.
+    /// No block is lost or counted twice, none that is held is free, and the events say what is cached.
     fn check(&self) {
         let pool = self.scheduler.pool();
+        let held = self.holds.iter().flat_map(|hold| &hold.block_ids);
+        assert!(held.into_iter().all(|id| pool.references(*id) > 0), "a held block is free");
         let mut references: HashMap<BlockId, u32> = HashMap::new();
         for blocks in self.scheduler.block_users() {
             for id in blocks {
@@ -402,6 +410,50 @@ fn a_hold_keeps_the_prompts_blocks_until_released() {
 }
 
 #[test]
+fn a_prompt_of_several_steps_is_held_as_it_is_computed() {
+    let mut engine = Engine::new(40, 8, 4);
+    engine.scheduler.connector_up(Epoch(9));
+    engine.add(3, &prompt(0, 18), 1, None, Some(Action::Hold { lease_ms: 500 }));
+    for blocks in [2, 4, 5] {
+        engine.step();
+        assert_eq!(engine.holds[0].block_ids.len(), blocks);
+    }
+    assert_eq!(engine.holds[0].content.token_ids().unwrap(), prompt(0, 18));
+    let held = engine.finished[0].finish.clone().unwrap().held.unwrap();
+    assert_eq!((held.epoch, held.num_tokens, engine.holds.len()), (Epoch(9), 18, 1));
+    engine.scheduler.released(["r3"]);
+    assert_eq!(engine.scheduler.pool().num_free(), engine.scheduler.pool().capacity());
+}
+
+#[test]
+fn what_is_held_of_an_aborted_prompt_stays_until_released() {
+    let mut engine = Engine::new(40, 8, 4);
+    engine.scheduler.connector_up(Epoch(9));
+    engine.add(3, &prompt(0, 18), 1, None, Some(Action::Hold { lease_ms: 500 }));
+    engine.step();
+    engine.scheduler.abort(3);
+    engine.collect();
+    assert_eq!(engine.cancelled, ["r3"]);
+    let pool = engine.scheduler.pool();
+    assert_eq!(pool.capacity() - pool.num_free(), 2);
+    engine.scheduler.released(["r3"]);
+    assert_eq!(engine.scheduler.pool().num_free(), engine.scheduler.pool().capacity());
+}
+
+#[test]
+fn a_hold_that_ends_early_is_not_claimed_in_the_end() {
+    let mut engine = Engine::new(40, 8, 4);
+    engine.scheduler.connector_up(Epoch(9));
+    engine.add(3, &prompt(0, 18), 1, None, Some(Action::Hold { lease_ms: 500 }));
+    engine.step();
+    engine.scheduler.released(["r3"]);
+    engine.holds.clear();
+    while engine.step() {}
+    assert_eq!(engine.finished[0].finish.clone().unwrap().held, None);
+    assert_eq!(engine.scheduler.pool().num_free(), engine.scheduler.pool().capacity());
+}
+
+#[test]
 fn without_an_agent_plans_are_not_followed() {
     let mut engine = Engine::new(40, 100, 4);
     engine.add(0, &prompt(0, 18), 1, None, Some(Action::Hold { lease_ms: 500 }));
@@ -521,6 +573,7 @@ fn a_lost_agent_fails_pulls_and_releases_holds() {
     engine.step();
     engine.scheduler.abort(2);
     engine.scheduler.connector_down();
+    engine.holds.clear();
     engine.collect();
     let pool = engine.scheduler.pool();
     assert_eq!(pool.num_free(), pool.capacity());
