@@ -12,6 +12,7 @@ cannot hand KV to or from, one line says so and the engine serves without transf
 from __future__ import annotations
 
 import logging
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -119,6 +120,7 @@ class BatonConnector(KVConnectorBase_V1):
             model=name if isinstance(name, str) else (name or [config.model_config.model])[0],
             block_size=self._block_size(),
             num_blocks=self._kv_config.num_blocks,
+            chunk_tokens=chunk_tokens_of(config),
         )
 
     def shutdown(self) -> None:
@@ -175,6 +177,13 @@ class BatonConnector(KVConnectorBase_V1):
         )
         return Registration(shared.storages, described, shared.gpu)
 
+    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
+        # Before anything of the step is written.
+        assert isinstance(kv_connector_metadata, BatonMetadata)
+        assert self._worker is not None
+        if kv_connector_metadata.step.preempted:
+            self._worker.preempted(kv_connector_metadata.step.preempted)
+
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         # Here rather than in `start_load_kv`, which an engine calls behind a step's forward pass: the blocks to
         # fill are already nobody else's, and the transfer runs beside the pass.
@@ -183,7 +192,7 @@ class BatonConnector(KVConnectorBase_V1):
         assert self._worker is not None
         step = connector_metadata.step
         self._believed = step.believed
-        self._worker.begin_step(step.pulls, step.holds)
+        self._worker.begin_step(step.pulls, step.holds, step.computed)
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         self._idle = getattr(forward_context, "attn_metadata", True) is None
@@ -197,12 +206,17 @@ class BatonConnector(KVConnectorBase_V1):
         pass
 
     def wait_for_save(self) -> None:
-        pass
+        # Behind the step's forward pass, and behind a draft model's, which computes layers of its own: an engine that
+        # drafts calls `get_finished` before it. Also behind a pass that failed, and that computed nothing.
+        assert self._worker is not None
+        if sys.exc_info()[0] is not None:
+            return
+        if self._ready is not None:
+            self._ready.record()
+        self._worker.say_computed()
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         assert self._worker is not None
-        if self._ready is not None:
-            self._ready.record()
         done = self._worker.end_step(self._idle)
         self._bad_blocks |= done.bad_blocks
         return done.sent or None, done.received or None
@@ -230,7 +244,9 @@ class BatonConnector(KVConnectorBase_V1):
             self._scheduler.allocated(request, list(blocks.get_block_ids()[0]), num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> BatonMetadata:
-        return BatonMetadata(self._scheduler.take_step() if self._scheduler is not None else StepPlan())
+        if self._scheduler is None:
+            return BatonMetadata(StepPlan())
+        return BatonMetadata(self._scheduler.take_step(scheduler_output))
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         if self._scheduler is None:
@@ -270,6 +286,16 @@ def unsupported(config: VllmConfig, kv_config: KVCacheConfig) -> str | None:
     if getattr(config.cache_config, "calculate_kv_scales", False):
         return "calculate_kv_scales makes each engine scale its KV differently: set it to false"
     return None
+
+
+def chunk_tokens_of(config: VllmConfig) -> int:
+    """Most prompt tokens that one step computes; 0 where a prompt is computed at once."""
+    scheduler = config.scheduler_config
+    if not getattr(scheduler, "enable_chunked_prefill", False):
+        return 0
+    names = ("max_num_batched_tokens", "max_num_scheduled_tokens", "long_prefill_token_threshold")
+    limits = [getattr(scheduler, name, None) or 0 for name in names]
+    return min((limit for limit in limits if limit > 0), default=0)
 
 
 def kv_heads_of(config: VllmConfig, specs: list[Any]) -> tuple[int, int] | None:

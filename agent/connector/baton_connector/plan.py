@@ -28,7 +28,7 @@ class Source(msgspec.Struct, frozen=True):
 
 
 class HoldPlan(msgspec.Struct, frozen=True, tag_field="action", tag="hold"):
-    """Keep the prompt's blocks when the request finishes."""
+    """Hold the prompt's blocks, each from when it is computed."""
 
     version: Literal[1]
     transfer_id: TransferId

@@ -15,7 +15,7 @@ import msgspec
 
 from .plan import Source
 
-VERSION = 2
+VERSION = 3
 MAX_MESSAGE = 16 << 20
 
 _LENGTH = struct.Struct("<I")
@@ -36,6 +36,8 @@ class Hello(_Message, tag="hello"):
     model: str
     block_size: int
     num_blocks: int
+    # Most prompt tokens that one step computes; 0 where a prompt is computed at once.
+    chunk_tokens: int
     version: int = VERSION
 
 
@@ -119,10 +121,22 @@ class Content(msgspec.Struct, frozen=True):
 
 
 class Hold(_Message, tag="hold"):
+    """Begins a hold. `content` is all of the prompt; `block_ids` those of its first blocks that every rank has computed
+    already, and the others follow as each worker's `Computed`."""
+
     request_id: str
     transfer_id: str
     lease_ms: int
     content: Content
+    block_ids: list[int]
+
+
+class Computed(_Message, tag="computed"):
+    """Blocks of a held prompt that this rank has computed, all layers of them."""
+
+    request_id: str
+    # The place of the first of them in the prompt.
+    first_block: int
     block_ids: list[int]
 
 
@@ -159,7 +173,7 @@ class PullDone(_Message, tag="pull_done"):
     error: str
 
 
-ToAgent = Hello | Storage | Layout | Hold | Pull | Cancel
+ToAgent = Hello | Storage | Layout | Hold | Computed | Pull | Cancel
 ToConnector = Welcome | Refused | Released | PullDone
 
 _encoder = msgspec.msgpack.Encoder()

@@ -1,5 +1,11 @@
 """The scheduler's half of the connector: turns the plans in requests into holds and pulls.
 
+A hold begins with the step that computes the first of its prompt, and grows with each step that computes more of it:
+this side tells the agent of the hold, and the workers, behind the step, which blocks are computed. So the engine that
+pulls has the KV of earlier chunks while later ones are computed. The blocks stay when the request finishes. A request
+that ends in any other way has its hold cancelled, and gives its blocks back when the agent says that nobody copies
+them; one that is preempted has given them back already, and the workers wait for that word before they go on.
+
 A plan is carried out only while every worker's memory is registered with the agent in the very session (epoch)
 that this side has: otherwise a hold could reach an agent that cannot tell the workers when it ends. Workers name
 their epoch in the output of a step whenever it differs from what the scheduler last believed. After a new session
@@ -18,9 +24,10 @@ from . import protocol
 from .link import LOST, Link
 from .plan import HoldPlan, Plan, PullPlan
 from .protocol import Cancel, Content, ContentKeys, Hold, MultimodalItem, Pull
-from .worker import NEVER, WantedHold, WantedPull
+from .worker import NEVER, ComputedBlocks, WantedPull
 
 if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
 logger = logging.getLogger("vllm.baton")
@@ -36,18 +43,36 @@ class StepPlan:
     """What one step asks of the workers."""
 
     pulls: list[WantedPull] = field(default_factory=list)
-    holds: list[WantedHold] = field(default_factory=list)
+    # Blocks of held prompts that it computes.
+    computed: list[ComputedBlocks] = field(default_factory=list)
+    # Requests that are over, and whose blocks stay until the workers report them as sent.
+    holds: list[str] = field(default_factory=list)
+    # Requests whose blocks it may overwrite, once nobody copies them.
+    preempted: list[str] = field(default_factory=list)
     # The epoch that the scheduler believes each rank to be in; a worker that is in another one says so.
     believed: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass
+class _Begun:
+    """A hold that the agent knows of."""
+
+    epoch: int
+    # The prompt's, as the agent was told.
+    tokens: int
+    # Leading blocks that the workers were given to name.
+    blocks: int = 0
+
+
+@dataclass
 class _Planned:
+    request: Request
     plan: Plan | None
     waits: int = 0
-    # The pull was handed to the workers, or will never be.
+    # The pull was handed to the workers, or the hold begun; or it will never be.
     settled: bool = False
     pulling: bool = False
+    hold: _Begun | None = None
 
 
 class Scheduler:
@@ -58,6 +83,8 @@ class Scheduler:
         self._block_size = block_size
         self._ranks: dict[int, int] = dict.fromkeys(range(tp_size), 0)
         self._requests: dict[str, _Planned] = {}
+        # Those of them with a hold to begin, or whose prompt is not computed to the end.
+        self._growing: dict[str, _Planned] = {}
         self._step = StepPlan()
         self._logged = float("-inf")
 
@@ -76,7 +103,7 @@ class Scheduler:
                 return 0, False
         self._listen()
         if not self._ready():
-            # A hold waits too: when it is made, at the request's end, it is too late to ask.
+            # A hold waits too: it begins with the request's first step, or never.
             if self.link.epoch and NEVER not in self._ranks.values() and planned.waits < MOST_WAITS:
                 planned.waits += 1
                 return None, False
@@ -131,9 +158,13 @@ class Scheduler:
             frame = b""
         self._step.pulls.append(WantedPull(request.request_id, frame, wanted, plan.deadline_ms / 1000))
 
-    def take_step(self) -> StepPlan:
-        """What this step asks of the workers."""
+    def take_step(self, output: SchedulerOutput) -> StepPlan:
+        """What this step, which the engine has put together, asks of the workers."""
         self._listen()
+        for request_id in output.preempted_req_ids or ():
+            self._preempted(request_id)
+        if self._growing:
+            self._grow(output)
         step, self._step = self._step, StepPlan()
         step.believed = self._ranks
         return step
@@ -151,41 +182,111 @@ class Scheduler:
 
     def finished(self, request: Request, block_ids: list[int], normally: bool) -> tuple[bool, dict[str, Any] | None]:
         """The request is over. True: its blocks stay until the workers report it as sent."""
-        if not request.kv_transfer_params:
+        request_id = request.request_id
+        planned = self._requests.pop(request_id, None)
+        self._growing.pop(request_id, None)
+        if planned is None:
             return False, None
-        planned = self._planned(request)
-        self._requests.pop(request.request_id, None)
         if planned.pulling:
-            self.link.send(protocol.frame(Cancel(request_id=request.request_id)))
-        plan = planned.plan
-        if not normally or not isinstance(plan, HoldPlan) or not _is_plain(request):
-            return False, None
-        prompt = request.num_prompt_tokens
-        blocks = block_ids[: -(-prompt // self._block_size)]
-        computed = request.num_computed_tokens - getattr(request, "num_in_flight_tokens", 0)
-        if computed < prompt or len(blocks) * self._block_size < prompt:
-            self._log("hold of %s is not made: its prompt was not computed to the end", request.request_id)
+            self._cancel(request_id)
+        hold = planned.hold
+        if hold is None:
             return False, None
         self._listen()
+        if len(block_ids) < hold.blocks:
+            # Preempted since the last step.
+            self._take_back(request_id, hold)
+            return False, None
+        # Where the session is over, a worker may not have heard yet: each says for itself when nobody copies.
+        self._step.holds.append(request_id)
+        if self.link.epoch != hold.epoch:
+            return True, None
+        if normally and self._is_whole(request, hold):
+            return True, plans.held(planned.plan.transfer_id, hold.epoch, hold.tokens)
+        if normally:
+            self._log("hold of %s ends: its prompt was not computed to the end", request_id)
+        self._cancel(request_id)
+        return True, None
+
+    def _is_whole(self, request: Request, hold: _Begun) -> bool:
+        computed = request.num_computed_tokens - getattr(request, "num_in_flight_tokens", 0)
+        # A prompt may grow where a client streams it.
+        same = request.num_prompt_tokens == hold.tokens
+        return same and computed >= hold.tokens and hold.blocks * self._block_size >= hold.tokens
+
+    def _grow(self, output: SchedulerOutput) -> None:
+        """Begins the holds of requests that this step computes for the first time; and names the blocks that will be
+        complete behind it, those that were found in the prefix cache too: until then another request may be
+        computing them."""
+        computed = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
+        cached = output.scheduled_cached_reqs
+        computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        for request_id, planned in list(self._growing.items()):
+            if request_id not in computed:
+                continue
+            hold = planned.hold or self._begin(planned)
+            if hold is None:
+                del self._growing[request_id]
+                continue
+            before = computed[request_id]
+            if before < hold.blocks * self._block_size:
+                # The engine takes back what it had computed, and computes it once more.
+                self._preempted(request_id)
+                continue
+            tokens = before + output.num_scheduled_tokens[request_id]
+            if tokens < hold.tokens:
+                blocks = tokens // self._block_size
+            else:
+                # The last one may be partly filled.
+                blocks = -(-hold.tokens // self._block_size)
+                del self._growing[request_id]
+            block_ids = output.kv_connector_block_state.get_block_ids(request_id)[0][hold.blocks : blocks]
+            if block_ids or hold.blocks == 0:
+                self._step.computed.append(ComputedBlocks(request_id, hold.epoch, hold.blocks, block_ids))
+            hold.blocks += len(block_ids)
+
+    def _begin(self, planned: _Planned) -> _Begun | None:
+        """Tells the agent of a hold."""
+        planned.settled = True
+        request, plan = planned.request, planned.plan
+        if not _is_plain(request):
+            return None
+        prompt = request.num_prompt_tokens
         if not self._ready():
             self._log("hold of %s is not made: no session with the agent", request.request_id)
-            return False, None
+            return None
         hold = Hold(
             request_id=request.request_id,
             transfer_id=plan.transfer_id,
             lease_ms=plan.lease_ms,
             content=_content(request, prompt),
-            block_ids=blocks,
+            block_ids=[],
         )
         try:
             if not self.link.send(protocol.frame(hold)):
-                return False, None
+                return None
         except protocol.ProtocolError as error:
             self._log("hold of %s is not made: %s", request.request_id, error)
-            return False, None
-        epoch = self.link.epoch
-        self._step.holds.append(WantedHold(request.request_id, epoch))
-        return True, plans.held(plan.transfer_id, epoch, prompt)
+            return None
+        planned.hold = _Begun(self.link.epoch, prompt)
+        return planned.hold
+
+    def _preempted(self, request_id: str) -> None:
+        """The engine has given back the request's blocks. It is not held once more: the one that pulls has been told
+        that this transfer is over."""
+        planned = self._requests.get(request_id)
+        if planned is not None and planned.hold is not None:
+            self._growing.pop(request_id, None)
+            self._take_back(request_id, planned.hold)
+            planned.hold = None
+
+    def _take_back(self, request_id: str, hold: _Begun) -> None:
+        if self.link.epoch == hold.epoch:
+            self._cancel(request_id)
+        self._step.preempted.append(request_id)
+
+    def _cancel(self, request_id: str) -> None:
+        self.link.send(protocol.frame(Cancel(request_id=request_id)))
 
     def close(self) -> None:
         self.link.close()
@@ -202,11 +303,13 @@ class Scheduler:
         planned = self._requests.get(request.request_id)
         if planned is None:
             try:
-                planned = _Planned(plans.read(request.kv_transfer_params))
+                planned = _Planned(request, plans.read(request.kv_transfer_params))
             except plans.PlanError as error:
                 self._log("plan of %s is ignored: %s", request.request_id, error)
-                planned = _Planned(None)
+                planned = _Planned(request, None)
             self._requests[request.request_id] = planned
+            if isinstance(planned.plan, HoldPlan):
+                self._growing[request.request_id] = planned
         return planned
 
     def _ready(self) -> bool:

@@ -15,6 +15,8 @@ class FakeLink:
         self.sent: list[Any] = []
         self._events: list[object] = []
         self.waits = 0
+        # What comes in while the engine waits, one list each time.
+        self.meanwhile: list[list[object]] = []
 
     def come(self, *events: object) -> None:
         self._events += events
@@ -29,6 +31,8 @@ class FakeLink:
 
     def wait(self, milliseconds: int) -> None:
         self.waits += 1
+        if self.meanwhile:
+            self.come(*self.meanwhile.pop(0))
 
     def send(self, frame: bytes) -> bool:
         if self.epoch == 0:

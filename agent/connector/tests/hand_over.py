@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 import urllib.request
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -126,6 +127,7 @@ class Engine:
             "model": "m",
             "block_size": BLOCK_SIZE,
             "num_blocks": blocks,
+            "chunk_tokens": 0,
         }
         self.link = Link(sock, Hello(side="scheduler", **hello))
         registration = Registration(shared.storages, described, shared.gpu)
@@ -161,18 +163,33 @@ class Engine:
             time.sleep(0.01)
         raise TimeoutError("the agent did not accept the engine")
 
-    def step(self) -> Any:
-        """One step of an engine: ask, compute, record, hear."""
-        plan = self.scheduler.take_step()
-        self.worker.begin_step(plan.pulls, plan.holds)
+    def step(
+        self, request: SimpleNamespace | None = None, ids: Sequence[int] = (), compute: Callable[[], None] | None = None
+    ) -> Any:
+        """One step of an engine: ask, compute blocks of a request where there is one, record, tell, hear. `ids`: the
+        request's blocks up to and with those that `compute` fills."""
+        computed = request.num_computed_tokens if request else 0
+        tokens = len(ids) * BLOCK_SIZE - computed
+        output = SimpleNamespace(
+            scheduled_new_reqs=[SimpleNamespace(req_id=request.request_id, num_computed_tokens=computed)] if request else [],
+            scheduled_cached_reqs=SimpleNamespace(req_ids=[], num_computed_tokens=[]),
+            num_scheduled_tokens={request.request_id: tokens} if request else {},
+            preempted_req_ids=set(),
+            kv_connector_block_state=SimpleNamespace(get_block_ids=lambda _: (list(ids),)),
+        )
+        plan = self.scheduler.take_step(output)
+        self.worker.begin_step(plan.pulls, plan.holds, plan.computed)
+        if request is not None and compute is not None:
+            request.num_computed_tokens += tokens
+            compute()
         if self.ready is not None:
             self.ready.record()
-        return self.worker.end_step(idle=True)
+        self.worker.say_computed()
+        return self.worker.end_step(idle=request is None)
 
     def hold(self, plan: dict[str, Any], ids: list[int]) -> dict[str, Any]:
-        """Writes the prompt's blocks and holds them, without waiting for the writes."""
-        tokens = len(ids) * BLOCK_SIZE
-        request = self.request(plan, tokens, tokens)
+        """Computes and holds the prompt's blocks, in two chunks, without waiting for the writes."""
+        request = self.request(plan, len(ids) * BLOCK_SIZE, 0)
         self.wait_until_ready(request)
         sources = [
             [content(layer, place, block_of(tensor, self.shape, block)).to(self.device) for place, block in enumerate(ids)]
@@ -180,13 +197,18 @@ class Engine:
         ]
         if self.device == "cuda":
             torch.cuda.synchronize()
-            # Some 50 ms in which nothing is written yet: whoever does not wait for the event reads poison.
-            torch.cuda._sleep(100_000_000)
-        for tensor, blocks in zip(self.tensors.values(), sources, strict=True):
-            for block, source in zip(ids, blocks, strict=True):
-                block_of(tensor, self.shape, block).copy_(source)
-        if self.ready is not None:
-            self.ready.record()
+
+        def compute(begin: int, end: int) -> None:
+            if self.device == "cuda":
+                # Some 50 ms in which nothing is written yet: whoever does not wait for the event reads poison.
+                torch.cuda._sleep(100_000_000)
+            for tensor, blocks in zip(self.tensors.values(), sources, strict=True):
+                for block, source in zip(ids[begin:end], blocks[begin:end], strict=True):
+                    block_of(tensor, self.shape, block).copy_(source)
+
+        half = len(ids) // 2
+        self.step(request, ids[:half], lambda: compute(0, half))
+        self.step(request, ids, lambda: compute(half, len(ids)))
         held, answer = self.scheduler.finished(request, list(ids), True)
         if not held or answer is None:
             raise RuntimeError("the connector did not hold the blocks")

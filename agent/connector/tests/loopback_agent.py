@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """A Baton agent for tests: the agent's half of the connector protocol, for several engines in one process.
 
-It maps the engines' memory and copies blocks straight from one to the other: no network and no hashes. With it,
-the connector can be tried on real vLLM alone:
+It maps the engines' memory and copies blocks straight from one to the other as soon as they are computed: no network
+and no hashes. With it, the connector can be tried on real vLLM alone:
 
     loopback_agent.py [--control FILE] e0=/tmp/e0.sock e1=/tmp/e1.sock
 
@@ -26,6 +26,7 @@ from typing import Any
 from baton_connector import protocol
 from baton_connector.protocol import (
     Cancel,
+    Computed,
     FrameReader,
     Hello,
     Hold,
@@ -50,6 +51,8 @@ class Engine:
     workers: dict[int, socket.socket] = field(default_factory=dict)
     memory: dict[int, tuple[list[mmap.mmap], Layout]] = field(default_factory=dict)
     holds: dict[str, Hold] = field(default_factory=dict)
+    # By request: blocks of its prompt that each rank has computed, in order.
+    computed: dict[str, dict[int, list[int]]] = field(default_factory=dict)
     # Pulls of a hold that went well; one from each rank ends it.
     pulled: dict[str, int] = field(default_factory=dict)
 
@@ -171,13 +174,25 @@ class LoopbackAgent:
                                 timer = threading.Timer(message.lease_ms / 1000, self._release, (engine, message))
                                 timer.daemon = True
                                 timer.start()
-                            self._tell("hold", engine=engine.name, request=message.request_id, blocks=len(message.block_ids))
+                            self._tell("hold", engine=engine.name, request=message.request_id)
+                        case Computed():
+                            assert rank is not None
+                            with self._lock:
+                                # It may come before its hold: that is on another connection.
+                                blocks = engine.computed.setdefault(message.request_id, {}).setdefault(rank, [])
+                                assert message.first_block == len(blocks)
+                                blocks += message.block_ids
+                            self._tell(
+                                "computed", engine=engine.name, request=message.request_id, rank=rank, blocks=len(blocks)
+                            )
                         case Pull():
                             assert rank is not None
                             thread = threading.Thread(target=self._pull, args=(engine, rank, connection, message), daemon=True)
                             thread.start()
                         case Cancel():
                             self._tell("cancel", engine=engine.name, request=message.request_id)
+                            for hold in [h for h in engine.holds.values() if h.request_id == message.request_id]:
+                                self._release(engine, hold)
         except OSError:
             pass
         finally:
@@ -188,6 +203,7 @@ class LoopbackAgent:
     def _end(self, engine: Engine) -> None:
         """The engine's epoch is over: holds are void, and all its connections close."""
         engine.holds.clear()
+        engine.computed.clear()
         engine.pulled.clear()
         engine.workers.clear()
         engine.memory.clear()
@@ -210,10 +226,16 @@ class LoopbackAgent:
             # A hold and the pull for it come over different sockets, and the pull may be sooner.
             source = self.engines.get(pull.source.engine_id)
             self._changed.wait_for(lambda: source is None or pull.transfer_id in source.holds, 2.0)
+            began = time.monotonic()
+            copied, error = 0, ""
+            while copied < len(pull.block_ids) and not error:
+                count, error = self._copy(engine, rank, pull, copied)
+                copied += count
+                if count == 0 and not error and not self._changed.wait(began + pull.deadline_ms / 1000 - time.monotonic()):
+                    error = "deadline"
             if rank not in engine.memory:
                 return
-            began = time.monotonic()
-            failed, error = self._copy(engine, rank, pull)
+            failed = pull.block_ids[copied:]
             spoiled = [pull.block_ids[i] for i in faults.get("fail", []) if i < len(pull.block_ids)]
             if spoiled:
                 failed, error = failed + spoiled, "made to fail by the test"
@@ -239,31 +261,36 @@ class LoopbackAgent:
                 return
             del engine.holds[hold.transfer_id]
             engine.pulled.pop(hold.transfer_id, None)
+            engine.computed.pop(hold.request_id, None)
             for worker in engine.workers.values():
                 worker.sendall(protocol.frame(Released([hold.request_id])))
             self._tell("released", engine=engine.name, request=hold.request_id)
 
-    def _copy(self, engine: Engine, rank: int, pull: Pull) -> tuple[list[int], str]:
+    def _copy(self, engine: Engine, rank: int, pull: Pull, at: int) -> tuple[int, str]:
+        """Copies what is computed of the pull's blocks from place `at` on; how many that are, and what went wrong."""
         source = self.engines.get(pull.source.engine_id)
+        if rank not in engine.memory:
+            return 0, "the engine is gone"
         if source is None or source.epoch != pull.source.epoch:
-            return list(pull.block_ids), "stale epoch"
+            return 0, "stale epoch"
         hold = source.holds.get(pull.transfer_id)
         if hold is None:
-            return list(pull.block_ids), "unknown transfer"
+            return 0, "unknown transfer"
         theirs, their_layout = source.memory[rank]
         ours, our_layout = engine.memory[rank]
         # All of what is held, or whole blocks of its beginning.
         if hold.content.keys != pull.content.keys or not hold.content.tokens.startswith(pull.content.tokens):
-            return list(pull.block_ids), "content differs"
+            return 0, "content differs"
         if (their_layout.facts, their_layout.order) != (our_layout.facts, our_layout.order):
-            return list(pull.block_ids), "layouts differ"
+            return 0, "layouts differ"
         assert [piece.len for piece in their_layout.pieces] == [piece.len for piece in our_layout.pieces]
-        held = hold.block_ids[pull.first_block : pull.first_block + len(pull.block_ids)]
-        for theirs_id, ours_id in zip(held, pull.block_ids, strict=True):
+        held = source.computed.get(hold.request_id, {}).get(rank, [])[pull.first_block + at :]
+        count = min(len(held), len(pull.block_ids) - at)
+        for theirs_id, ours_id in zip(held[:count], pull.block_ids[at : at + count], strict=True):
             for a, b in zip(their_layout.pieces, our_layout.pieces):
                 begin, end = b.offset + ours_id * b.stride, a.offset + theirs_id * a.stride
                 ours[b.storage][begin : begin + b.len] = theirs[a.storage][end : end + a.len]
-        return [], ""
+        return count, ""
 
 
 def main() -> None:

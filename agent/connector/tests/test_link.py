@@ -35,7 +35,7 @@ def links():
 
 
 def hello(side="scheduler"):
-    return Hello(instance="i", side=side, tp_size=1, model="m", block_size=32, num_blocks=4)
+    return Hello(instance="i", side=side, tp_size=1, model="m", block_size=32, num_blocks=4, chunk_tokens=0)
 
 
 def registration(size=4096):

@@ -5,19 +5,25 @@ from baton_connector.protocol import FrameReader, Hello, ProtocolError, PullDone
 
 
 def test_messages_are_maps_with_a_type():
-    hello = Hello(instance="i", side={"worker": 1}, tp_size=2, model="m", block_size=16, num_blocks=9)
+    hello = Hello(instance="i", side={"worker": 1}, tp_size=2, model="m", block_size=16, num_blocks=9, chunk_tokens=512)
     body = protocol.frame(hello)
     assert int.from_bytes(body[:4], "little") == len(body) - 4
     assert msgspec.msgpack.decode(body[4:]) == {
         "type": "hello",
-        "version": 2,
+        "version": 3,
         "instance": "i",
         "side": {"worker": 1},
         "tp_size": 2,
         "model": "m",
         "block_size": 16,
         "num_blocks": 9,
+        "chunk_tokens": 512,
     }
+
+
+def test_computed_blocks_are_named_by_their_place_and_ids():
+    plain = msgspec.msgpack.decode(protocol.frame(protocol.Computed("r", 2, [7, 5]))[4:])
+    assert plain == {"type": "computed", "request_id": "r", "first_block": 2, "block_ids": [7, 5]}
 
 
 def test_handles_travel_as_bytes():
