@@ -183,7 +183,7 @@ impl Production {
                 wire_block_bytes: block_bytes,
                 num_blocks: member.kind.kv_tokens / u64::from(block_tokens),
                 layout: "simulated".to_owned(),
-                streamed_layers: 0,
+                chunk_tokens: 0,
                 can_pull_cached: true,
             };
             Member {
