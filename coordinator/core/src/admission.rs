@@ -330,6 +330,8 @@ mod tests {
             hit_tokens: 0,
             uncached_tokens: 10,
             transfer_bytes: 0,
+            transfer_seconds: 0.0,
+            early_seconds: None,
             prefill_seconds: 0.5,
         };
         assert_eq!(unqueued_ttft_seconds(&chosen), 0.5);

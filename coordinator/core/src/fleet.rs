@@ -68,8 +68,9 @@ pub struct EngineInfo {
     pub num_blocks: u64,
     /// Equal on engines that can use each other's blocks; empty where not known.
     pub layout: String,
-    /// Layers that its handoffs send one by one while it still computes; 0 where sending begins after the prefill.
-    pub streamed_layers: u32,
+    /// Most tokens of a prompt that a step of this engine computes and whose KV can leave while the rest is computed; 0 where KV leaves only when
+    /// the whole prompt is computed.
+    pub chunk_tokens: u32,
     /// Whether it can pull a prefix that another engine merely caches, and lets others pull so, where it can exchange blocks at all.
     pub can_pull_cached: bool,
 }
@@ -152,7 +153,7 @@ pub(crate) struct Hot {
     pub(crate) foreign_running: u32,
     /// Equal for equal layouts; `None` where it cannot exchange blocks now.
     pub(crate) exchange: Option<u32>,
-    pub(crate) streamed_layers: u32,
+    pub(crate) chunk_tokens: u32,
     pub(crate) role: Role,
     pub(crate) healthy: bool,
     pub(crate) can_pull_cached: bool,
@@ -170,8 +171,8 @@ pub struct Fleet {
     loads: Vec<(Slot, Arc<EngineLoad>)>,
     /// What [`Hot::exchange`] is on any engine, in order.
     exchanges: Vec<u32>,
-    /// The most layers that any engine streams.
-    streamed_layers: u32,
+    /// The least [`EngineInfo::chunk_tokens`] that is not 0, if any.
+    chunk_tokens: Option<u32>,
     /// Engines by model name, in order of both.
     by_model: Vec<(String, Vec<u32>)>,
     /// Places of engines by slot.
@@ -199,7 +200,7 @@ impl Fleet {
         let mut exchanges: Vec<u32> = hot.iter().filter_map(|hot| hot.exchange).collect();
         exchanges.sort_unstable();
         exchanges.dedup();
-        let streamed_layers = hot.iter().map(|hot| hot.streamed_layers).max().unwrap_or(0);
+        let chunk_tokens = hot.iter().map(|hot| hot.chunk_tokens).filter(|tokens| *tokens > 0).min();
         let loads = engines.iter().map(|engine| (engine.info.slot, Arc::clone(&engine.load))).collect();
 
         let mut served: Vec<(&str, u32)> = Vec::new();
@@ -218,17 +219,7 @@ impl Fleet {
             .chunk_by(|a, b| a.0 == b.0)
             .map(|group| (group[0].0.to_owned(), group.iter().map(|entry| entry.1).collect()))
             .collect();
-        Self {
-            hot,
-            loads,
-            exchanges,
-            streamed_layers,
-            by_model,
-            by_slot,
-            links,
-            ring: Arc::default(),
-            engines,
-        }
+        Self { hot, loads, exchanges, chunk_tokens, by_model, by_slot, links, ring: Arc::default(), engines }
     }
 
     /// The same fleet at a later time. What depends on the engines' names alone is taken over where those are the
@@ -291,9 +282,9 @@ impl Fleet {
         &self.exchanges
     }
 
-    /// The most layers that any engine streams.
-    pub(crate) fn streamed_layers(&self) -> u32 {
-        self.streamed_layers
+    /// The least [`EngineInfo::chunk_tokens`] that is not 0, if any.
+    pub(crate) fn chunk_tokens(&self) -> Option<u32> {
+        self.chunk_tokens
     }
 }
 
@@ -353,7 +344,7 @@ fn hot(engine: &Engine, host: u32, layouts: &[&str], [answers, reused]: [&Figure
         foreign_waiting: engine.foreign_waiting,
         foreign_running: engine.foreign_running,
         exchange: layout.filter(|_| engine.can_transfer && !info.layout.is_empty()),
-        streamed_layers: info.streamed_layers,
+        chunk_tokens: info.chunk_tokens,
         role: engine.role(),
         healthy: engine.healthy,
         can_pull_cached: info.can_pull_cached,

@@ -80,6 +80,8 @@ pub(crate) struct TransferSeconds {
     pub(crate) wait: f64,
     /// For itself.
     pub(crate) transfer: f64,
+    /// Of that, what it takes however little moves.
+    pub(crate) round_trips: f64,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -270,7 +272,8 @@ impl Links {
             behind = behind.max((before + bytes) as f64 / width);
         }
         let alone = bytes as f64 / narrowest;
-        TransferSeconds { wait: (behind - alone).max(0.0), transfer: ROUND_TRIPS * link.rtt_seconds + alone }
+        let round_trips = ROUND_TRIPS * link.rtt_seconds;
+        TransferSeconds { wait: (behind - alone).max(0.0), transfer: round_trips + alone, round_trips }
     }
 
     /// What a transfer shares with others of its hosts: what is queued there, and how wide it is.
@@ -450,7 +453,7 @@ mod tests {
     const GIGABYTE: u64 = 1_000_000_000;
 
     fn seconds(links: &Links, bytes: u64, queued: Queued) -> f64 {
-        let TransferSeconds { wait, transfer } = links.transfer(Slot(0), Slot(1), bytes, queued);
+        let TransferSeconds { wait, transfer, .. } = links.transfer(Slot(0), Slot(1), bytes, queued);
         wait + transfer
     }
 
@@ -501,7 +504,7 @@ mod tests {
         let with = |link, out, into| {
             let source = HostQueue { out, into: 1 << 40, within: 1 << 40 };
             let destination = HostQueue { out: 1 << 40, into, within: 1 << 40 };
-            let TransferSeconds { wait, transfer } =
+            let TransferSeconds { wait, transfer, .. } =
                 links.transfer(Slot(0), Slot(1), GIGABYTE, Queued { link, source, destination });
             assert!((transfer - 1.0 - 2e-4).abs() < 1e-6);
             wait
@@ -593,7 +596,7 @@ mod tests {
                         continue;
                     }
                     let queued = Queued { link, source: ends.0, destination: ends.1 };
-                    let TransferSeconds { wait, transfer } =
+                    let TransferSeconds { wait, transfer, round_trips } =
                         links.transfer(source, destination, bytes, queued);
                     prop_assert!(wait >= 0.0 && transfer.is_finite());
                     let all = (wait + transfer) * (1.0 + 1e-12);
@@ -607,7 +610,7 @@ mod tests {
                     let (fixed, byte) = links.at_least_out_of(source, from)[usize::from(within)];
                     prop_assert!(fixed + byte * bytes as f64 <= all);
                     prop_assert_eq!(
-                        copy.transfer(source, destination, bytes, queued), TransferSeconds { wait, transfer });
+                        copy.transfer(source, destination, bytes, queued), TransferSeconds { wait, transfer, round_trips });
                     prop_assert_eq!(
                         copy.at_least_into(destination, bytes, to).to_bits(),
                         links.at_least_into(destination, bytes, to).to_bits());

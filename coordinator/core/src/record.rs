@@ -19,7 +19,7 @@ use crate::placement::{self, Decider, Decision, Policy, Request};
 use crate::speed::Speed;
 
 /// The form of records.
-pub const VERSION: u32 = 7;
+pub const VERSION: u32 = 8;
 /// Slots of recorded engines are below this, so that a broken record does not make a huge table.
 const MOST_SLOTS: u32 = 1 << 20;
 
@@ -98,7 +98,7 @@ pub struct RecordedEngine {
     pub wire_block_bytes: u64,
     pub num_blocks: u64,
     pub layout: String,
-    pub streamed_layers: u32,
+    pub chunk_tokens: u32,
     pub can_pull_cached: bool,
     pub healthy: bool,
     pub can_transfer: bool,
@@ -155,6 +155,8 @@ pub struct Outcome {
     pub hit_tokens: u64,
     pub uncached_tokens: u64,
     pub transfer_bytes: u64,
+    pub transfer_seconds: f64,
+    pub early_seconds: Option<f64>,
     pub fell_back: bool,
     pub alone: bool,
     pub cut: bool,
@@ -175,6 +177,8 @@ impl From<&Decision> for Outcome {
             hit_tokens: chosen.hit_tokens,
             uncached_tokens: chosen.uncached_tokens,
             transfer_bytes: chosen.transfer_bytes,
+            transfer_seconds: chosen.transfer_seconds,
+            early_seconds: chosen.early_seconds,
             fell_back: decision.fell_back,
             alone: decision.alone,
             cut: decision.cut,
@@ -328,7 +332,7 @@ impl Inputs {
                 wire_block_bytes: of.wire_block_bytes,
                 num_blocks: of.num_blocks,
                 layout: of.layout.clone(),
-                streamed_layers: of.streamed_layers,
+                chunk_tokens: of.chunk_tokens,
                 can_pull_cached: of.can_pull_cached,
             }),
             healthy: of.healthy,
@@ -378,11 +382,19 @@ fn compare(recorded: Option<&Outcome>, replayed: Option<&Outcome>) -> Result<(),
         ("itl_seconds", a.itl_seconds, b.itl_seconds),
         ("late_seconds", a.late_seconds, b.late_seconds),
         ("prefill_seconds", a.prefill_seconds, b.prefill_seconds),
+        ("transfer_seconds", a.transfer_seconds, b.transfer_seconds),
     ];
     for (name, a, b) in terms.into_iter().chain(sums) {
         if a.to_bits() != b.to_bits() {
             return difference(&format!(".{name}"), format!("{a:e}"), format!("{b:e}"));
         }
+    }
+    if a.early_seconds.map(f64::to_bits) != b.early_seconds.map(f64::to_bits) {
+        return difference(
+            ".early_seconds",
+            format!("{:?}", a.early_seconds),
+            format!("{:?}", b.early_seconds),
+        );
     }
     let counts = [
         ("hit_tokens", a.hit_tokens, b.hit_tokens),
@@ -533,7 +545,7 @@ impl Kept {
                 wire_block_bytes: info.wire_block_bytes,
                 num_blocks: info.num_blocks,
                 layout: info.layout.clone(),
-                streamed_layers: info.streamed_layers,
+                chunk_tokens: info.chunk_tokens,
                 can_pull_cached: info.can_pull_cached,
                 healthy: engine.healthy,
                 can_transfer: engine.can_transfer,

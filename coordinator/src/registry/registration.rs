@@ -166,7 +166,7 @@ impl Registration {
             },
             num_blocks: self.message.num_blocks,
             layout: self.message.layout.clone(),
-            streamed_layers: 0,
+            chunk_tokens: 0,
             // Who can hold and pull needs nothing further for it.
             can_pull_cached: true,
         })

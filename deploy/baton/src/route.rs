@@ -69,7 +69,7 @@ mod tests {
                 wire_block_bytes: 100_000,
                 num_blocks: 0,
                 layout: "l".into(),
-                streamed_layers: 0,
+                chunk_tokens: 0,
                 can_pull_cached: false,
             }),
             healthy: true,

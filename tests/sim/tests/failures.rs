@@ -66,7 +66,7 @@ impl Placer for Watched {
     fn place(&mut self, now: Nanos, request: &Request<'_>) -> Answer {
         let answer = self.placer.place(now, request);
         let plan = match answer {
-            Answer::Goes(plan) => Some(plan),
+            Answer::Goes(plan) | Answer::Overlaps(plan, _) => Some(plan),
             Answer::Waits | Answer::Refused => None,
         };
         self.placed.extend(plan.map(|plan| (now, plan)));

@@ -15,7 +15,7 @@
 //! | `mixed_steps` | `⌈n / chunk⌉ · (e·B + f·Σctx)`: each chunk shares its step with the sequences that decode; the step's base `d` is in `prefill` | it |
 //! | `prefill` | `a + b·n + c·(n·p + n²/2)` | it |
 //! | `decode_stall` | `B · (prefill - ⌈n / chunk⌉ · d)`, at least 0: in each chunk's step every sequence has a token, which is late by what the chunk adds to a step | others |
-//! | `transfer_wait`, `transfer` | [`crate::links`]; a handoff's where layers stream, less what the prefill of later layers hides, but no less than one layer's part | it |
+//! | `transfer_wait`, `transfer` | [`crate::links`]; a handoff's as far as it shows after the prefill ([`overlap`]) | it |
 //! | `decode_queue_wait` | as `queue_wait`, at the decode engine | it |
 //! | `room_wait` | `over / used · A · ITL`: until so many of the others end, who have `A` tokens of answer on average; `used` are the tokens of KV in use on the engine that answers, `over` by how many they and the prompt exceed [`ROOM`] of what its cache takes | it |
 //! | `first_step` | `a + (d + e·(B+1) + f·(Σctx+ctx))`: the second request and its step | it |
@@ -58,11 +58,12 @@
 //! prompt is computed on the same engine, those that come behind it while it waits, `share` of its queue. [`Priced::late_seconds`] says
 //! by how much the request itself is predicted to miss.
 
+pub mod overlap;
 mod pricing;
 
 use serde::{Deserialize, Serialize};
 
-pub(crate) use self::pricing::{DecodeSums, Fetch, Key, PrefillSums, Pricing, Sender};
+pub(crate) use self::pricing::{DecodeSums, Fetch, Key, Moving, PrefillSums, Pricing, Sender};
 
 /// Output assumed of a request where no answer of its model was seen yet.
 pub const EXPECTED_OUTPUT_TOKENS: f64 = 128.0;
@@ -280,6 +281,11 @@ pub struct Priced {
     pub uncached_tokens: u64,
     /// Bytes that cross a link.
     pub transfer_bytes: u64,
+    /// What they take, waiting included and whatever of it the prefill hides.
+    pub transfer_seconds: f64,
+    /// A handoff's: for how long before its prefill ends KV can leave; 0 for a prompt of one chunk. `None` where it leaves only when all of the
+    /// prompt is computed, and of other plans.
+    pub early_seconds: Option<f64>,
     /// What computing takes the prefill engine: what to reserve there.
     pub prefill_seconds: f64,
 }

@@ -3,6 +3,7 @@
 //! What a plan costs is the sum of what depends on the prefill engine alone, on the decode engine alone, and on the link
 //! between them. Each part is computed once for an engine, whatever the number of plans it is in.
 
+use super::overlap;
 use super::{MOST_SECOND_COPY_SECONDS, Plan, Priced, ROOM, SHARERS, SPREAD, Slo, Term, Terms};
 use crate::fleet::{Fleet, Hot};
 use crate::links::{HostQueue, Queued, TransferSeconds};
@@ -28,6 +29,8 @@ pub(crate) struct PrefillCost {
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct PrefillSums {
     pub(crate) prefill: f64,
+    /// For how long before its end KV can leave.
+    pub(crate) early: f64,
     /// The request's own: `queue + mixed + prefill`.
     pub(crate) own: f64,
     /// All: `own + stall + second_copy + slo_risk`.
@@ -80,20 +83,34 @@ pub(crate) struct DecodeSums {
     pub(crate) handoff_itl_risk: f64,
 }
 
+/// What a handoff to an engine moves at least.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Moving {
+    pub(crate) bytes: f64,
+    /// One by its tokens; infinite where none move.
+    of_tokens: f64,
+    /// Seconds that no handoff is predicted to show less than, waiting included.
+    pub(crate) least: f64,
+}
+
 /// What its end of the links makes of handoffs from an engine, waiting included.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Sender {
     host: u32,
-    /// Seconds, and seconds for each byte: to other hosts, and to its own.
-    ways: [(f64, f64); 2],
+    /// To other hosts, and to its own: seconds that the prefill does not hide, what is queued there among them, seconds of round trips, and
+    /// seconds for each byte.
+    ways: [(f64, f64, f64); 2],
+    /// Tokens that go alone; infinite where all do.
+    chunk_tokens: f64,
 }
 
 impl Sender {
-    /// No handoff of so many bytes to this host is predicted to take less.
+    /// No handoff of so much to this host is predicted to show less.
     #[inline]
-    pub(crate) fn at_least(&self, bytes: f64, host: u32) -> f64 {
-        let (fixed, byte) = self.ways[usize::from(host == self.host)];
-        fixed + byte * bytes
+    pub(crate) fn at_least(&self, moving: &Moving, host: u32) -> f64 {
+        let (behind, fixed, byte) = self.ways[usize::from(host == self.host)];
+        let (seconds, last) = (byte * moving.bytes, overlap::last_share(self.chunk_tokens, moving.of_tokens));
+        (behind + seconds).max(fixed + last * seconds)
     }
 }
 
@@ -279,7 +296,8 @@ impl<'a> Pricing<'a> {
         }
         let stall = sequences * held_up;
         let own = queue + mixed + prefill;
-        let sums = PrefillSums { prefill, own, seconds: own + stall + slo_risk };
+        let early = overlap::early_seconds(hot.chunk_tokens, new as f64, prefill);
+        let sums = PrefillSums { prefill, early, own, seconds: own + stall + slo_risk };
         PrefillCost { queue, mixed, stall, second_copy: 0.0, slo_risk, sums }
     }
 
@@ -379,38 +397,41 @@ impl<'a> Pricing<'a> {
         blocks.all.saturating_sub(u64::from(self.held[decode as usize]))
     }
 
-    /// No handoff to this engine is predicted to transfer in less, waiting included.
+    /// Tokens of the blocks that a handoff to this engine moves.
     #[inline]
-    pub(crate) fn handoff_at_least(&self, decode: u32) -> f64 {
+    fn handoff_tokens(&self, decode: u32) -> f64 {
+        self.handoff_blocks(decode) as f64 * f64::from(self.hot(decode).block_size)
+    }
+
+    /// What any handoff to this engine moves and takes at least, where no prefill hides more than `most_early` of it.
+    #[inline]
+    pub(crate) fn moving(&self, decode: u32, most_early: f64) -> Moving {
         let hot = self.hot(decode);
         let bytes = self.handoff_blocks(decode).saturating_mul(hot.wire_block_bytes.min(hot.block_bytes));
         let links = self.fleet.links();
-        match self.fleet.streamed_layers() {
-            0 | 1 => links.at_least_into(hot.slot, bytes, self.loads.at_host(hot.host)),
-            layers => links.at_least_into(hot.slot, bytes, HostQueue::default()) / f64::from(layers),
+        let behind = links.at_least_into(hot.slot, bytes, self.loads.at_host(hot.host));
+        let (mut of_tokens, mut least) = (f64::INFINITY, behind);
+        if let Some(chunk) = self.fleet.chunk_tokens() {
+            of_tokens = 1.0 / self.handoff_tokens(decode);
+            let last = overlap::last_share(f64::from(chunk), of_tokens);
+            let [nothing, all] =
+                [0, bytes].map(|bytes| links.at_least_into(hot.slot, bytes, HostQueue::default()));
+            least = (behind - most_early).max(nothing + last * (all - nothing));
         }
-    }
-
-    /// Bytes that any handoff to this engine moves at least.
-    #[inline]
-    pub(crate) fn handoff_bytes_at_least(&self, decode: u32) -> f64 {
-        let hot = self.hot(decode);
-        self.handoff_blocks(decode).saturating_mul(hot.wire_block_bytes.min(hot.block_bytes)) as f64
+        Moving { bytes: bytes as f64, of_tokens, least }
     }
 
     /// The end of all links out of an engine.
-    pub(crate) fn sender(&self, prefill: u32) -> Sender {
+    pub(crate) fn sender(&self, prefill: u32, early: f64) -> Sender {
         let hot = self.hot(prefill);
         let links = self.fleet.links();
-        let ways = match hot.streamed_layers {
-            0 | 1 => links.at_least_out_of(hot.slot, self.loads.at_host(hot.host)),
-            layers => {
-                let layers = f64::from(layers);
-                let whole = links.at_least_out_of(hot.slot, HostQueue::default());
-                whole.map(|(fixed, byte)| (fixed / layers, byte / layers))
-            }
+        let queued = links.at_least_out_of(hot.slot, self.loads.at_host(hot.host));
+        let (chunk_tokens, alone) = match early > 0.0 {
+            true => (f64::from(hot.chunk_tokens), links.at_least_out_of(hot.slot, HostQueue::default())),
+            false => (f64::INFINITY, queued),
         };
-        Sender { host: hot.host, ways }
+        let way = |at: usize| (queued[at].0 - early, alone[at].0, queued[at].1);
+        Sender { host: hot.host, ways: [way(0), way(1)], chunk_tokens }
     }
 
     /// What a transfer takes behind what is queued.
@@ -425,18 +446,27 @@ impl<'a> Pricing<'a> {
         self.fleet.links().transfer(from.slot, to.slot, bytes, queued)
     }
 
+    /// What a handoff's transfer takes, the prefill left out of account.
+    #[inline]
+    fn handoff_alone(&self, prefill: u32, decode: u32) -> TransferSeconds {
+        self.transfer(prefill, decode, self.handoff_bytes(prefill, decode))
+    }
+
+    /// As much of it as shows after the prefill; see [`overlap`].
+    #[inline]
+    fn shown(&self, prefill: u32, decode: u32, way: TransferSeconds, cost: &PrefillSums) -> TransferSeconds {
+        if cost.early == 0.0 {
+            return way;
+        }
+        let chunk = f64::from(self.hot(prefill).chunk_tokens);
+        let last = overlap::last_share(chunk, 1.0 / self.handoff_tokens(decode));
+        overlap::shown(way, cost.early, last)
+    }
+
     /// What a handoff's transfer takes after the prefill.
     #[inline]
     pub(crate) fn handoff(&self, prefill: u32, decode: u32, cost: &PrefillSums) -> TransferSeconds {
-        let bytes = self.handoff_bytes(prefill, decode);
-        let TransferSeconds { wait, transfer } = self.transfer(prefill, decode, bytes);
-        let layers = f64::from(self.hot(prefill).streamed_layers);
-        let shown = match layers > 1.0 {
-            // A layer goes while those after it are computed; the last one goes alone.
-            true => (transfer - cost.prefill * (layers - 1.0) / layers).max(transfer / layers),
-            false => transfer,
-        };
-        TransferSeconds { wait, transfer: shown }
+        self.shown(prefill, decode, self.handoff_alone(prefill, decode), cost)
     }
 
     /// A plan on one engine.
@@ -480,6 +510,7 @@ impl<'a> Pricing<'a> {
         let decode = self.decode(plan.decode());
         let (mut hit_tokens, mut transfer_bytes) = (self.hit_tokens(plan.prefill()), 0);
         let (mut itl_risk, mut copied) = (decode.sums.itl_risk, 0.0);
+        let (mut transfer_seconds, mut early_seconds) = (0.0, None);
         let (prefill, key) = match plan {
             Plan::Colocated { engine } | Plan::Append { engine } => {
                 let prefill = self.prefill(engine);
@@ -490,6 +521,7 @@ impl<'a> Pricing<'a> {
                 if let Some((cached, bytes)) = self.pulled(source, engine) {
                     fetch = Fetch { way: self.transfer(source, engine, bytes), ..self.hold(source) };
                     (hit_tokens, transfer_bytes) = (cached, bytes);
+                    transfer_seconds = fetch.way.wait + fetch.way.transfer;
                 }
                 let prefill = self.prefill_behind(engine, hit_tokens, &fetch);
                 terms.set(Term::Hold, (fetch.queue + fetch.hold - prefill.queue).max(0.0));
@@ -499,7 +531,10 @@ impl<'a> Pricing<'a> {
             }
             Plan::Disaggregated { prefill: from, decode: to } => {
                 let prefill = self.prefill(from);
-                let way = self.handoff(from, to, &prefill.sums);
+                let alone = self.handoff_alone(from, to);
+                let way = self.shown(from, to, alone, &prefill.sums);
+                transfer_seconds = alone.wait + alone.transfer;
+                early_seconds = (self.hot(from).chunk_tokens > 0).then_some(prefill.sums.early);
                 (itl_risk, copied) = (decode.sums.handoff_itl_risk, decode.second_copy);
                 transfer_bytes = self.handoff_bytes(from, to);
                 terms.set(Term::TransferWait, way.wait);
@@ -531,6 +566,8 @@ impl<'a> Pricing<'a> {
             hit_tokens,
             uncached_tokens: self.prompt_tokens - hit_tokens,
             transfer_bytes,
+            transfer_seconds,
+            early_seconds,
             prefill_seconds: prefill.sums.prefill,
         }
     }
@@ -634,9 +671,10 @@ mod tests {
         {
             let blocks = 11 - u64::from(pricing.held[to as usize]);
             assert_eq!(pricing.handoff_bytes(from, to), blocks * block, "{from} to {to}");
-            assert!(pricing.handoff_bytes_at_least(to) <= (blocks * block) as f64);
+            let least = pricing.moving(to, 0.0);
+            assert!(least.bytes <= (blocks * block) as f64);
             let way = pricing.transfer(from, to, blocks * block);
-            assert!(pricing.handoff_at_least(to) <= way.wait + way.transfer, "{from} to {to}");
+            assert!(least.least <= way.wait + way.transfer, "{from} to {to}");
         }
         assert_eq!(pricing.pulled(1, 0), Some((160, 10 * 1000)));
         assert_eq!(pricing.pulled(1, 3), Some((160, 10 * 1020)));
@@ -804,20 +842,6 @@ mod tests {
         let mixed = fleet.engines()[0].speed.mixed_seconds(3.0, 3000.0);
         near(priced.terms.get(Term::Hold), step + mixed);
         assert_eq!(priced.terms.get(Term::DecodeStall), 0.0);
-    }
-
-    #[test]
-    fn streamed_layers_hide_the_transfer_behind_the_prefill() {
-        let streams = with(engine(0), |info| info.streamed_layers = 32);
-        let fleet = Fleet::new(vec![streams, engine(1)], Links::default());
-        let loads = idle(2);
-        let priced = |prefill, decode| {
-            pricing(&fleet, &loads, &[0, 0], 20_000).price(Plan::Disaggregated { prefill, decode })
-        };
-        let (streamed, after) = (priced(0, 1), priced(1, 0));
-        let transfer = after.terms.get(Term::Transfer);
-        assert!((streamed.terms.get(Term::Transfer) - transfer / 32.0).abs() < 1e-12);
-        sum_is_total(&streamed);
     }
 
     #[test]

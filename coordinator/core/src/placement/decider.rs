@@ -2,7 +2,7 @@
 
 use super::search::{self, Ended, Lazy};
 use super::{Aim, MAX_LOOKS, MAX_PAIRS, Modes, PULL_SOURCES, Policy, Request, View};
-use crate::cost::{DecodeSums, Fetch, Key, Plan, PrefillSums, Priced, Pricing, Sender};
+use crate::cost::{DecodeSums, Fetch, Key, Moving, Plan, PrefillSums, Priced, Pricing, Sender};
 use crate::fleet::{Fleet, Role};
 use crate::load::Loads;
 
@@ -70,8 +70,8 @@ pub struct Decider {
     pub(super) scratch: Scratch,
     firsts: Lazy,
     seconds: Lazy,
-    /// Of a handoff to each engine, by place: bytes, and the least that it takes.
-    moving: Vec<(f64, f64)>,
+    /// Of a handoff to each engine, by place.
+    moving: Vec<Moving>,
     sources: Vec<u32>,
 }
 
@@ -304,22 +304,28 @@ impl Decider {
         let mut moving = std::mem::take(&mut self.moving);
         firsts.clear(fleet.engines().len());
         seconds.clear(fleet.engines().len());
-        moving.resize(fleet.engines().len(), (0.0, 0.0));
+        moving.resize(fleet.engines().len(), Moving::default());
         let pricing = self.pricing(fleet, search.request);
+        let costs = &search.scratch.costs;
+        let most_early = match fleet.chunk_tokens() {
+            Some(_) => {
+                search.scratch.able.iter().map(|at| costs[*at as usize].prefill.early).fold(0.0, f64::max)
+            }
+            None => 0.0,
+        };
         for at in search.scratch.able.iter().copied() {
             let engine = &hot[at as usize];
             if engine.exchange != Some(layout) {
                 continue;
             }
-            let Costs { prefill, decode } = &search.scratch.costs[at as usize];
+            let Costs { prefill, decode } = &costs[at as usize];
             if engine.role.prefills() {
                 firsts.push(prefill.seconds, at);
             }
             if engine.role.decodes() {
-                let least = pricing.handoff_at_least(at);
-                moving[at as usize] = (pricing.handoff_bytes_at_least(at), least);
+                moving[at as usize] = pricing.moving(at, most_early);
                 let risk = pricing.promised * decode.handoff_itl_risk;
-                seconds.push(decode.handoff_seconds + least + risk, at);
+                seconds.push(decode.handoff_seconds + moving[at as usize].least + risk, at);
             }
         }
         // What the sum of two costs has to be below, given the best plan so far.
@@ -334,14 +340,14 @@ impl Decider {
             if from == to {
                 return Some(below);
             }
+            let (prefill, decode) = (&costs[from as usize].prefill, &costs[to as usize].decode);
             // What the first one's end of the link adds, before the link itself is looked up.
             if sender.0 != from {
-                sender = (from, pricing.sender(from));
+                sender = (from, pricing.sender(from, prefill.early));
             }
-            let (bytes, least) = moving[to as usize];
-            let moves = sender.1.at_least(bytes, hot[to as usize].host).max(least);
-            let (prefill, decode) =
-                (&search.scratch.costs[from as usize].prefill, &search.scratch.costs[to as usize].decode);
+            let moving = &moving[to as usize];
+            let least = moving.least;
+            let moves = sender.1.at_least(moving, hot[to as usize].host).max(least);
             // Of the risk the sum has the ITL's part only.
             let risk = pricing.own_risk(prefill.own + moves + decode.handoff_own, decode.handoff_itl_risk)
                 - pricing.promised * decode.handoff_itl_risk;

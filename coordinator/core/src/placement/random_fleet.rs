@@ -101,10 +101,10 @@ fn build(
             match kind {
                 1 => info.layout = "other".into(),
                 2 => info.models = vec!["other".into()],
-                3 => info.streamed_layers = 32,
-                4 => info.block_size = 32,
+                3 => info.chunk_tokens = 512,
+                4 => (info.block_size, info.chunk_tokens) = (32, 8192),
                 5..7 => info.can_pull_cached = true,
-                7 => (info.can_pull_cached, info.num_blocks) = (true, 4000),
+                7 => (info.can_pull_cached, info.num_blocks, info.chunk_tokens) = (true, 4000, 2048),
                 _ => {}
             }
         });

@@ -23,7 +23,7 @@ pub(crate) fn engine(n: u32) -> Engine {
             wire_block_bytes: 100_000,
             num_blocks: 0,
             layout: "l".into(),
-            streamed_layers: 0,
+            chunk_tokens: 0,
             can_pull_cached: false,
         }),
         healthy: true,

@@ -297,6 +297,7 @@ fn members(fleet: &Fleet, order: &[u32]) -> (Vec<Member>, Vec<(Slot, u32)>) {
             kv_tokens: hot.kv_tokens,
             token_bytes: hot.block_bytes as f64 / size,
             wire_token_bytes: hot.wire_block_bytes as f64 / size,
+            chunk_tokens: hot.chunk_tokens,
         });
     }
     slots.sort_unstable();

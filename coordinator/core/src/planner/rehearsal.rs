@@ -3,7 +3,8 @@
 //! # Model
 //! An engine computes prompts one after another, each in `a + b·n + c·(n·p + n²/2)` seconds ([`crate::speed`]). All that decode on it share steps of
 //! `d + e·B + f·Σctx` seconds, and stand still while a prompt is computed. A sequence whose tokens find no room in the KV cache waits until others have
-//! ended. Transfers between hosts queue for the cards of both; those within a host do not queue.
+//! ended. Transfers between hosts queue for the cards of both; those within a host do not queue. Of a prompt in several chunks all but the last one may go while
+//! the rest is computed ([`crate::cost::overlap`]).
 //! Of a prompt is cached what an earlier request of the window with the same beginning left where it was served, unless more tokens than the
 //! cache takes came there since.
 //!
@@ -13,6 +14,7 @@ use std::cmp::{Ordering, Reverse};
 use std::collections::{BinaryHeap, VecDeque};
 
 use super::pool::{Seen, share};
+use crate::cost::overlap::{early_seconds, last_share};
 use crate::cost::{MOST_SECOND_COPY_SECONDS, SHARERS};
 use crate::kv_index::Slot;
 use crate::speed::{CHUNK_TOKENS, Speed};
@@ -36,6 +38,8 @@ pub(super) struct Member {
     pub(super) token_bytes: f64,
     /// The same from another one.
     pub(super) wire_token_bytes: f64,
+    /// [`crate::fleet::EngineInfo::chunk_tokens`].
+    pub(super) chunk_tokens: u32,
 }
 
 /// How fast transfers are.
@@ -83,6 +87,15 @@ impl<T: PartialEq> Ord for Event<T> {
     fn cmp(&self, other: &Self) -> Ordering {
         self.at.total_cmp(&other.at).then(self.number.cmp(&other.number))
     }
+}
+
+/// A prompt that is computed.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Computed {
+    /// Where.
+    engine: u32,
+    /// For how long before that its KV could leave.
+    early: f64,
 }
 
 /// A request, once its first token is there.
@@ -184,8 +197,8 @@ pub(super) struct Rehearsal {
     engines: Vec<Engine>,
     /// Of each request: where it was served, and what had come into the caches there by then.
     served: Vec<[(u32, f64); 2]>,
-    /// Prompts that are computed, by when, and where.
-    computed: BinaryHeap<Reverse<Event<u32>>>,
+    /// Prompts, by when they are computed.
+    computed: BinaryHeap<Reverse<Event<Computed>>>,
     /// What engines hold of a prompt.
     hits: Vec<(u32, f64)>,
     /// By when each host's card has sent, and received, all.
@@ -350,40 +363,49 @@ impl Rehearsal {
         engine.free = engine.free.max(request.at) + computing;
         engine.stored += request.prompt - hit;
         self.served.push([(at, engine.stored); 2]);
-        self.computed.push(Reverse(Event { at: engine.free, number: request.number, what: at }));
+        let early = early_seconds(play.members[at as usize].chunk_tokens, request.prompt - hit, computing);
+        let what = Computed { engine: at, early };
+        self.computed.push(Reverse(Event { at: engine.free, number: request.number, what }));
     }
 
     /// The second part.
-    fn hand_off(&mut self, play: &Play<'_>, computed: Event<u32>) {
+    fn hand_off(&mut self, play: &Play<'_>, computed: Event<Computed>) {
         let request = self.request(play, computed.number);
         self.find_hits(play, computed.number);
         self.advance_to(play, computed.at);
-        let from = play.members[computed.what as usize].host as usize;
-        let mut best = (f64::INFINITY, 0, 0.0);
+        let Computed { engine, early } = computed.what;
+        let source = &play.members[engine as usize];
+        let (from, chunk) = (source.host as usize, f64::from(source.chunk_tokens));
+        let mut best = (f64::INFINITY, 0, 0.0, 0.0);
         for at in 0..self.decoding as u32 {
             let (engine, member) = (&self.engines[at as usize], &play.members[at as usize]);
             let tokens = (request.prompt - self.hit(at)).max(0.0);
             let to = member.host as usize;
-            let there = match from == to {
-                true => computed.at + tokens * member.token_bytes / play.roads.within,
+            let (begin, seconds) = match from == to {
+                true => (computed.at - early, tokens * member.token_bytes / play.roads.within),
                 false => {
-                    let begin = self.cards[from].0.max(self.cards[to].1).max(computed.at);
-                    begin + tokens * member.wire_token_bytes / play.roads.between
+                    let begin = self.cards[from].0.max(self.cards[to].1).max(computed.at - early);
+                    (begin, tokens * member.wire_token_bytes / play.roads.between)
                 }
             };
+            // What the last chunk computed goes alone.
+            let last = if early > 0.0 { last_share(chunk, 1.0 / tokens) } else { 1.0 };
+            let sent = begin + seconds;
+            let there = sent.max(computed.at + last * seconds);
             let over = engine.context + request.prompt + request.tokens - member.kv_tokens;
             let cost = there - computed.at
                 + engine.decode_seconds(&member.speed, request.context, request.steps)
                 + NO_ROOM_SECONDS * (over / member.kv_tokens).max(0.0);
             if cost < best.0 {
-                best = (cost, at, there);
+                best = (cost, at, sent, there);
             }
         }
-        let (_, at, there) = best;
+        let (_, at, sent, there) = best;
         let (engine, member) = (&mut self.engines[at as usize], &play.members[at as usize]);
         if from != member.host as usize {
-            self.cards[from].0 = there;
-            self.cards[member.host as usize].1 = there;
+            // As long as the bytes take: others go between the chunks.
+            self.cards[from].0 = sent;
+            self.cards[member.host as usize].1 = sent;
         }
         let there = there + play.roads.round_trips;
         engine.make_room(there, request.prompt + request.tokens, member, &mut self.verdicts);

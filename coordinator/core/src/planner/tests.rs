@@ -180,7 +180,14 @@ fn a_prompt_is_traced_to_the_last_request_that_began_like_it() {
 
 fn members(count: u32, speed: Speed) -> Vec<Member> {
     (0..count)
-        .map(|n| Member { speed, host: n / 2, kv_tokens: 1e5, token_bytes: 1e5, wire_token_bytes: 1e5 })
+        .map(|n| Member {
+            speed,
+            host: n / 2,
+            kv_tokens: 1e5,
+            token_bytes: 1e5,
+            wire_token_bytes: 1e5,
+            chunk_tokens: if n % 3 == 0 { 0 } else { 1000 },
+        })
         .collect()
 }
 
@@ -189,14 +196,15 @@ const ROADS: Roads = Roads { between: 1e9, within: 1e10, round_trips: 2e-4 };
 #[test]
 fn one_request_at_a_time_takes_what_the_formulas_say() {
     let speed = Speed::default();
-    let (members, slots) = (members(2, speed), Vec::new());
     let (prompt, tokens) = (3000.0, 50.0);
-    let attained = |slo: Slo, decoding: usize| {
+    let attained = |slo: Slo, decoding: usize, chunk_tokens: u32, host: u32| {
+        let mut members = members(2, speed);
+        (members[1].chunk_tokens, members[1].host) = (chunk_tokens, host);
         let window: VecDeque<Seen> =
             (0..10).map(|n| Seen::new(f64::from(n) * 100.0, 3000, 50, slo)).collect();
         let play = Play {
             members: &members,
-            slots: &slots,
+            slots: &[],
             roads: ROADS,
             window: &window,
             first: 0,
@@ -209,12 +217,21 @@ fn one_request_at_a_time_takes_what_the_formulas_say() {
     let prefill = speed.prefill_seconds(3000, 0);
     let step = speed.decode_step_seconds(1.0, prompt + tokens / 2.0);
     let handoff =
-        prefill + prompt * 1e5 / 1e10 + 2e-4 + speed.request_seconds + speed.decode_step_seconds(0.0, 0.0);
-    for (decoding, first) in [(0, prefill), (1, handoff)] {
-        assert_eq!(attained(ttft(first * 1.0001), decoding), 1.0);
-        assert_eq!(attained(ttft(first * 0.9999), decoding), 0.0);
-        assert_eq!(attained(itl(step * 1.0001), decoding), 1.0);
-        assert_eq!(attained(itl(step * 0.9999), decoding), 0.0);
+        |shown: f64| prefill + shown + 2e-4 + speed.request_seconds + speed.decode_step_seconds(0.0, 0.0);
+    let (within, between) = (prompt * 1e5 / 1e10, prompt * 1e5 / 1e9);
+    for (decoding, chunk, host, first) in [
+        (0, 1000, 1, prefill),
+        (1, 0, 0, handoff(within)),
+        (1, 0, 1, handoff(between)),
+        (1, 3000, 1, handoff(between)),
+        // A third goes alone; between hosts it takes longer than the prefill of the other two.
+        (1, 1000, 0, handoff(within / 3.0)),
+        (1, 1000, 1, handoff(between - prefill * 2.0 / 3.0)),
+    ] {
+        assert_eq!(attained(ttft(first * 1.0001), decoding, chunk, host), 1.0);
+        assert_eq!(attained(ttft(first * 0.9999), decoding, chunk, host), 0.0);
+        assert_eq!(attained(itl(step * 1.0001), decoding, chunk, host), 1.0);
+        assert_eq!(attained(itl(step * 0.9999), decoding, chunk, host), 0.0);
     }
 }
 

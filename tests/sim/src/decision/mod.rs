@@ -27,8 +27,8 @@ use self::health::Life;
 use self::room::Room;
 use crate::engine::events::{self, Change, KvEvents};
 use crate::fleet::{Fleet, Role};
-use crate::sim::{Answer, Health, LoadReport, Placer, Plan, Progress, Request, Turn};
-use crate::{MILLISECOND, Nanos, mix, seconds};
+use crate::sim::{Answer, Health, LoadReport, Overlap, Placer, Plan, Progress, Request, Turn};
+use crate::{MILLISECOND, Nanos, mix, nanos, seconds};
 
 /// Memberships that the index takes; more than any fleet of [`Fleet::check`]'s bounds needs in blocks of 16 tokens.
 const MEMBERSHIPS: u64 = 1 << 26;
@@ -183,7 +183,10 @@ impl Production {
                 wire_block_bytes: block_bytes,
                 num_blocks: member.kind.kv_tokens / u64::from(block_tokens),
                 layout: "simulated".to_owned(),
-                streamed_layers: 0,
+                chunk_tokens: match member.kind.chunked_prefill {
+                    true => member.kind.max_num_batched_tokens,
+                    false => 0,
+                },
                 can_pull_cached: true,
             };
             Member {
@@ -281,15 +284,20 @@ impl Production {
     }
 
     /// The prompt of a request was computed.
-    fn prefilled(&mut self, now: Nanos, key: u32) {
+    fn prefilled(&mut self, now: Nanos, key: u32, by: &Progress) {
         let Some(live) = self.live.get_mut(key as usize).and_then(Option::as_mut) else { return };
         let Some(reservation) = live.prefill.take() else { return };
         reservation.computed();
         live.decode.sent();
         // What was gone at the source was not pulled.
         live.hold = None;
-        // A time with a transfer in it says little about the engine.
-        if live.alone && !live.fell_back && !matches!(live.plan, Plan::Pull { .. }) {
+        // A time with a transfer in it says little about the engine, and the first token of a handoff's decode engine nothing.
+        let says = match live.plan {
+            Plan::Colocated { .. } => true,
+            Plan::Pull { .. } => false,
+            Plan::Disaggregated { .. } => *by == Progress::Prefilled,
+        };
+        if live.alone && !live.fell_back && says {
             self.members[live.plan.prefill() as usize].estimate.observe_prefill(&PrefillSample {
                 new: live.uncached_tokens,
                 cached: live.hit_tokens,
@@ -416,6 +424,7 @@ impl Placer for Production {
             self.sessions.pin(now_ms, session, answers);
         }
         let chosen = &decision.chosen;
+        let prefill_seconds = chosen.prefill_seconds;
         let prefill = &mut self.members[plan.prefill() as usize];
         prefill.estimate.observe_prompt(u64::from(request.prompt_tokens), chosen.hit_tokens);
         let load = |engine: u32| &self.members[engine as usize].load;
@@ -463,7 +472,12 @@ impl Placer for Production {
         }
         self.live[key] = Some(live);
         self.flying += 1;
-        Answer::Goes(plan)
+        match decision.chosen.answer_after_seconds() {
+            Some(after) => {
+                Answer::Overlaps(plan, Overlap { after: nanos(after), prefill: nanos(prefill_seconds) })
+            }
+            None => Answer::Goes(plan),
+        }
     }
 
     fn turn(&mut self, now: Nanos) -> Option<Turn> {
@@ -523,7 +537,12 @@ impl Placer for Production {
 
     fn progress(&mut self, now: Nanos, key: u32, progress: &Progress) {
         match *progress {
-            Progress::Prefilled => self.prefilled(now, key),
+            Progress::Sent => {
+                if let Some(live) = self.live.get_mut(key as usize).and_then(Option::as_mut) {
+                    live.decode.sent();
+                }
+            }
+            Progress::Prefilled => self.prefilled(now, key, progress),
             Progress::Transferred { source, destination, bytes, seconds, rtt_seconds } => {
                 let link = (Slot(source), Slot(destination));
                 self.links.observe(crate::seconds(now), link, bytes, seconds, rtt_seconds);
@@ -532,7 +551,7 @@ impl Placer for Production {
                 }
             }
             Progress::FirstToken => {
-                self.prefilled(now, key);
+                self.prefilled(now, key, progress);
                 self.first_token(now, key);
             }
             Progress::Finished { tokens, .. } => self.finished(now, key, tokens),

@@ -9,7 +9,8 @@
 //! without a pause; how long they take is in [`speed`].
 //!
 //! A request may come with KV that lies elsewhere: when its turn comes it gets its blocks, [`Output::Fetch`] says what is missing, and it is let
-//! in when [`Engine::fetched`] was called. A request may keep its blocks when it ends ([`Job::hold`]), until [`Engine::release`].
+//! in when [`Engine::fetched`] was called. A request may keep its blocks when it ends ([`Job::hold`]), until [`Engine::release`]; of one whose prompt takes several steps
+//! [`Output::Computed`] says what of it is there to be fetched. A request that nobody wants any more is [aborted](Engine::abort).
 //!
 //! An engine may have a second tier of blocks in its host's memory ([`host`]). What is found there behind what the GPU has cached of a prompt is copied
 //! instead of computed: the request gets its blocks, waits for the copy, which begins when those before it are over, and is let in. A request that can fetch more than that from
@@ -104,6 +105,13 @@ pub enum Output {
         /// and [`Engine::fetched`] must not be called.
         tokens: u32,
     },
+    /// A step has computed a chunk of a prompt whose blocks will be held, and more is left.
+    Computed {
+        /// Which.
+        key: u32,
+        /// Leading tokens of it whose KV is there.
+        tokens: u32,
+    },
     /// The request's first token on this engine.
     FirstToken {
         /// Which.
@@ -193,6 +201,8 @@ struct Work {
     end: Nanos,
     /// Steps; more than 1 only where all of them just decode.
     steps: u32,
+    /// Whether it computes prompts, too.
+    prompts: bool,
     /// Seconds of the first step, and by how much each one is longer than the one before.
     first: f64,
     growth: f64,
@@ -380,6 +390,27 @@ impl Engine {
         self.interrupt(now);
     }
 
+    /// Drops a request, which says nothing more. What the step in hand computes of it is computed.
+    pub fn abort(&mut self, now: Nanos, handle: Handle) {
+        let at = handle.0;
+        match self.sequences[at as usize].state {
+            State::Waiting | State::Ready => self.waiting.retain(|other| *other != at),
+            State::Fetching => {
+                self.fetching -= 1;
+                self.copies.retain(|copy| copy.sequence != at);
+                self.version += 1;
+            }
+            State::Prefill | State::Decode => {
+                self.running.retain(|other| *other != at);
+                let new = self.chunks.extract_if(.., |chunk| chunk.0 == at).map(|chunk| chunk.1).sum::<u32>();
+                self.totals.prefill_tokens += u64::from(new);
+            }
+            State::Held => {}
+        }
+        self.vacate(at);
+        self.interrupt(now);
+    }
+
     /// The time of [`Engine::next`] has come.
     pub fn wake(&mut self, now: Nanos) {
         if let Some(work) = self.work.filter(|work| work.end <= now) {
@@ -418,9 +449,9 @@ impl Engine {
             }
             // The step in hand is lost, but not its time.
             let lost = now - if low > 0 { work.end_of(low) } else { work.start };
-            match self.chunks.is_empty() {
-                true => self.totals.decode += lost,
-                false => self.totals.prefill += lost,
+            match work.prompts {
+                true => self.totals.prefill += lost,
+                false => self.totals.decode += lost,
             }
             if low > 0 {
                 (work.steps, work.end) = (low, work.end_of(low));

@@ -30,7 +30,8 @@ impl Engine {
             let first = self.settings.speed.step_seconds(&step);
             let growth = self.settings.speed.f * step.sequences as f64 / 1e3;
             let sequences = step.sequences as u32;
-            let mut work = Work { start: now, end: now, steps, first, growth, sequences };
+            let prompts = !self.chunks.is_empty();
+            let mut work = Work { start: now, end: now, steps, prompts, first, growth, sequences };
             work.end = work.end_of(steps);
             self.work = Some(work);
             self.version += 1;
@@ -207,9 +208,9 @@ impl Engine {
     /// What was being computed is there.
     pub(super) fn complete(&mut self, now: Nanos, work: &Work) {
         let took = work.end - work.start;
-        match self.chunks.is_empty() {
-            true => self.totals.decode += took,
-            false => self.totals.prefill += took,
+        match work.prompts {
+            true => self.totals.prefill += took,
+            false => self.totals.decode += took,
         }
         self.totals.steps += u64::from(work.steps);
         self.record_gaps(work);
@@ -260,6 +261,10 @@ impl Engine {
             sequence.computed += new;
             self.totals.prefill_tokens += u64::from(new);
             if sequence.computed < sequence.tokens() {
+                if sequence.job.hold {
+                    let tokens = sequence.computed;
+                    self.outputs.push(Output::Computed { key: sequence.job.key, tokens });
+                }
                 continue;
             }
             sequence.generated += 1;

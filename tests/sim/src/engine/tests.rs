@@ -103,3 +103,114 @@ fn a_full_pool_preempts_and_still_serves_everyone() {
     assert!(preemptions > 0);
     assert_eq!(said.iter().filter(|said| matches!(said.1, Output::Finished { .. })).count(), 12);
 }
+
+/// Runs until nothing is left to do.
+fn run(engine: &mut Engine, said: &mut Vec<Output>) {
+    while let Some((now, _)) = engine.next() {
+        engine.wake(now);
+        engine.take_outputs(said);
+    }
+}
+
+fn job(key: u32, tokens: u32, hold: bool) -> Job {
+    let ids = (0..u64::from(tokens / 16)).map(|at| 100_000 * u64::from(key + 1) + at).collect();
+    Job { key, ids, prompt_tokens: tokens, output_tokens: 1, remote_tokens: 0, hold }
+}
+
+#[test]
+fn of_a_prompt_that_will_be_held_it_is_said_what_is_there() {
+    let mut engine = Engine::new(settings(400, false));
+    let mut said = Vec::new();
+    let handle = engine.submit(0, job(7, 1200, true));
+    run(&mut engine, &mut said);
+    let computed = |tokens| Output::Computed { key: 7, tokens };
+    let expected = [
+        Output::Started { key: 7, hit_tokens: 0 },
+        computed(512),
+        computed(1024),
+        Output::FirstToken { key: 7 },
+        Output::Finished { key: 7 },
+    ];
+    assert_eq!(said, expected);
+    engine.release(SECOND, handle);
+    // What was cached is computed, too; of one that is not held nothing is said.
+    said.clear();
+    let handle = engine.submit(2 * SECOND, Job { ids: job(7, 2000, true).ids, ..job(7, 2000, true) });
+    run(&mut engine, &mut said);
+    assert_eq!(said[0], Output::Started { key: 7, hit_tokens: 1200 });
+    assert_eq!(said[1], computed(1712));
+    engine.release(3 * SECOND, handle);
+    said.clear();
+    engine.submit(4 * SECOND, job(8, 2000, false));
+    run(&mut engine, &mut said);
+    assert!(!said.iter().any(|output| matches!(output, Output::Computed { .. })));
+    assert_eq!(engine.load().free_blocks, 400);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+    #[test]
+    fn aborted_requests_leave_nothing_and_say_nothing(
+        jobs in proptest::collection::vec((0..SECOND, 1..1500u32, any::<bool>(), proptest::option::of(0..SECOND)), 1..30),
+        has_host in any::<bool>(),
+    ) {
+        let mut engine = Engine::new(settings(200, has_host));
+        let mut todo: Vec<(Nanos, u32, bool)> = Vec::new();
+        for (key, (at, _, _, aborted)) in jobs.iter().enumerate() {
+            todo.push((*at, key as u32, false));
+            todo.extend(aborted.map(|later| (at + later, key as u32, true)));
+        }
+        todo.sort_unstable();
+        let (mut handles, mut gone, mut ended) = (vec![None; jobs.len()], vec![false; jobs.len()], 0);
+        let mut outputs = Vec::new();
+        let mut todo = todo.into_iter().peekable();
+        loop {
+            let next = engine.next().map(|next| next.0);
+            let now = match (todo.peek().copied(), next) {
+                (Some((at, key, aborts)), next) if next.is_none_or(|next| at < next) => {
+                    todo.next();
+                    let (_, tokens, hold, _) = jobs[key as usize];
+                    match aborts {
+                        // Every third prompt is like another one's.
+                        false => {
+                            let job = Job { ids: job(key % 3, tokens, hold).ids, ..job(key, tokens, hold) };
+                            handles[key as usize] = Some(engine.submit(at, job));
+                        }
+                        true => {
+                            if let Some(handle) = handles[key as usize].take() {
+                                gone[key as usize] = true;
+                                engine.abort(at, handle);
+                            }
+                        }
+                    }
+                    at
+                }
+                (_, Some(next)) => {
+                    engine.wake(next);
+                    next
+                }
+                (_, None) => break,
+            };
+            engine.take_outputs(&mut outputs);
+            for output in outputs.drain(..) {
+                match output {
+                    Output::Started { key, .. } | Output::Computed { key, .. } | Output::FirstToken { key } => {
+                        prop_assert!(!gone[key as usize]);
+                    }
+                    Output::Finished { key } => {
+                        prop_assert!(!gone[key as usize]);
+                        ended += 1;
+                        let handle = handles[key as usize].take().expect("it was there");
+                        if jobs[key as usize].2 {
+                            engine.release(now, handle);
+                        }
+                    }
+                    Output::Fetch { .. } | Output::Gaps { .. } => {}
+                }
+            }
+        }
+        prop_assert_eq!(ended + gone.iter().filter(|gone| **gone).count(), jobs.len());
+        let load = engine.load();
+        prop_assert_eq!((load.waiting, load.running, load.free_blocks), (0, 0, 200));
+    }
+}

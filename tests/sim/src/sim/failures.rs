@@ -2,6 +2,7 @@
 
 use super::placer::{Health, Progress};
 use super::requests::{Flight, MAX_ATTEMPTS};
+use super::transfers::Fetching;
 use super::{Event, Simulation};
 use crate::fleet::Fleet;
 use crate::{Nanos, nanos};
@@ -15,6 +16,16 @@ pub(super) enum Change {
     Up(u32),
     /// A host's card has another width, bytes per second.
     Card(u32, f64),
+}
+
+/// What broke off with an engine: attempts of requests.
+#[derive(Debug)]
+pub(super) struct Broken {
+    engine: u32,
+    /// Those whose part there was all they were waiting for.
+    parts: Vec<(u32, u64)>,
+    /// Those whose second part is under way and got some of the first one's blocks at most.
+    firsts: Vec<(u32, u64)>,
 }
 
 /// What is still to happen.
@@ -71,44 +82,61 @@ impl Simulation<'_> {
         // What it said until then counts.
         self.attend(engine);
         self.kv_events.retain(|event| event.1 != engine);
-        let (mut broken, mut cut) = (Vec::new(), Vec::new());
+        let (mut parts, mut firsts, mut cut) = (Vec::new(), Vec::new(), Vec::new());
         for (key, flight) in self.flights.iter_mut().enumerate() {
             let Some(flight) = flight else { continue };
-            if flight.handle.is_some() && flight.engine() == engine {
+            let sends = flight.plan.transfer().is_some_and(|of| of.0 == engine);
+            let breaks = match (sends, flight.first) {
+                (true, Some(first)) => !first.ended && !flight.second,
+                (true, None) => continue,
+                (false, _) => flight.handle.is_some() && flight.plan.decode() == engine,
+            };
+            if breaks {
                 self.attempts += 1;
                 flight.attempt = self.attempts;
-                (flight.handle, flight.fetching, flight.came) = (None, 0, 0);
-                broken.push((key as u32, flight.attempt));
-            } else if flight.held.is_some() && flight.plan.transfer().is_some_and(|of| of.0 == engine) {
-                flight.held = None;
+                (flight.handle, flight.fetch) = (None, Fetching::default());
+                parts.push((key as u32, flight.attempt));
+            } else if sends {
+                if flight.first.is_some_and(|first| !first.ended) {
+                    firsts.push((key as u32, flight.attempt));
+                }
                 cut.push((key as u32, flight.attempt));
+            }
+            if sends {
+                flight.first = None;
             }
         }
         for (key, attempt) in cut {
             let flight = self.flight(key);
             // All of it may have come.
-            if flight.fetching > flight.came {
+            if flight.fetch.lacks() {
                 self.cut_short(key);
                 self.push(self.now + self.rtt, Event::Fetched(key, attempt));
             }
         }
-        for (key, _) in &broken {
+        for (key, _) in &parts {
             self.network.cancel(self.now, u64::from(*key));
         }
         self.await_transfers();
         self.engines[engine as usize].restart(true);
-        self.broken.push_back((engine, broken));
+        self.broken.push_back(Broken { engine, parts, firsts });
         self.push(self.now + self.dispatch, Event::Died(engine));
     }
 
     /// Those who wait for an engine hear that it died.
     pub(super) fn died(&mut self, engine: u32) {
         self.deliver_kv_events();
-        let Some((_, broken)) = self.broken.pop_front() else { return };
+        let Some(broken) = self.broken.pop_front() else { return };
+        debug_assert_eq!(broken.engine, engine);
         self.placer.health(self.now, engine, Health::Died);
-        for (key, attempt) in broken {
+        for (key, attempt) in broken.parts {
             if self.attempt(key, attempt).is_some() {
                 self.part_failed(key);
+            }
+        }
+        for (key, attempt) in broken.firsts {
+            if self.attempt(key, attempt).is_some_and(|flight| flight.first_token.is_none()) {
+                self.placer.progress(self.now, key, &Progress::FellBack);
             }
         }
     }
@@ -130,7 +158,7 @@ impl Simulation<'_> {
             self.push(self.now + self.dispatch, Event::Submit(key));
             return;
         }
-        let released = self.let_go(key);
+        let released = self.leave(key);
         if let Some(flight) = self.flights[key as usize].take() {
             self.placer.progress(self.now, key, &Progress::Failed);
             let Flight { mut asked, plan, first_token, .. } = flight;

@@ -3,23 +3,27 @@
 //! # The way of a request
 //! - *Co-located*: after the time of a dispatch it is submitted to its engine.
 //! - *Disaggregated*: first to the prefill engine, with one token of output and a hold; when that has ended and after another dispatch, to the decode engine, which fetches
-//!   what it has not cached itself of the prompt's KV, computes the prompt's last token and answers. A request of one token of output is not split.
+//!   what it has not cached itself of the prompt's KV, computes the prompt's last token and answers. A request of one token of output is not split. Where the placer
+//!   says so ([`Answer::Overlaps`]), the second part is sent while the first one computes, and gets the blocks as they come to be there: those of a chunk when
+//!   the step that computed it has ended.
 //! - *Pull*: first to the source, as a request for one token behind what it has cached of the prompt when that arrives there, with a hold; when that has ended and after
 //!   another dispatch, to its engine, which fetches what it has not cached itself of that prefix, computes the rest and answers. Where the source has nothing cached any more, the
 //!   request goes straight to its engine. (A coordinator asks for the prefix that it believes to be there, and has the source compute what is not.)
 //!
 //! A transfer takes a round trip before its first byte and one after its last. A hold that nobody has begun to fetch from in time is freed;
-//! the decode engine then computes the prompt. So it does with what has not come when it has fetched for as long as it may.
+//! the decode engine then computes the prompt. So it does with what has not come when it has fetched for as long as it may. That deadline comes with the request from who
+//! places it, as a coordinator sends it: where it lets both parts overlap, it is later by what the prompt is expected to take.
 //!
 //! Where the placer says so, a request waits before it is sent anywhere, until it is its turn ([`Placer::turn`]) or it is refused.
 //!
 //! # Failures
 //! happen by the fleet's script. An engine that dies loses its requests and its cache. Whoever waits for it hears so after the time of a
 //! dispatch, and so does who sends it something before it is back. As with a coordinator,
-//! - a first part that fails is left out: the request goes to the engine that answers, which computes all of it;
+//! - a first part that fails is left out: the request goes to the engine that answers, which computes all of it, or what has not come where it was sent already;
 //! - a request that fails on the engine that answers before its first token is placed again, without that engine, [`MAX_ATTEMPTS`] times in all;
 //! - one whose answer breaks off, or that no other engine can take, has failed, and its session ends;
-//! - a transfer from an engine that dies ends early: what has come is used, the rest is computed.
+//! - a transfer from an engine that dies ends early: what has come is used, the rest is computed;
+//! - a first part that is not over when the second one failed or ended is aborted.
 //!
 //! # What is measured
 //! All requests, or those that arrive in a [`Window`]: others are served too, so that there is a load before and behind, but nobody
@@ -35,12 +39,12 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap, VecDeque};
 use std::ops::ControlFlow;
 
-use self::failures::Script;
+use self::failures::{Broken, Script};
 use self::metrics::Metrics;
 pub use self::metrics::{
     Distributions, Durations, EngineReport, Outcome, Plans, Point, Report, Results, Summary,
 };
-pub use self::placer::{Answer, Health, LoadReport, Placer, Plan, Progress, Request, Turn};
+pub use self::placer::{Answer, Health, LoadReport, Overlap, Placer, Plan, Progress, Request, Turn};
 pub use self::requests::MAX_ATTEMPTS;
 use self::requests::{Asked, Flight};
 use crate::engine::events::KvEvents;
@@ -96,6 +100,8 @@ enum Event {
     Arrive(Box<Arrival>),
     /// The next part of a request goes to its engine.
     Submit(u32),
+    /// The second part of this attempt of a request comes to its engine, sent while the first one computed.
+    Overlap(u32, u64),
     Wake {
         engine: u32,
         version: u64,
@@ -186,8 +192,8 @@ struct Simulation<'a> {
     turn_at: Option<Nanos>,
     outputs: Vec<Output>,
     script: Script,
-    /// Attempts that broke off with their engine and have not heard of it: by engine, in order of its deaths.
-    broken: VecDeque<(u32, Vec<(u32, u64)>)>,
+    /// What broke off with engines and is not heard of yet, in order of their deaths.
+    broken: VecDeque<Broken>,
     metrics: Metrics,
     stop: bool,
 }
@@ -304,6 +310,11 @@ impl<'a> Simulation<'a> {
                     self.attend(engine);
                 }
             }
+            Event::Overlap(key, attempt) => {
+                if let Some(engine) = self.overlap(key, attempt) {
+                    self.attend(engine);
+                }
+            }
             Event::Wake { engine, version } => {
                 let at = engine as usize;
                 if self.engines[at].next().is_some_and(|next| next.1 == version) {
@@ -357,7 +368,14 @@ impl<'a> Simulation<'a> {
         }
     }
 
+    /// Where no request is under way, nobody uses a block.
+    fn leaks(&self) -> bool {
+        let is_used = |engine: &Engine| engine.load().free_blocks < engine.settings().blocks;
+        self.flights.iter().all(Option::is_none) && self.engines.iter().any(is_used)
+    }
+
     fn results(self) -> Results {
+        debug_assert!(!self.leaks(), "blocks are kept for nobody");
         let span = self.metrics.end.max(1) as f64;
         let report = |engine: &Engine| {
             let totals = engine.totals();

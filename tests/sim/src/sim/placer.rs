@@ -56,11 +56,22 @@ impl Plan {
     }
 }
 
+/// When the second part of a handoff is sent while the first one computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Overlap {
+    /// So long after the first part was let in, unless that is over before.
+    pub after: Nanos,
+    /// How long the first part is expected to compute. The second one may fetch for so much longer than for what is there already.
+    pub prefill: Nanos,
+}
+
 /// What becomes of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Answer {
-    /// It is sent on this way.
+    /// It is sent on this way; the second part of it when the first one is over.
     Goes(Plan),
+    /// It is sent on this way, a handoff whose second part need not wait for the end of the first.
+    Overlaps(Plan, Overlap),
     /// It waits until it is its [`Turn`].
     Waits,
     /// It is turned away.
@@ -124,6 +135,8 @@ pub enum Health {
 /// Where a request has come to.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Progress {
+    /// Handoff: the second part was sent before the first one was over.
+    Sent,
     /// Handoff: the prefill engine has computed the prompt and holds its blocks.
     Prefilled,
     /// Blocks went from one engine to another.

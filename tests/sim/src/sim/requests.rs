@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use super::metrics::Outcome;
-use super::placer::{Answer, Plan, Progress, Request, Turn};
+use super::placer::{Answer, Overlap, Plan, Progress, Request, Turn};
+use super::transfers::Fetching;
 use super::{Event, Simulation};
 use crate::Nanos;
 use crate::engine::{Handle, Job, Output};
@@ -28,6 +29,16 @@ pub(super) struct Asked {
     pub(super) avoid: Vec<u32>,
 }
 
+/// A request's first part, on the engine that computes or has what another one fetches.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct First {
+    pub(super) handle: Handle,
+    /// Leading tokens whose KV is there, until all is.
+    pub(super) computed: u32,
+    /// Whether it is over, and its engine keeps the blocks.
+    pub(super) ended: bool,
+}
+
 /// A request under way.
 #[derive(Debug)]
 pub(super) struct Flight {
@@ -35,24 +46,32 @@ pub(super) struct Flight {
     pub(super) plan: Plan,
     /// A number of its own, and another one when its engine dies: what was to happen to it under the old one does not happen.
     pub(super) attempt: u64,
-    /// Whether it is at the engine that answers.
+    /// Whether it is at the engine that answers, or on its way there.
     pub(super) second: bool,
+    /// Until its blocks are let go.
+    pub(super) first: Option<First>,
+    /// The second part, or the only one.
     pub(super) handle: Option<Handle>,
-    /// The ended first part, while its engine keeps its blocks.
-    pub(super) held: Option<Handle>,
-    /// Tokens of the prompt whose KV the first part holds.
-    held_tokens: u32,
+    overlap: Option<Overlap>,
+    /// When the second part comes to its engine, sent while the first one computes.
+    comes: Option<Nanos>,
+    /// Tokens of the prompt whose KV the first part holds when it is over.
+    pub(super) held_tokens: u32,
     pub(super) first_token: Option<Nanos>,
     hit_tokens: Option<u32>,
     pub(super) fetched_tokens: u32,
-    /// Tokens that are to come, while they are.
-    pub(super) fetching: u32,
-    /// Those that came.
-    pub(super) came: u32,
-    pub(super) fetch_began: Nanos,
+    pub(super) fetch: Fetching,
+    pub(super) fetch_is_over: bool,
+    /// By so much longer it may fetch, since not all is computed when it begins to.
+    pub(super) more_time: Nanos,
 }
 
 impl Flight {
+    /// Whether this engine has its first part.
+    fn is_first_at(&self, engine: u32) -> bool {
+        self.plan.transfer().is_some_and(|of| of.0 == engine)
+    }
+
     /// The engine that its present part goes to.
     pub(super) fn engine(&self) -> u32 {
         match (self.second, self.plan.transfer()) {
@@ -133,7 +152,8 @@ impl Simulation<'_> {
             avoid: &asked.avoid,
         };
         match self.placer.place(self.now, &request) {
-            Answer::Goes(plan) => self.dispatch(key, asked, plan),
+            Answer::Goes(plan) => self.dispatch(key, asked, plan, None),
+            Answer::Overlaps(plan, overlap) => self.dispatch(key, asked, plan, Some(overlap)),
             Answer::Waits => {
                 self.metrics.waited += u64::from(asked.measured && !asked.has_waited);
                 asked.has_waited = true;
@@ -155,7 +175,7 @@ impl Simulation<'_> {
     }
 
     /// Sends a request on its way.
-    fn dispatch(&mut self, key: u32, asked: Asked, plan: Plan) {
+    fn dispatch(&mut self, key: u32, asked: Asked, plan: Plan, overlap: Option<Overlap>) {
         // What a coordinator does too: nothing is gained by a second engine.
         let plan = match plan {
             Plan::Disaggregated { prefill, decode } if prefill == decode || asked.output_tokens == 1 => {
@@ -179,15 +199,17 @@ impl Simulation<'_> {
             plan,
             attempt: self.attempts,
             second: false,
+            first: None,
             handle: None,
-            held: None,
+            overlap: overlap.filter(|_| matches!(plan, Plan::Disaggregated { .. })),
+            comes: None,
             held_tokens: 0,
             first_token: None,
             hit_tokens: None,
             fetched_tokens: 0,
-            fetching: 0,
-            came: 0,
-            fetch_began: 0,
+            fetch: Fetching::default(),
+            fetch_is_over: false,
+            more_time: 0,
         });
         self.push(self.now + self.dispatch, Event::Submit(key));
     }
@@ -247,7 +269,7 @@ impl Simulation<'_> {
             }
             None => {
                 flight.second = true;
-                if flight.held.is_some() {
+                if flight.first.is_some() {
                     job.remote_tokens = flight.held_tokens;
                 }
             }
@@ -257,8 +279,22 @@ impl Simulation<'_> {
             self.push(self.now + self.dispatch, Event::Refused(key, attempt));
             return None;
         }
-        flight.handle = Some(self.engines[engine as usize].submit(self.now, job));
+        let handle = self.engines[engine as usize].submit(self.now, job);
+        match flight.second {
+            true => flight.handle = Some(handle),
+            false => flight.first = Some(First { handle, computed: 0, ended: false }),
+        }
         Some(engine)
+    }
+
+    /// The second part of a request comes to its engine, sent while the first one computed.
+    pub(super) fn overlap(&mut self, key: u32, attempt: u64) -> Option<u32> {
+        let flight = self.attempt(key, attempt)?;
+        flight.comes.take()?;
+        flight.second = true;
+        flight.more_time = flight.overlap.map_or(0, |overlap| overlap.prefill);
+        self.placer.progress(self.now, key, &Progress::Sent);
+        self.submit(key)
     }
 
     /// Takes what an engine said, and waits for what it does next.
@@ -267,7 +303,7 @@ impl Simulation<'_> {
         let mut released = Vec::new();
         self.engines[engine as usize].take_outputs(&mut outputs);
         for output in outputs.drain(..) {
-            self.take(output, &mut released);
+            self.take(engine, output, &mut released);
         }
         self.outputs = outputs;
         if let Some((at, version)) = self.engines[engine as usize].next()
@@ -282,8 +318,8 @@ impl Simulation<'_> {
         }
     }
 
-    fn take(&mut self, output: Output, released: &mut Vec<u32>) {
-        let now = self.now;
+    fn take(&mut self, engine: u32, output: Output, released: &mut Vec<u32>) {
+        let (now, dispatch) = (self.now, self.dispatch);
         match output {
             Output::Gaps { gap, count } if self.window.has(now) => {
                 self.metrics.distributions.itl.record_n(gap, count);
@@ -291,42 +327,80 @@ impl Simulation<'_> {
             Output::Gaps { .. } => {}
             Output::Started { key, hit_tokens } => {
                 let flight = self.flight(key);
+                let is_first = flight.is_first_at(engine);
                 let computes_prompt = match flight.plan {
                     Plan::Colocated { .. } => true,
-                    Plan::Pull { .. } => flight.second,
+                    Plan::Pull { .. } => !is_first,
                     // The second part, where the first one failed.
-                    Plan::Disaggregated { .. } => !flight.second || flight.held_tokens == 0,
+                    Plan::Disaggregated { .. } => is_first || flight.held_tokens == 0,
                 };
                 if computes_prompt {
                     flight.hit_tokens.get_or_insert(hit_tokens);
                 }
+                // Not again where it was preempted.
+                if let (Some(overlap), true) = (flight.overlap, is_first && !flight.second)
+                    && flight.comes.is_none()
+                {
+                    let (at, attempt) = (now + overlap.after + dispatch, flight.attempt);
+                    flight.comes = Some(at);
+                    self.push(at, Event::Overlap(key, attempt));
+                }
             }
-            Output::Fetch { key, tokens: 0 } => released.extend(self.let_go(key)),
+            Output::Computed { key, tokens } => {
+                if let Some(first) = &mut self.flight(key).first {
+                    // Where it was preempted, what was sent before is not sent again.
+                    first.computed = first.computed.max(tokens);
+                }
+                self.go_on(key);
+                self.await_transfers();
+            }
+            Output::Fetch { key, tokens: 0 } => {
+                self.flight(key).fetch_is_over = true;
+                released.extend(self.let_go(key));
+            }
             Output::Fetch { key, tokens } => self.fetch(key, tokens),
             Output::FirstToken { key } => {
                 let flight = self.flight(key);
-                if flight.second {
+                if !flight.is_first_at(engine) {
                     flight.first_token = Some(now);
                     self.placer.progress(now, key, &Progress::FirstToken);
                 }
             }
+            Output::Finished { key } if self.flight(key).is_first_at(engine) => {
+                released.extend(self.first_ended(key));
+            }
             Output::Finished { key } => {
-                let (dispatch, hold) = (self.dispatch, self.hold);
-                let flight = self.flight(key);
-                if !flight.second {
-                    flight.second = true;
-                    flight.held = flight.handle.take();
-                    let attempt = flight.attempt;
-                    if matches!(flight.plan, Plan::Disaggregated { .. }) {
-                        self.placer.progress(now, key, &Progress::Prefilled);
-                    }
-                    self.push(now + dispatch, Event::Submit(key));
-                    self.push(now + hold, Event::Expire(key, attempt));
-                } else {
-                    self.finish(key);
-                }
+                released.extend(self.leave(key));
+                self.finish(key);
             }
         }
+    }
+
+    /// A request's first part is over. Returns which engine may free blocks then.
+    fn first_ended(&mut self, key: u32) -> Option<u32> {
+        let (now, dispatch) = (self.now, self.dispatch);
+        let flight = self.flight(key);
+        let attempt = flight.attempt;
+        let first = flight.first.as_mut().expect("it was under way");
+        first.ended = true;
+        // It may have been sent, and not be there yet.
+        let is_sent = flight.second || flight.comes.is_some_and(|at| at <= now + dispatch);
+        if !is_sent {
+            (flight.second, flight.comes) = (true, None);
+            self.push(now + dispatch, Event::Submit(key));
+        }
+        let flight = self.flight(key);
+        let (plan, is_over) = (flight.plan, flight.fetch_is_over);
+        if matches!(plan, Plan::Disaggregated { .. }) {
+            self.placer.progress(now, key, &Progress::Prefilled);
+        }
+        if is_over {
+            return self.let_go(key);
+        }
+        self.push(now + self.hold, Event::Expire(key, attempt));
+        self.go_on(key);
+        self.await_transfers();
+        None
     }
 
     fn finish(&mut self, key: u32) {

@@ -1,8 +1,35 @@
 //! Held blocks, and their way to the engine that answers.
+//!
+//! What is computed goes at once, as one flow after another of a request: the next one when the one before has ended and more is there. Where all is computed
+//! before it is asked for, that is one flow.
 
 use super::placer::Progress;
 use super::{Event, Simulation};
-use crate::seconds;
+use crate::{Nanos, seconds};
+
+/// What an engine that answers fetches.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Fetching {
+    /// Tokens that are to come, while they are.
+    pub(super) tokens: u32,
+    /// Those that came.
+    pub(super) came: u32,
+    /// Those on their way.
+    going: u32,
+    /// Whether the source has heard of it.
+    is_asked: bool,
+    /// When those on their way began to go.
+    since: Nanos,
+    /// Time with any on their way, up to then.
+    took: Nanos,
+}
+
+impl Fetching {
+    /// Whether some have not come.
+    pub(super) fn lacks(&self) -> bool {
+        self.tokens > self.came
+    }
+}
 
 impl Simulation<'_> {
     pub(super) fn await_transfers(&mut self) {
@@ -18,39 +45,65 @@ impl Simulation<'_> {
     pub(super) fn fetch(&mut self, key: u32, tokens: u32) {
         let now = self.now;
         let flight = self.flight(key);
-        flight.fetching = tokens;
-        flight.came = 0;
-        flight.fetch_began = now;
-        let attempt = flight.attempt;
+        flight.fetch = Fetching { tokens, ..Fetching::default() };
+        let (attempt, more) = (flight.attempt, flight.more_time);
         self.push(now + self.rtt, Event::Send(key, attempt));
-        self.push(now + self.pull_deadline, Event::Late(key, attempt));
+        self.push(now + self.pull_deadline + more, Event::Late(key, attempt));
     }
 
     pub(super) fn send(&mut self, key: u32, attempt: u64) {
-        let now = self.now;
         let Some(flight) = self.attempt(key, attempt) else { return };
-        let (from, to) = flight.plan.transfer().expect("it fetches");
-        // Where its hold has expired meanwhile, there is nothing to fetch.
-        if flight.held.is_none() {
+        // Where its hold has expired meanwhile, or its engine died, there is nothing to fetch.
+        if flight.first.is_none() {
             return self.fetched(key, attempt);
         }
-        let bytes = f64::from(flight.fetching) * self.kv_bytes_per_token;
+        flight.fetch.is_asked = true;
+        self.go_on(key);
+        self.await_transfers();
+    }
+
+    /// What is there and was not sent goes on its way, unless something does already.
+    pub(super) fn go_on(&mut self, key: u32) {
+        let (now, block_tokens) = (self.now, self.block_tokens);
+        let flight = self.flight(key);
+        let fetch = &mut flight.fetch;
+        let (Some(first), true, 0) = (flight.first, fetch.is_asked && fetch.lacks(), fetch.going) else {
+            return;
+        };
+        let there = match first.ended {
+            true => flight.held_tokens,
+            false => first.computed / block_tokens * block_tokens,
+        };
+        // It has the beginning.
+        let sent = flight.held_tokens - fetch.tokens + fetch.came;
+        let going = there.min(flight.held_tokens).saturating_sub(sent);
+        if going == 0 {
+            return;
+        }
+        (fetch.going, fetch.since) = (going, now);
+        let (from, to) = flight.plan.transfer().expect("it fetches");
+        let bytes = f64::from(going) * self.kv_bytes_per_token;
         let (from, to) = (self.hosts[from as usize], self.hosts[to as usize]);
         self.network.start(now, u64::from(key), from, to, bytes);
-        self.await_transfers();
     }
 
     pub(super) fn transfers_ended(&mut self, version: u64) {
         if self.network.next().is_none_or(|next| next.1 != version) {
             return;
         }
+        let now = self.now;
         let mut ended = Vec::new();
-        self.network.ended(self.now, &mut ended);
+        self.network.ended(now, &mut ended);
         for key in ended {
-            let flight = self.flight(key as u32);
-            flight.came = flight.fetching;
-            let attempt = flight.attempt;
-            self.push(self.now + self.rtt, Event::Fetched(key as u32, attempt));
+            let key = key as u32;
+            let flight = self.flight(key);
+            let (attempt, fetch) = (flight.attempt, &mut flight.fetch);
+            fetch.came += std::mem::take(&mut fetch.going);
+            fetch.took += now - fetch.since;
+            match fetch.lacks() {
+                true => self.go_on(key),
+                false => self.push(now + self.rtt, Event::Fetched(key, attempt)),
+            }
         }
         self.await_transfers();
     }
@@ -59,16 +112,16 @@ impl Simulation<'_> {
     pub(super) fn cut_short(&mut self, key: u32) {
         let Some(left) = self.network.cancel(self.now, u64::from(key)) else { return };
         let (bytes_per_token, block_tokens) = (self.kv_bytes_per_token, self.block_tokens);
-        let flight = self.flight(key);
-        let came = f64::from(flight.fetching) - left / bytes_per_token;
-        flight.came = came.max(0.0) as u32 / block_tokens * block_tokens;
+        let fetch = &mut self.flight(key).fetch;
+        let came = f64::from(fetch.came + std::mem::take(&mut fetch.going)) - left / bytes_per_token;
+        fetch.came = came.max(0.0) as u32 / block_tokens * block_tokens;
         self.await_transfers();
     }
 
     /// Blocks have been on their way for as long as they may.
     pub(super) fn late(&mut self, key: u32, attempt: u64) {
         let Some(flight) = self.attempt(key, attempt) else { return };
-        if flight.fetching > flight.came {
+        if flight.fetch.lacks() {
             self.cut_short(key);
             self.fetched(key, attempt);
         }
@@ -79,20 +132,21 @@ impl Simulation<'_> {
         let (now, rtt) = (self.now, self.rtt);
         let kv_bytes_per_token = self.kv_bytes_per_token;
         let Some(flight) = self.attempt(key, attempt) else { return };
-        if flight.fetching == 0 {
+        if flight.fetch.tokens == 0 {
             return;
         }
         let handle = flight.handle.expect("it was submitted");
-        let (tokens, came) = (std::mem::take(&mut flight.fetching), std::mem::take(&mut flight.came));
+        let Fetching { tokens, came, took, .. } = std::mem::take(&mut flight.fetch);
+        flight.fetch_is_over = true;
         flight.fetched_tokens += came;
-        let (plan, measured, began) = (flight.plan, flight.asked.measured, flight.fetch_began);
+        let (plan, measured) = (flight.plan, flight.asked.measured);
         if came == tokens {
             let (source, destination) = plan.transfer().expect("it fetched");
             let transferred = Progress::Transferred {
                 source,
                 destination,
                 bytes: (kv_bytes_per_token * f64::from(tokens)).round() as u64,
-                seconds: seconds(now - began),
+                seconds: seconds(took + 2 * rtt),
                 rtt_seconds: seconds(rtt),
             };
             self.metrics.transfers += u64::from(measured);
@@ -106,20 +160,33 @@ impl Simulation<'_> {
         released.into_iter().for_each(|engine| self.attend(engine));
     }
 
-    /// The source of a request's transfer may free its blocks. Returns which engine that is.
+    /// The source of a request's transfer may free its blocks, if it has computed them all. Returns which engine that is.
     pub(super) fn let_go(&mut self, key: u32) -> Option<u32> {
+        let flight = self.flights[key as usize].as_mut().expect("it is under way");
+        match flight.first {
+            Some(first) if first.ended => self.leave(key),
+            _ => None,
+        }
+    }
+
+    /// Nobody asks for a request's first part any more: its blocks are freed, and what is not computed will not be. Returns on which engine.
+    pub(super) fn leave(&mut self, key: u32) -> Option<u32> {
         let now = self.now;
         let flight = self.flights[key as usize].as_mut().expect("it is under way");
         let (source, _) = flight.plan.transfer()?;
-        let handle = flight.held.take()?;
-        self.engines[source as usize].release(now, handle);
+        let first = flight.first.take()?;
+        let engine = &mut self.engines[source as usize];
+        match first.ended {
+            true => engine.release(now, first.handle),
+            false => engine.abort(now, first.handle),
+        }
         Some(source)
     }
 
     /// Held blocks were not asked for in time.
     pub(super) fn expire(&mut self, key: u32, attempt: u64) {
         let Some(flight) = self.attempt(key, attempt) else { return };
-        if flight.fetching == 0 && flight.held.is_some() {
+        if flight.fetch.tokens == 0 && flight.first.is_some() {
             let measured = flight.asked.measured;
             self.metrics.expired_holds += u64::from(measured);
             let released = self.let_go(key);
