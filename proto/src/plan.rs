@@ -43,9 +43,9 @@ pub struct TransferPlan {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "action", rename_all = "snake_case")]
 pub enum Action {
-    /// Keep the prompt's blocks when the request finishes, until they were pulled or the lease is over.
+    /// Keep the prompt's blocks as they are computed, until they were pulled or the lease is over.
     Hold {
-        /// Counted on the agent's own clock from the end of the request.
+        /// Counted on the agent's own clock from the last block that was computed.
         lease_ms: u32,
     },
     /// Fetch the blocks of the prompt, or of its beginning, before the request runs.

@@ -8,6 +8,8 @@ use std::sync::Arc;
 use baton_proto::control::v1;
 use baton_proto::control::v1::agent_message::Message as Said;
 use baton_proto::control::v1::coordinator_message::Message as Answer;
+use baton_proto::plan::Held;
+use baton_proto::{Epoch, TransferId};
 use futures::Stream;
 use rustls_pki_types::CertificateDer;
 use tokio::sync::{mpsc, watch};
@@ -174,6 +176,15 @@ impl<'a> Session<'a> {
                 });
             }
             Said::Load(load) => entry.report(load),
+            Said::HoldTaken(taken) => {
+                let id = <[u8; 16]>::try_from(&taken.transfer_id[..]);
+                let id = id.map_err(|_| Status::invalid_argument("hold_taken.transfer_id: send 16 bytes"))?;
+                entry.hold_taken(Held {
+                    transfer_id: TransferId::from_bytes(id),
+                    epoch: Epoch(taken.epoch),
+                    num_tokens: taken.num_tokens,
+                });
+            }
             Said::Link(sample) => coordinator.link_sample(entry, &sample),
             Said::Transfer(outcome) => {
                 let metrics = &coordinator.metrics;

@@ -1,6 +1,7 @@
 //! Placing a request and running its legs.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::body::Body;
 use axum::response::{IntoResponse, Response};
@@ -11,7 +12,7 @@ use baton_coordinator_core::load::{
 };
 use baton_coordinator_core::speed::PrefillSample;
 use baton_proto::EngineId;
-use baton_proto::plan::Source;
+use baton_proto::plan::{Held, Source};
 use bytes::Bytes;
 use http::header::{CONNECTION, HeaderName, TRANSFER_ENCODING};
 use http::{HeaderValue, StatusCode};
@@ -81,7 +82,7 @@ pub(super) struct Flow<'a> {
 pub(super) struct Placed {
     pub(super) priced: Priced,
     prefill: Arc<Entry>,
-    answer: Arc<Entry>,
+    pub(super) answer: Arc<Entry>,
     /// Who holds blocks for the engine that answers, and is asked before it.
     pub(super) holder: Option<Arc<Entry>>,
     /// Whether the prefill meets an empty queue, so that its time says how fast the engine is.
@@ -94,7 +95,7 @@ pub(super) struct Placed {
     pub(super) hold_reservation: Option<PrefillReservation>,
     /// Until the answer's first byte, where the engine that answers computes the prompt or its rest.
     prefill_reservation: Option<PrefillReservation>,
-    decode_reservation: DecodeReservation,
+    pub(super) decode_reservation: DecodeReservation,
     /// Until the answer's first byte: the pull is over then.
     transfer_reservation: Option<TransferReservation>,
     explanation: Option<HeaderValue>,
@@ -140,6 +141,23 @@ impl Placed {
         account.seen(Term::Hold, terms.get(Term::Hold), (seconds - terms.get(Term::QueueWait)).max(0.0));
     }
 
+    /// The answer's first token came, and from `asked` on there was nothing but the engine that answers to wait for.
+    fn answer_seen(&self, account: &Account, pulled: bool, asked: Instant) {
+        let seconds = asked.elapsed().as_secs_f64();
+        match self.priced.plan {
+            Plan::Disaggregated { .. } if pulled => self.handoff_seen(account, seconds),
+            Plan::Pull { .. } if pulled => self.pull_seen(account, seconds),
+            // The first leg failed: this was not what was predicted.
+            Plan::Disaggregated { .. } | Plan::Pull { .. } => {}
+            Plan::Colocated { .. } | Plan::Append { .. } => self.prefill_seen(account, seconds),
+        }
+        // A time with a transfer in it says little about the engine.
+        if self.alone && self.holder.is_none() {
+            let sample = self.sample(asked);
+            self.answer.learn(|speed| speed.observe_prefill(&sample));
+        }
+    }
+
     /// The blocks were pulled, and the rest computed, in that time.
     fn pull_seen(&self, account: &Account, seconds: f64) {
         let terms = &self.priced.terms;
@@ -150,8 +168,17 @@ impl Placed {
     }
 }
 
+/// An answer that has begun.
+pub(super) struct Begun {
+    pub(super) response: http::response::Parts,
+    /// Its first frame, and the rest.
+    pub(super) first: (Option<Frame<Bytes>>, Incoming),
+    /// From when on there was nothing but this engine to wait for, where that is known.
+    pub(super) asked: Option<Instant>,
+}
+
 /// An answer leg that did not begin.
-enum Failure {
+pub(super) enum Failure {
     Unreachable(UpstreamError),
     Status(StatusCode),
     BrokeOff(Option<hyper::Error>),
@@ -282,45 +309,68 @@ impl Flow<'_> {
         mut account: Account,
     ) -> Result<Response, (Failure, Account)> {
         account.mode = Mode::Colocated;
-        let mut body = self.wanted.body.bytes().clone();
-        let mut holding = None;
-        match self.first_leg(&mut placed, &account).await {
-            None => {}
-            Some(Ok((held, hold))) => {
-                account.mode = match placed.priced.plan {
-                    Plan::Pull { .. } => Mode::Pull,
-                    _ => Mode::Disaggregated,
-                };
-                let source = Source {
-                    engine_id: hold.engine.id.clone(),
-                    address: hold.engine.registration().message.transfer_address.clone(),
-                    epoch: held.epoch,
-                };
-                let deadline_ms = self.coordinator.config.limits.pull_deadline_ms;
-                body = legs::pull_body(&self.wanted.body, &held, source, deadline_ms);
-                holding = Some(hold);
+        let answer = placed.answer.clone();
+        let begun = match placed.holder.clone().map(Holding::on) {
+            None => {
+                let body = self.wanted.body.bytes().clone();
+                self.answer_leg(&mut placed, &answer, body).await.map(|begun| (begun, None))
             }
-            Some(Err(reason)) => {
-                let mode = placed.priced.plan.mode();
-                info!(engine = %placed.answer.id, mode, reason, "an answer goes on without a plan");
-                self.coordinator.metrics.handoff_fallbacks.inc(reason);
-                placed.hold_reservation = None;
-                placed.transfer_reservation = None;
-                let (tokens, seconds) = (self.wanted.prompt.tokens(), placed.unaided_seconds);
-                placed.prefill_reservation = Some(placed.answer.load.reserve_prefill(tokens, seconds));
+            Some((holding, _)) if matches!(placed.priced.plan, Plan::Pull { .. }) => {
+                let (body, holding) = match self.source_leg(&mut placed, &account, &holding).await {
+                    Ok(held) => (self.pull_body(&held, &holding, Duration::ZERO), Some(holding)),
+                    Err(reason) => {
+                        self.goes_on_without(&mut placed, reason);
+                        (self.wanted.body.bytes().clone(), None)
+                    }
+                };
+                self.answer_leg(&mut placed, &answer, body).await.map(|begun| (begun, holding))
             }
-        }
-        placed.decode_reservation.sent();
-        let began = Instant::now();
-        let (response, first) = match self.answer_leg(&placed.answer, body).await {
-            Ok(begun) => begun,
-            Err(failure) => return Err((failure, account)),
+            Some(hold) => self.hand_off(&mut placed, &account, hold).await,
         };
-        Ok(self.respond(placed, account, holding, response, first, began))
+        match begun {
+            Ok((begun, holding)) => Ok(self.respond(placed, account, holding, begun)),
+            Err(failure) => Err((failure, account)),
+        }
+    }
+
+    /// What the engine that answers is asked where it is to pull, which may take so much longer.
+    pub(super) fn pull_body(&self, held: &Held, holding: &Holding, longer: Duration) -> Bytes {
+        let source = Source {
+            engine_id: holding.engine.id.clone(),
+            address: holding.engine.registration().message.transfer_address.clone(),
+            epoch: held.epoch,
+        };
+        let longer_ms = u32::try_from(longer.as_millis()).unwrap_or(u32::MAX);
+        let deadline_ms = self.coordinator.config.limits.pull_deadline_ms.saturating_add(longer_ms);
+        legs::pull_body(&self.wanted.body, held, source, deadline_ms)
+    }
+
+    /// The first leg failed: the engine that answers computes the prompt.
+    pub(super) fn goes_on_without(&self, placed: &mut Placed, reason: &'static str) {
+        let mode = placed.priced.plan.mode();
+        info!(engine = %placed.answer.id, mode, reason, "an answer goes on without a plan");
+        self.coordinator.metrics.handoff_fallbacks.inc(reason);
+        placed.hold_reservation = None;
+        placed.transfer_reservation = None;
+        let (tokens, seconds) = (self.wanted.prompt.tokens(), placed.unaided_seconds);
+        placed.prefill_reservation = Some(placed.answer.load.reserve_prefill(tokens, seconds));
+    }
+
+    /// Asks for the answer, with nothing left to wait for but this engine, and waits for its first byte.
+    pub(super) async fn answer_leg(
+        &self,
+        placed: &mut Placed,
+        engine: &Arc<Entry>,
+        body: Bytes,
+    ) -> Result<Begun, Failure> {
+        placed.decode_reservation.sent();
+        let asked = Some(Instant::now());
+        let (response, first) = self.ask_for_answer(engine, body).await?;
+        Ok(Begun { response, first, asked })
     }
 
     /// Asks for the answer and waits for its first byte.
-    async fn answer_leg(
+    pub(super) async fn ask_for_answer(
         &self,
         engine: &Arc<Entry>,
         body: Bytes,
@@ -357,25 +407,20 @@ impl Flow<'_> {
         placed: Placed,
         mut account: Account,
         holding: Option<Holding>,
-        mut parts: http::response::Parts,
-        (first, inner): (Option<Frame<Bytes>>, Incoming),
-        began: Instant,
+        begun: Begun,
     ) -> Response {
+        let Begun { response: mut parts, first: (first, inner), asked } = begun;
+        if holding.is_some() {
+            account.mode = match placed.priced.plan {
+                Plan::Pull { .. } => Mode::Pull,
+                _ => Mode::Disaggregated,
+            };
+        }
         let streaming = self.wanted.stream && parts.status.is_success();
         if streaming {
             account.first_token();
-            let seconds = began.elapsed().as_secs_f64();
-            match placed.priced.plan {
-                Plan::Disaggregated { .. } if holding.is_some() => placed.handoff_seen(&account, seconds),
-                Plan::Pull { .. } if holding.is_some() => placed.pull_seen(&account, seconds),
-                // The first leg failed: this was not what was predicted.
-                Plan::Disaggregated { .. } | Plan::Pull { .. } => {}
-                Plan::Colocated { .. } | Plan::Append { .. } => placed.prefill_seen(&account, seconds),
-            }
-            // A time with a transfer in it says little about the engine.
-            if placed.alone && placed.holder.is_none() {
-                let sample = placed.sample(began);
-                placed.answer.learn(|speed| speed.observe_prefill(&sample));
+            if let Some(asked) = asked {
+                placed.answer_seen(&account, holding.is_some(), asked);
             }
         }
         for name in [CONNECTION, TRANSFER_ENCODING, HeaderName::from_static("keep-alive")] {

@@ -1,18 +1,18 @@
 //! First legs: what makes an engine hold blocks that the engine that answers will pull.
 //!
-//! A handoff's first leg computes the prompt. A pull's first leg asks for one token behind a prefix that the engine has
+//! A handoff's first leg computes the prompt ([`super::handoff`]). A pull's first leg asks for one token behind a prefix that the engine has
 //! cached: the shortest request whose blocks are that prefix, since an engine computes one token of a prompt in any case.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use baton_coordinator_core::cost::Plan;
 use baton_proto::TransferId;
 use baton_proto::plan::Held;
 use bytes::Bytes;
 use http_body_util::{BodyExt, Limited};
+use tokio::sync::oneshot;
 use tokio::time::Instant;
-use tracing::{debug, warn};
+use tracing::debug;
 
 use super::account::Account;
 use super::flow::{Endpoint, Flow, Placed};
@@ -30,9 +30,12 @@ pub(super) struct Holding {
 }
 
 impl Holding {
-    /// To be made before the engine is asked: from then on there may be a hold, whatever becomes of the request.
-    fn on(engine: Arc<Entry>) -> Self {
-        Self { engine, transfer_id: TransferId::from_bytes(rand::random()) }
+    /// To be made before the engine is asked: from then on there may be a hold, whatever becomes of the request. Tells, too, when
+    /// the prompt's blocks are held as they are computed.
+    pub(super) fn on(engine: Arc<Entry>) -> (Self, oneshot::Receiver<Held>) {
+        let transfer_id = TransferId::from_bytes(rand::random());
+        let taken = engine.await_hold(transfer_id);
+        (Self { engine, transfer_id }, taken)
     }
 }
 
@@ -44,14 +47,14 @@ impl Drop for Holding {
 }
 
 /// What a leg's failures are called in the metrics.
-struct Words {
+pub(super) struct Words {
     unreachable: &'static str,
     broke_off: &'static str,
     refused: &'static str,
     engine_gone: &'static str,
 }
 
-const PREFILL: Words = Words {
+pub(super) const PREFILL: Words = Words {
     unreachable: "prefill_unreachable",
     broke_off: "prefill_broke_off",
     refused: "prefill_refused",
@@ -65,60 +68,14 @@ const SOURCE: Words = Words {
 };
 
 impl Flow<'_> {
-    /// Runs the leg that comes before the answer leg, where the plan has one. Gives what to pull, and the hold. An error
-    /// is a word for the metrics.
-    pub(super) async fn first_leg(
-        &self,
-        placed: &mut Placed,
-        account: &Account,
-    ) -> Option<Result<(Held, Holding), &'static str>> {
-        let holding = Holding::on(placed.holder.clone()?);
-        Some(match placed.priced.plan {
-            Plan::Pull { .. } => self.source_leg(placed, holding, account).await,
-            _ => self.prefill_leg(placed, holding, account).await,
-        })
-    }
-
-    /// Makes the prefill engine compute the prompt and hold it.
-    async fn prefill_leg(
-        &self,
-        placed: &mut Placed,
-        holding: Holding,
-        account: &Account,
-    ) -> Result<(Held, Holding), &'static str> {
-        let lease_ms = self.coordinator.config.limits.hold_lease_ms;
-        let body = legs::prefill_body(&self.wanted.body, holding.transfer_id, lease_ms);
-        let began = Instant::now();
-        let answer = self.ask_to_hold(&holding.engine, self.wanted.endpoint, body, &PREFILL).await?;
-        placed.prefill_seen(account, began.elapsed().as_secs_f64());
-        if placed.alone {
-            let sample = placed.sample(began);
-            holding.engine.learn(|speed| speed.observe_prefill(&sample));
-        }
-        if let Some(reservation) = placed.hold_reservation.take() {
-            reservation.computed();
-        }
-        let held = legs::held(&answer, holding.transfer_id).ok_or("no_hold")?;
-        if u64::from(held.num_tokens) != self.wanted.prompt.tokens() {
-            self.coordinator.metrics.token_mismatches.inc();
-            warn!(
-                model = self.wanted.model,
-                engine = held.num_tokens,
-                ours = self.wanted.prompt.tokens(),
-                "the engine counts other prompt tokens: is models.path the directory it serves?"
-            );
-        }
-        Ok((held, holding))
-    }
-
     /// Makes the source of a pull hold what it has cached of the prompt. It may take no longer than the pull may: the source
     /// may have evicted the blocks, and computes them then.
-    async fn source_leg(
+    pub(super) async fn source_leg(
         &self,
         placed: &mut Placed,
-        holding: Holding,
         account: &Account,
-    ) -> Result<(Held, Holding), &'static str> {
+        holding: &Holding,
+    ) -> Result<Held, &'static str> {
         let limits = &self.coordinator.config.limits;
         let cached = u32::try_from(placed.priced.hit_tokens).map_err(|_| "no_hold")?;
         let tokens = self.wanted.prompt.first_tokens(cached as usize + 1).ok_or("no_hold")?;
@@ -133,11 +90,11 @@ impl Flow<'_> {
         }
         let held = legs::held(&answer, holding.transfer_id).filter(|held| held.num_tokens > cached);
         // What is pulled are whole blocks; the one token is computed anew.
-        Ok((Held { num_tokens: cached, ..held.ok_or("no_hold")? }, holding))
+        Ok(Held { num_tokens: cached, ..held.ok_or("no_hold")? })
     }
 
-    /// Has an engine answer a leg.
-    async fn ask_to_hold(
+    /// Has an engine answer a leg. An error is a word for the metrics.
+    pub(super) async fn ask_to_hold(
         &self,
         engine: &Arc<Entry>,
         endpoint: Endpoint,

@@ -8,6 +8,7 @@
 //!   ├─────▶ pull ──────────▶ source leg on K ──▶ hold? ─▶ answer leg on J, with or without a plan
 //!   │
 //!   └─────▶ disaggregated ─▶ prefill leg on P ─▶ hold? ─▶ answer leg on D, with or without a plan
+//!                                    └ hold taken, P computes in chunks ─▶ answer leg on D, beside it
 //! ```
 //!
 //! The first byte of the answer leg commits it. Before that, an engine that cannot be reached or fails (5xx) is left out and the
@@ -18,6 +19,7 @@
 mod account;
 mod admit;
 mod flow;
+mod handoff;
 mod hold;
 mod legs;
 mod noted;

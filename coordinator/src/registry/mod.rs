@@ -17,8 +17,9 @@ use baton_coordinator_core::load::{EngineLoad, PrefillShare};
 use baton_coordinator_core::speed::SpeedEstimate;
 use baton_proto::control::v1;
 use baton_proto::control::v1::coordinator_message::Message as Command;
+use baton_proto::plan::Held;
 use baton_proto::{EngineId, Epoch, TransferId};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -64,6 +65,8 @@ pub struct Entry {
     /// Brought up to date with each load report.
     prefill_share: Mutex<(PrefillShare, f64)>,
     since: Instant,
+    /// Who waits to hear that blocks are held.
+    awaited: Mutex<BTreeMap<TransferId, oneshot::Sender<Held>>>,
     live: RwLock<Live>,
 }
 
@@ -219,9 +222,26 @@ impl Entry {
         self.live().session.as_ref().is_some_and(|session| session.commands.try_send(command).is_ok())
     }
 
+    /// Resolves when its agent says that it holds a prompt that is being computed; with an error when
+    /// [`Self::release_hold`] was called. Agents do not say it of prompts that are held when they are computed.
+    pub fn await_hold(&self, transfer: TransferId) -> oneshot::Receiver<Held> {
+        let (held, taken) = oneshot::channel();
+        self.awaited.lock().expect(POISON).insert(transfer, held);
+        taken
+    }
+
+    /// Its agent said so.
+    pub fn hold_taken(&self, held: Held) {
+        if let Some(awaited) = self.awaited.lock().expect(POISON).remove(&held.transfer_id) {
+            // Who waited may just have left.
+            let _ = awaited.send(held);
+        }
+    }
+
     /// Tells its agent that a hold is not needed any more. Where that does not get through, the hold's lease ends
     /// it.
     pub fn release_hold(&self, transfer: TransferId) {
+        self.awaited.lock().expect(POISON).remove(&transfer);
         let transfer_id = bytes::Bytes::copy_from_slice(transfer.as_bytes());
         self.tell(Command::ReleaseHold(v1::ReleaseHold { transfer_id }));
     }
@@ -475,6 +495,7 @@ impl Registry {
             load: Arc::default(),
             speed: Mutex::default(),
             prefill_share: Mutex::default(),
+            awaited: Mutex::default(),
             since: now,
             live: RwLock::new(Live {
                 info: registration.info(slot),

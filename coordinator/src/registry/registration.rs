@@ -166,7 +166,7 @@ impl Registration {
             },
             num_blocks: self.message.num_blocks,
             layout: self.message.layout.clone(),
-            chunk_tokens: 0,
+            chunk_tokens: self.message.chunk_tokens,
             // Who can hold and pull needs nothing further for it.
             can_pull_cached: true,
         })

@@ -38,6 +38,7 @@ pub fn register(id: &str, url: &str) -> v1::Register {
         num_blocks: 1000,
         block_bytes: 4096,
         wire_block_bytes: 0,
+        chunk_tokens: 0,
         role: v1::Role::Both as i32,
         can_transfer: true,
         layout: "same".to_owned(),

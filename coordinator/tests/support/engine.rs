@@ -32,8 +32,10 @@ pub enum Behaviour {
     Hang,
     /// Sends headers, then breaks off.
     BreakOff,
-    /// Streams one event for each permit of [`Engine::steps`].
+    /// Streams one event for each permit of [`Engine::steps`]; without a stream, serves it for one.
     Step,
+    /// Fails for one permit.
+    StepToFail,
 }
 
 /// A server that looks like an engine.
@@ -189,6 +191,12 @@ async fn answer(
         Behaviour::BreakOff => {
             let broken = futures::stream::iter([Err::<Bytes, _>(std::io::Error::other("broken"))]);
             return Response::new(Body::from_stream(broken));
+        }
+        Behaviour::Step if request["stream"] != true => inner.steps.acquire().await.unwrap().forget(),
+        Behaviour::StepToFail => {
+            inner.steps.acquire().await.unwrap().forget();
+            unfinished.1 = true;
+            return StatusCode::INTERNAL_SERVER_ERROR.into_response();
         }
         Behaviour::Serve | Behaviour::NeverHold | Behaviour::Step => {}
     }
