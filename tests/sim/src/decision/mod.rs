@@ -10,7 +10,7 @@ mod room;
 use std::sync::Arc;
 
 use baton_coordinator_core::admission;
-use baton_coordinator_core::cost::{Plan as CorePlan, Slo};
+use baton_coordinator_core::cost::{Plan as CorePlan, Slo, Term};
 use baton_coordinator_core::fleet as core;
 use baton_coordinator_core::kv_index::{Holder, KvIndex, Limits, Overlaps, Run, Slot, Tier};
 use baton_coordinator_core::links::Links;
@@ -424,7 +424,8 @@ impl Placer for Production {
             self.sessions.pin(now_ms, session, answers);
         }
         let chosen = &decision.chosen;
-        let prefill_seconds = chosen.prefill_seconds;
+        // With what decoding sequences add to its steps.
+        let prefill_seconds = chosen.prefill_seconds + chosen.terms.get(Term::MixedSteps);
         let prefill = &mut self.members[plan.prefill() as usize];
         prefill.estimate.observe_prompt(u64::from(request.prompt_tokens), chosen.hit_tokens);
         let load = |engine: u32| &self.members[engine as usize].load;
