@@ -10,7 +10,7 @@ mod room;
 use std::sync::Arc;
 
 use baton_coordinator_core::admission;
-use baton_coordinator_core::cost::{Plan as CorePlan, Slo, Term};
+use baton_coordinator_core::cost::{Plan as CorePlan, Slo};
 use baton_coordinator_core::fleet as core;
 use baton_coordinator_core::kv_index::{Holder, KvIndex, Limits, Overlaps, Run, Slot, Tier};
 use baton_coordinator_core::links::Links;
@@ -424,8 +424,9 @@ impl Placer for Production {
             self.sessions.pin(now_ms, session, answers);
         }
         let chosen = &decision.chosen;
-        // With what decoding sequences add to its steps.
-        let prefill_seconds = chosen.prefill_seconds + chosen.terms.get(Term::MixedSteps);
+        let overlap = chosen
+            .answer_after_seconds()
+            .map(|after| Overlap { after: nanos(after), more_time: nanos(chosen.longer_pull_seconds()) });
         let prefill = &mut self.members[plan.prefill() as usize];
         prefill.estimate.observe_prompt(u64::from(request.prompt_tokens), chosen.hit_tokens);
         let load = |engine: u32| &self.members[engine as usize].load;
@@ -473,12 +474,7 @@ impl Placer for Production {
         }
         self.live[key] = Some(live);
         self.flying += 1;
-        match decision.chosen.answer_after_seconds() {
-            Some(after) => {
-                Answer::Overlaps(plan, Overlap { after: nanos(after), prefill: nanos(prefill_seconds) })
-            }
-            None => Answer::Goes(plan),
-        }
+        overlap.map_or(Answer::Goes(plan), |overlap| Answer::Overlaps(plan, overlap))
     }
 
     fn turn(&mut self, now: Nanos) -> Option<Turn> {
