@@ -7,11 +7,11 @@
 use std::io::Write;
 use std::time::Instant;
 
-use baton_sim::Nanos;
 use baton_sim::decision::{Production, Speeds};
 use baton_sim::fleet::Fleet;
-use baton_sim::sim::{Answer, Placer, Plan, Request, run};
+use baton_sim::sim::{Answer, Overlap, Placer, Plan, Request, run};
 use baton_sim::trace::{First, Generator, Shape};
+use baton_sim::{Nanos, SECOND};
 
 /// Half of the sessions stay on one engine each, the others are handed off; all events are asked for.
 struct Sticky {
@@ -22,13 +22,14 @@ impl Placer for Sticky {
     fn place(&mut self, _now: Nanos, request: &Request<'_>) -> Answer {
         let session = request.session.unwrap_or(request.number);
         let engine = (session % self.engines) as u32;
-        Answer::Goes(match session / self.engines % 2 {
-            0 => Plan::Colocated { engine },
-            _ => Plan::Disaggregated {
-                prefill: engine,
-                decode: ((u64::from(engine) + 1) % self.engines) as u32,
-            },
-        })
+        let decode = ((u64::from(engine) + 1) % self.engines) as u32;
+        match session / self.engines % 2 {
+            0 => Answer::Goes(Plan::Colocated { engine }),
+            _ => Answer::Overlaps(
+                Plan::Disaggregated { prefill: engine, decode },
+                Overlap { after: 0, more_time: SECOND },
+            ),
+        }
     }
 
     fn wants_kv_events(&self) -> bool {

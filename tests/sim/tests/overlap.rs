@@ -96,7 +96,8 @@ fn served(
     prompt: u32,
     overlap: Option<(f64, f64)>,
 ) -> (Report, Option<Outcome>, Vec<(Nanos, Progress)>) {
-    let overlap = overlap.map(|(after, prefill)| Overlap { after: nanos(after), prefill: nanos(prefill) });
+    let overlap =
+        overlap.map(|(after, more_time)| Overlap { after: nanos(after), more_time: nanos(more_time) });
     let mut placer = Handoff { overlap, progress: Vec::new() };
     let (report, outcomes) = observe(fleet, &mut single(prompt), &mut placer);
     (report, outcomes.first().copied(), placer.progress)
@@ -243,7 +244,7 @@ fn a_second_part_that_ends_first_drops_the_first() {
             let plan = Plan::Disaggregated { prefill: 0, decode: 1 };
             match request.number {
                 0 => Answer::Goes(Plan::Colocated { engine: 1 }),
-                _ => Answer::Overlaps(plan, Overlap { after: 0, prefill: 0 }),
+                _ => Answer::Overlaps(plan, Overlap { after: 0, more_time: 0 }),
             }
         }
     }
@@ -272,7 +273,7 @@ impl Placer for Anything {
         let free: Vec<u32> = (0..8).filter(|at| !request.avoid.contains(at)).collect();
         let at = |draw: u64| free[draw as usize % free.len()];
         let (prefill, decode) = (at(draw), at(draw >> 8));
-        let overlap = Overlap { after: nanos((draw >> 16 & 7) as f64 * 0.1), prefill: nanos(0.3) };
+        let overlap = Overlap { after: nanos((draw >> 16 & 7) as f64 * 0.1), more_time: nanos(0.3) };
         match draw >> 20 & 3 {
             0 => Answer::Goes(Plan::Colocated { engine: decode }),
             1 => Answer::Goes(Plan::Disaggregated { prefill, decode }),
@@ -282,7 +283,7 @@ impl Placer for Anything {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(40))]
+    #![proptest_config(ProptestConfig::with_cases(150))]
     #[test]
     fn nothing_is_lost_or_kept_whatever_fails(
         outages in proptest::collection::vec((0..8u32, 0.0..40.0f64, 0.001..3.0f64), 0..10),

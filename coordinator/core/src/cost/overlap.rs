@@ -42,12 +42,18 @@ pub(crate) fn shown(way: TransferSeconds, early: f64, last: f64) -> TransferSeco
 }
 
 impl Priced {
-    /// A handoff's: so many seconds after its prompt's first chunk was scheduled its decode engine should be asked for the answer. `None` of other plans, and
+    /// A handoff's: its decode engine should be asked for the answer so many seconds after the prompt's first chunk was scheduled. `None` of other plans, and
     /// where KV leaves only when all of the prompt is computed: the answer is asked for then.
     pub fn answer_after_seconds(&self) -> Option<f64> {
         let early = self.early_seconds.filter(|_| matches!(self.plan, Plan::Disaggregated { .. }))?;
         let request = self.terms.get(Term::DecodeQueueWait) + self.terms.get(Term::FirstStep);
         Some((self.prefill_seconds - EARLIER * (self.transfer_seconds.min(early) + request)).max(0.0))
+    }
+
+    /// By so many seconds more than another one the pull of a handoff may take whose answer is asked for ahead of the prefill's end: blocks come as they are
+    /// computed, for as long as the prefill may take, what decoding sequences add to its steps included.
+    pub fn longer_pull_seconds(&self) -> f64 {
+        EARLIER * (self.prefill_seconds + self.terms.get(Term::MixedSteps))
     }
 }
 
@@ -151,6 +157,7 @@ mod tests {
         near(some.unwrap(), priced.prefill_seconds - EARLIER * priced.terms.get(Term::FirstStep));
         let whole = Priced { plan: Plan::Colocated { engine: 0 }, ..priced };
         assert_eq!(whole.answer_after_seconds(), None);
+        near(priced.longer_pull_seconds(), EARLIER * priced.prefill_seconds);
     }
 
     proptest! {

@@ -424,7 +424,9 @@ impl Placer for Production {
             self.sessions.pin(now_ms, session, answers);
         }
         let chosen = &decision.chosen;
-        let prefill_seconds = chosen.prefill_seconds;
+        let overlap = chosen
+            .answer_after_seconds()
+            .map(|after| Overlap { after: nanos(after), more_time: nanos(chosen.longer_pull_seconds()) });
         let prefill = &mut self.members[plan.prefill() as usize];
         prefill.estimate.observe_prompt(u64::from(request.prompt_tokens), chosen.hit_tokens);
         let load = |engine: u32| &self.members[engine as usize].load;
@@ -472,12 +474,7 @@ impl Placer for Production {
         }
         self.live[key] = Some(live);
         self.flying += 1;
-        match decision.chosen.answer_after_seconds() {
-            Some(after) => {
-                Answer::Overlaps(plan, Overlap { after: nanos(after), prefill: nanos(prefill_seconds) })
-            }
-            None => Answer::Goes(plan),
-        }
+        overlap.map_or(Answer::Goes(plan), |overlap| Answer::Overlaps(plan, overlap))
     }
 
     fn turn(&mut self, now: Nanos) -> Option<Turn> {

@@ -12,7 +12,7 @@
 //!
 //! A transfer takes a round trip before its first byte and one after its last. A hold that nobody has begun to fetch from in time is freed;
 //! the decode engine then computes the prompt. So it does with what has not come when it has fetched for as long as it may. That deadline comes with the request from who
-//! places it, as a coordinator sends it: where it lets both parts overlap, it is later by what the prompt is expected to take.
+//! places it, as a coordinator sends it: where it lets both parts overlap, it is later by what the prompt may take.
 //!
 //! Where the placer says so, a request waits before it is sent anywhere, until it is its turn ([`Placer::turn`]) or it is refused.
 //!

@@ -61,8 +61,8 @@ impl Plan {
 pub struct Overlap {
     /// So long after the first part was let in, unless that is over before.
     pub after: Nanos,
-    /// How long the first part is expected to compute. The second one may fetch for so much longer than for what is there already.
-    pub prefill: Nanos,
+    /// What it may fetch for longer than another one, since not all is computed when it begins to.
+    pub more_time: Nanos,
 }
 
 /// What becomes of a request.

@@ -292,7 +292,7 @@ impl Simulation<'_> {
         let flight = self.attempt(key, attempt)?;
         flight.comes.take()?;
         flight.second = true;
-        flight.more_time = flight.overlap.map_or(0, |overlap| overlap.prefill);
+        flight.more_time = flight.overlap.map_or(0, |overlap| overlap.more_time);
         self.placer.progress(self.now, key, &Progress::Sent);
         self.submit(key)
     }
