@@ -102,6 +102,7 @@ pub struct Metrics {
     registry: Arc<Registry>,
     pulls: Family<PullLabels, Counter>,
     pull_seconds: Histogram,
+    pull_waited_seconds: Counter<f64, AtomicU64>,
     checksum_seconds: Histogram,
     holds: Gauge,
     holds_ended: Family<ResultLabel, NamedTotal>,
@@ -137,9 +138,14 @@ impl Default for Metrics {
             "Seconds from a connector's pull to its end",
             Histogram::new(exponential_buckets(0.001, 2.0, 16))
         );
+        let pull_waited_seconds = register!(
+            "pull_waited_seconds",
+            "Seconds that pulls waited for blocks that were not computed yet",
+            Counter::default()
+        );
         let checksum_seconds = register!(
             "hold_checksum_seconds",
-            "Seconds from a hold to the checksums of all its blocks",
+            "Seconds from blocks coming to be held, of one rank, to their checksums",
             Histogram::new(exponential_buckets(0.0001, 2.0, 16))
         );
         let holds = register!("holds", "Requests whose blocks are held", Gauge::default());
@@ -192,6 +198,7 @@ impl Default for Metrics {
             registry: Arc::new(registry),
             pulls,
             pull_seconds,
+            pull_waited_seconds,
             checksum_seconds,
             holds,
             holds_ended,
@@ -229,8 +236,9 @@ impl Metrics {
         [&self.engine_up, &self.connector_up, &self.coordinator_up].map(|up| up.get() != 0)
     }
 
-    /// A pull ended; `error` is empty when all blocks arrived.
-    pub fn pull_ended(&self, error: &'static str, elapsed: Duration) {
+    /// A pull ended; `error` is empty when all blocks arrived. `waited` is for how much of that time the source had nothing to send.
+    pub fn pull_ended(&self, error: &'static str, elapsed: Duration, waited: Duration) {
+        self.pull_waited_seconds.inc_by(waited.as_secs_f64());
         let result = if error.is_empty() { "completed" } else { "failed" };
         self.pulls.get_or_create(&PullLabels { result, error }).inc();
         self.pull_seconds.observe(elapsed.as_secs_f64());
@@ -246,7 +254,7 @@ impl Metrics {
         self.holds_ended.get_or_create(&ResultLabel { result: end.label() }).0.inc();
     }
 
-    /// The checksums of a hold were made, so long after it was taken.
+    /// Checksums were made of blocks, so long after these came to be held.
     pub fn checksums_made(&self, elapsed: Duration) {
         self.checksum_seconds.observe(elapsed.as_secs_f64());
     }

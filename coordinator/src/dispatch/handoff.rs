@@ -82,7 +82,7 @@ impl Flow<'_> {
             }
         };
         // The pull waits for the prefill.
-        let longer = Duration::from_secs_f64(placed.priced.prefill_seconds);
+        let longer = Duration::from_secs_f64(placed.priced.longer_pull_seconds());
         let body = self.pull_body(&held, &holding, longer);
         placed.decode_reservation.sent();
         let mut asked = pin!(self.ask_for_answer(&answer, body));

@@ -241,49 +241,18 @@ impl Bed {
         }
     }
 
-    /// Waits until `done` says so; its words for what is missing go into the error.
+    /// See [`until`].
     pub async fn until(
         &self,
         what: &str,
-        mut done: impl AsyncFnMut() -> anyhow::Result<Result<(), String>>,
+        done: impl AsyncFnMut() -> anyhow::Result<Result<(), String>>,
     ) -> anyhow::Result<()> {
-        let deadline = Instant::now() + self.scale.patience;
-        loop {
-            let missing = match done().await {
-                Ok(Ok(())) => return Ok(()),
-                Ok(Err(missing)) => missing,
-                Err(error) => format!("{error:#}"),
-            };
-            ensure!(Instant::now() < deadline, "{what}: not within {:?}: {missing}", self.scale.patience);
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
+        until(self.scale.patience, what, done).await
     }
 
-    /// Waits until no engine runs anything or has a block in use, and no agent holds any: nothing has leaked. Blocks that are
-    /// cached but free do not count as used.
+    /// See [`settled`].
     pub async fn settled(&self) -> anyhow::Result<()> {
-        self.until("nothing running, used or held", async || {
-            for i in [Self::PREFILL, Self::DECODE] {
-                let engine = self.fleet.metrics(Part::Engine(i)).await?;
-                for gauge in
-                    ["vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"]
-                {
-                    let value = engine.get(gauge, &[]).with_context(|| format!("no {gauge}"))?;
-                    if value.abs() > 1e-9 {
-                        return Ok(Err(format!("{gauge} of {} is {value}", self.engine_id(i))));
-                    }
-                }
-                if self.fleet.pid(Part::Agent(i)).is_some() {
-                    let holds = self.fleet.metrics(Part::Agent(i)).await?;
-                    let holds = holds.get("baton_agent_holds", &[]).context("no baton_agent_holds")?;
-                    if holds != 0.0 {
-                        return Ok(Err(format!("agent of {} has {holds} holds", self.engine_id(i))));
-                    }
-                }
-            }
-            Ok(Ok(()))
-        })
-        .await
+        settled(&self.fleet, self.scale.patience).await
     }
 
     /// Empties the prefix caches of the engines with agents, which succeeds only where every block is free.
@@ -306,4 +275,50 @@ impl Bed {
         }
         Ok(self.fleet.wait_ready().await?)
     }
+}
+
+/// Waits until `done` says so; its words for what is missing go into the error.
+async fn until(
+    patience: Duration,
+    what: &str,
+    mut done: impl AsyncFnMut() -> anyhow::Result<Result<(), String>>,
+) -> anyhow::Result<()> {
+    let deadline = Instant::now() + patience;
+    loop {
+        let missing = match done().await {
+            Ok(Ok(())) => return Ok(()),
+            Ok(Err(missing)) => missing,
+            Err(error) => format!("{error:#}"),
+        };
+        ensure!(Instant::now() < deadline, "{what}: not within {patience:?}: {missing}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// Waits until the first two engines run nothing and have no block in use, and their agents hold none: nothing has leaked. Blocks
+/// that are cached but free do not count as used.
+pub async fn settled(fleet: &Fleet, patience: Duration) -> anyhow::Result<()> {
+    until(patience, "nothing running, used or held", async || {
+        for i in [Bed::PREFILL, Bed::DECODE] {
+            let engine = fleet.metrics(Part::Engine(i)).await?;
+            let id = &fleet.spec().engines[i].id;
+            for gauge in
+                ["vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"]
+            {
+                let value = engine.get(gauge, &[]).with_context(|| format!("no {gauge}"))?;
+                if value.abs() > 1e-9 {
+                    return Ok(Err(format!("{gauge} of {id} is {value}")));
+                }
+            }
+            if fleet.pid(Part::Agent(i)).is_some() {
+                let holds = fleet.metrics(Part::Agent(i)).await?;
+                let holds = holds.get("baton_agent_holds", &[]).context("no baton_agent_holds")?;
+                if holds != 0.0 {
+                    return Ok(Err(format!("agent of {id} has {holds} holds")));
+                }
+            }
+        }
+        Ok(Ok(()))
+    })
+    .await
 }

@@ -529,7 +529,7 @@ impl Core {
             let (code, problem) = problem.unwrap_or((ErrorCode::Range, "no content".to_owned()));
             let error = format!("{}: {problem}", code.name());
             tracing::warn!(%transfer_id, request_id, error, "pull refused");
-            self.metrics.pull_ended(code.name(), Duration::ZERO);
+            self.metrics.pull_ended(code.name(), Duration::ZERO, Duration::ZERO);
             let done = ToConnector::PullDone { request_id, failed_blocks: block_ids, error };
             self.actions.push(Action::Send(conn, done));
             return;
@@ -596,7 +596,8 @@ impl Core {
         } else {
             tracing::warn!(%transfer_id, request_id, rank = pull.rank, source = pull.source, error, "pull failed");
         }
-        self.metrics.pull_ended(name, elapsed);
+        let waited = result.as_ref().map_or(Duration::ZERO, |report| report.waited);
+        self.metrics.pull_ended(name, elapsed, waited);
         if let Ok(report) = &result
             && report.bytes > 0
         {

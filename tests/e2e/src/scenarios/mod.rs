@@ -4,6 +4,7 @@ mod faults;
 mod identity;
 mod index;
 mod openai;
+mod overlap;
 mod packed;
 mod pull;
 mod second_turn;
@@ -28,6 +29,8 @@ pub enum Scenario {
     SecondTurn,
     /// What a busy engine has cached is pulled by the other one.
     Pull,
+    /// KV travels while its prompt is computed.
+    Overlap,
     /// bf16 KV travels as fp8 where that is asked for.
     Packed,
     /// What the index says is cached is what the engine finds cached.
@@ -54,12 +57,13 @@ pub enum Scenario {
 
 impl Scenario {
     /// All of them, in order: the ones that break something come last.
-    pub const ALL: [Scenario; 16] = [
+    pub const ALL: [Scenario; 17] = [
         Scenario::Identity,
         Scenario::Ttft,
         Scenario::Sim,
         Scenario::SecondTurn,
         Scenario::Pull,
+        Scenario::Overlap,
         Scenario::Packed,
         Scenario::Index,
         Scenario::Tokens,
@@ -81,6 +85,7 @@ impl Scenario {
             Scenario::Sim => "sim",
             Scenario::SecondTurn => "second_turn",
             Scenario::Pull => "pull",
+            Scenario::Overlap => "overlap",
             Scenario::Packed => "packed",
             Scenario::Index => "index",
             Scenario::Tokens => "tokens",
@@ -103,6 +108,7 @@ impl Scenario {
             Scenario::Sim => sim::run(bed).await,
             Scenario::SecondTurn => second_turn::run(bed).await,
             Scenario::Pull => pull::run(bed).await,
+            Scenario::Overlap => overlap::run(bed).await,
             Scenario::Packed => packed::run(bed).await,
             Scenario::Index => index::run(bed).await,
             Scenario::Tokens => tokens::run(bed).await,
