@@ -17,8 +17,8 @@ use crate::fleet::Fleet;
 pub const ATTAINMENT: f64 = 0.9;
 /// How close the highest rate that keeps them is to one that does not.
 pub const PRECISION: f64 = 0.01;
-/// Rates that are tried above the highest one that was found, in steps of twice the precision.
-pub const BEYOND: u32 = 4;
+/// Rates that are tried above the highest one that was found, in steps of the precision.
+pub const BEYOND: u32 = 8;
 /// Rates are tried down to the guess over this, and up to as many times the guess.
 const WIDEST: f64 = 64.0;
 
@@ -125,7 +125,7 @@ pub fn capacity(
     }
     let mut missed = 0;
     while missed < BEYOND && low < guess * WIDEST {
-        low *= 1.0 + 2.0 * precision;
+        low *= 1.0 + precision;
         missed = if keeps(low)? { 0 } else { missed + 1 };
     }
     Ok(found)
