@@ -109,7 +109,7 @@ pub(crate) fn engine(n: u32, role: Role, block_size: u32, speed: Speed) -> Engin
             wire_block_bytes: u64::from(block_size) * (128 << 10),
             num_blocks: 0,
             layout: "layout".into(),
-            chunk_tokens: 0,
+            chunk_tokens: 8192,
             can_pull_cached: false,
         }),
         healthy: true,

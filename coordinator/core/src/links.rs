@@ -84,6 +84,17 @@ pub(crate) struct TransferSeconds {
     pub(crate) round_trips: f64,
 }
 
+/// What a transfer takes at least, in seconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(crate) struct AtLeast {
+    /// However little moves.
+    pub(crate) round_trips: f64,
+    /// For the bytes alone.
+    pub(crate) bytes: f64,
+    /// In all, behind what is queued.
+    pub(crate) behind: f64,
+}
+
 #[derive(Clone, Copy, Debug, Default)]
 struct Estimate {
     bytes_per_second: Ewma,
@@ -286,30 +297,33 @@ impl Links {
         }
     }
 
-    /// No transfer to this engine with which so many bytes are on the way, behind those queued at its host, is predicted to take less,
-    /// waiting included.
+    /// No transfer to this engine with which so many bytes are on the way, behind those queued at its host, is predicted to take less.
     #[inline]
-    pub(crate) fn at_least_into(&self, destination: Slot, bytes: u64, queued: HostQueue) -> f64 {
+    pub(crate) fn at_least_into(&self, destination: Slot, bytes: u64, queued: HostQueue) -> AtLeast {
         let end = self.end(destination);
         let over = |before: u64, width| {
-            let (fixed, width) = self.at_best(width);
-            fixed + (before.saturating_add(bytes)) as f64 / width
+            let (round_trips, width) = self.at_best(width);
+            let (byte, bytes) = (1.0 / width, bytes as f64);
+            AtLeast { round_trips, bytes: bytes * byte, behind: round_trips + (before as f64 + bytes) * byte }
         };
         let across = over(queued.into, end.widths.into);
-        match end.shared {
-            true => across.min(over(queued.within, end.widths.within)),
-            false => across,
+        if !end.shared {
+            return across;
         }
+        let within = over(queued.within, end.widths.within);
+        let (bytes, behind) = (across.bytes.min(within.bytes), across.behind.min(within.behind));
+        AtLeast { bytes, behind, ..across }
     }
 
-    /// No transfer from this engine to another host is predicted to take less than the first number of seconds, and the second one for
-    /// each byte, waiting behind what is queued at its host included; and the same within its host.
+    /// No transfer from this engine to another host is predicted to take less than [`AtLeast::behind`], and [`AtLeast::bytes`] for each byte, waiting behind what
+    /// is queued at its host included; and the same within its host.
     #[inline]
-    pub(crate) fn at_least_out_of(&self, source: Slot, queued: HostQueue) -> [(f64, f64); 2] {
+    pub(crate) fn at_least_out_of(&self, source: Slot, queued: HostQueue) -> [AtLeast; 2] {
         let end = self.end(source);
         [(queued.out, end.widths.out), (queued.within, end.widths.within)].map(|(before, width)| {
-            let (fixed, width) = self.at_best(width);
-            (fixed + before as f64 / width, 1.0 / width)
+            let (round_trips, width) = self.at_best(width);
+            let byte = 1.0 / width;
+            AtLeast { round_trips, bytes: byte, behind: round_trips + before as f64 * byte }
         })
     }
 
@@ -600,20 +614,21 @@ mod tests {
                         links.transfer(source, destination, bytes, queued);
                     prop_assert!(wait >= 0.0 && transfer.is_finite());
                     let all = (wait + transfer) * (1.0 + 1e-12);
-                    let none = HostQueue::default();
-                    prop_assert!(links.at_least_into(destination, bytes, none) <= transfer * (1.0 + 1e-12));
+                    let alone = transfer * (1.0 + 1e-12);
                     let [a, b] = [source, destination].map(|slot| hosts.get(slot.0 as usize).copied());
                     let within = a == b && a.is_some_and(|host| host > 0);
                     // At the two ends of a transfer within a host the same is queued.
                     let [from, to] = if within { [ends.0; 2] } else { [ends.0, ends.1] };
-                    prop_assert!(links.at_least_into(destination, bytes, to) <= all);
-                    let (fixed, byte) = links.at_least_out_of(source, from)[usize::from(within)];
-                    prop_assert!(fixed + byte * bytes as f64 <= all);
+                    let least = links.at_least_into(destination, bytes, to);
+                    prop_assert!(least.behind <= all && least.round_trips + least.bytes <= alone);
+                    prop_assert!(least.round_trips <= round_trips);
+                    let least = links.at_least_out_of(source, from)[usize::from(within)];
+                    prop_assert!(least.behind + least.bytes * bytes as f64 <= all);
+                    prop_assert!(least.round_trips + least.bytes * bytes as f64 <= alone);
                     prop_assert_eq!(
                         copy.transfer(source, destination, bytes, queued), TransferSeconds { wait, transfer, round_trips });
                     prop_assert_eq!(
-                        copy.at_least_into(destination, bytes, to).to_bits(),
-                        links.at_least_into(destination, bytes, to).to_bits());
+                        copy.at_least_into(destination, bytes, to), links.at_least_into(destination, bytes, to));
                 }
             }
         }

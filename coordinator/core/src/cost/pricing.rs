@@ -6,7 +6,7 @@
 use super::overlap;
 use super::{MOST_SECOND_COPY_SECONDS, Plan, Priced, ROOM, SHARERS, SPREAD, Slo, Term, Terms};
 use crate::fleet::{Fleet, Hot};
-use crate::links::{HostQueue, Queued, TransferSeconds};
+use crate::links::{AtLeast, Queued, TransferSeconds};
 use crate::load::{Loads, Reserved};
 use crate::speed::CHUNK_TOKENS;
 
@@ -97,9 +97,8 @@ pub(crate) struct Moving {
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Sender {
     host: u32,
-    /// To other hosts, and to its own: seconds that the prefill does not hide, what is queued there among them, seconds of round trips, and
-    /// seconds for each byte.
-    ways: [(f64, f64, f64); 2],
+    /// To other hosts, and to its own, for each byte; of what is queued, as much as the prefill does not hide.
+    ways: [AtLeast; 2],
     /// Tokens that go alone; infinite where all do.
     chunk_tokens: f64,
 }
@@ -108,9 +107,10 @@ impl Sender {
     /// No handoff of so much to this host is predicted to show less.
     #[inline]
     pub(crate) fn at_least(&self, moving: &Moving, host: u32) -> f64 {
-        let (behind, fixed, byte) = self.ways[usize::from(host == self.host)];
-        let (seconds, last) = (byte * moving.bytes, overlap::last_share(self.chunk_tokens, moving.of_tokens));
-        (behind + seconds).max(fixed + last * seconds)
+        let way = &self.ways[usize::from(host == self.host)];
+        let (seconds, last) =
+            (way.bytes * moving.bytes, overlap::last_share(self.chunk_tokens, moving.of_tokens));
+        (way.behind + seconds).max(way.round_trips + last * seconds)
     }
 }
 
@@ -409,14 +409,12 @@ impl<'a> Pricing<'a> {
         let hot = self.hot(decode);
         let bytes = self.handoff_blocks(decode).saturating_mul(hot.wire_block_bytes.min(hot.block_bytes));
         let links = self.fleet.links();
-        let behind = links.at_least_into(hot.slot, bytes, self.loads.at_host(hot.host));
-        let (mut of_tokens, mut least) = (f64::INFINITY, behind);
+        let at_least = links.at_least_into(hot.slot, bytes, self.loads.at_host(hot.host));
+        let (mut of_tokens, mut least) = (f64::INFINITY, at_least.behind);
         if let Some(chunk) = self.fleet.chunk_tokens() {
             of_tokens = 1.0 / self.handoff_tokens(decode);
             let last = overlap::last_share(f64::from(chunk), of_tokens);
-            let [nothing, all] =
-                [0, bytes].map(|bytes| links.at_least_into(hot.slot, bytes, HostQueue::default()));
-            least = (behind - most_early).max(nothing + last * (all - nothing));
+            least = (least - most_early).max(at_least.round_trips + last * at_least.bytes);
         }
         Moving { bytes: bytes as f64, of_tokens, least }
     }
@@ -425,13 +423,13 @@ impl<'a> Pricing<'a> {
     pub(crate) fn sender(&self, prefill: u32, early: f64) -> Sender {
         let hot = self.hot(prefill);
         let links = self.fleet.links();
-        let queued = links.at_least_out_of(hot.slot, self.loads.at_host(hot.host));
-        let (chunk_tokens, alone) = match early > 0.0 {
-            true => (f64::from(hot.chunk_tokens), links.at_least_out_of(hot.slot, HostQueue::default())),
-            false => (f64::INFINITY, queued),
-        };
-        let way = |at: usize| (queued[at].0 - early, alone[at].0, queued[at].1);
-        Sender { host: hot.host, ways: [way(0), way(1)], chunk_tokens }
+        let chunk_tokens = if early > 0.0 { f64::from(hot.chunk_tokens) } else { f64::INFINITY };
+        let ways = links.at_least_out_of(hot.slot, self.loads.at_host(hot.host));
+        Sender {
+            host: hot.host,
+            ways: ways.map(|way| AtLeast { behind: way.behind - early, ..way }),
+            chunk_tokens,
+        }
     }
 
     /// What a transfer takes behind what is queued.

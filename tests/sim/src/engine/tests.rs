@@ -147,6 +147,32 @@ fn of_a_prompt_that_will_be_held_it_is_said_what_is_there() {
     assert_eq!(engine.load().free_blocks, 400);
 }
 
+#[test]
+fn a_prompt_that_is_preempted_between_chunks_begins_again() {
+    let mut engine = Engine::new(settings(112, false));
+    let mut said = Vec::new();
+    // At every step one of these needs a block, and the last one to come takes all that are free but one.
+    for key in 0..8 {
+        engine.submit(0, Job { output_tokens: 40, ..job(key, 25 + key, false) });
+    }
+    let (at, _) = engine.next().expect("a step");
+    let handle = engine.submit(at, job(99, 1520, true));
+    run(&mut engine, &mut said);
+    let of_it = |output: &&Output| {
+        matches!(
+            output,
+            Output::Started { key: 99, .. } | Output::Computed { key: 99, .. } | Output::Finished { key: 99 }
+        )
+    };
+    let of_it: Vec<Output> = said.iter().filter(of_it).copied().collect();
+    let begins = of_it.iter().filter(|output| matches!(output, Output::Started { .. })).count();
+    assert!(begins == 2 && engine.totals().preemptions > 0, "{of_it:?}");
+    assert!(matches!(of_it[1], Output::Computed { tokens, .. } if tokens < 512), "beside others: {of_it:?}");
+    assert_eq!(of_it.last(), Some(&Output::Finished { key: 99 }));
+    engine.release(SECOND, handle);
+    assert_eq!(engine.load().free_blocks, 112);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
     #[test]

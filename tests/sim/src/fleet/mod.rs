@@ -235,7 +235,7 @@ pub struct Control {
     pub load_interval_ms: f64,
     /// Held blocks that nobody began to fetch are freed after this.
     pub hold_seconds: f64,
-    /// An engine that fetches blocks for so long computes what has not come.
+    /// An engine that fetches blocks for so long computes what has not come; longer by what the prompt may take where it begins before that is computed.
     pub pull_deadline_ms: f64,
     /// Most requests that wait or are under way; further ones are turned away.
     pub max_requests: u64,
