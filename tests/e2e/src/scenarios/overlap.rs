@@ -17,6 +17,8 @@ use crate::report::Line;
 const PROMPTS: usize = 4;
 /// Tokens that the engines compute in a step: the prompts take several.
 const CHUNK: usize = 64;
+/// Of the link between the agents: a prompt's KV takes about as long on it as on the way through the engine.
+const BYTES_PER_SECOND: u64 = 30_000_000;
 
 pub(super) async fn run(bed: &mut Bed) -> anyhow::Result<Vec<Line>> {
     let like = bed.fleet.spec();
@@ -29,7 +31,8 @@ pub(super) async fn run(bed: &mut Bed) -> anyhow::Result<Vec<Line>> {
     args.extend(["--max-num-seqs", "8"].map(str::to_owned));
     let port = UdpSocket::bind("127.0.0.1:0")?.local_addr()?.port();
     // Within a host the blocks would be copied from memory to memory.
-    let relay = Relay::start(([127, 0, 0, 1], port).into(), Weather::default()).await?;
+    let weather = Weather { bytes_per_second: Some(BYTES_PER_SECOND), ..Weather::default() };
+    let relay = Relay::start(([127, 0, 0, 1], port).into(), weather).await?;
     let from = EngineSpec {
         transfer_port: Some(port),
         advertise: Some(relay.address().to_string()),
@@ -42,7 +45,9 @@ pub(super) async fn run(bed: &mut Bed) -> anyhow::Result<Vec<Line>> {
 
     let mut asks = Vec::new();
     for i in 0..PROMPTS {
-        asks.push(bed.fresh(bed.scale.longest - i * CHUNK / 2).await?);
+        let ask = bed.fresh_ask(bed.scale.longest - i * CHUNK / 2).await?.streamed();
+        let expected = ask.send(&bed.plain(), &[]).await.context("the plain engine")?;
+        asks.push((ask, expected));
     }
     let left = bed.fresh_ask(bed.scale.longest).await?;
     let fleet = Fleet::start(spec).await?;
@@ -61,16 +66,19 @@ async fn hand_over(
 ) -> anyhow::Result<Line> {
     const TO: usize = 1;
     let mut line = Line::new("overlap");
-    let mut ids = Vec::new();
+    let (mut ids, mut last) = (Vec::new(), Duration::ZERO);
     for (i, (ask, expected)) in asks.iter().enumerate() {
         let answer = ask.send(&fleet.client(), &[("x-baton-policy", "disaggregated")]).await?;
         let mode = answer.header("x-baton-mode");
         line.check(mode == "disaggregated", || format!("prompt {i}: mode {mode:?}"));
         line.check(answer.same(expected), || format!("prompt {i}: {}", answer.difference(expected)));
         ids.push(answer.header("x-baton-transfer-id").to_owned());
+        last = answer.ttft;
     }
     // What the pulls waited for was being computed: so they began before.
-    let waited = fleet.metrics(Part::Agent(TO)).await?.sum("baton_agent_pull_waited_seconds_total", &[]);
+    let agent = fleet.metrics(Part::Agent(TO)).await?;
+    let waited = agent.sum("baton_agent_pull_waited_seconds_total", &[]);
+    let bytes = agent.sum("baton_agent_received_bytes_total", &[]);
     line.check(waited > 0.0, || "no pull began before its prompt was computed".to_owned());
 
     // One that leaves while its prompt is computed.
@@ -87,6 +95,11 @@ async fn hand_over(
         equal += u64::from(sent == received && !sent.is_empty());
         line.check(sent == received && !sent.is_empty(), || format!("transfer {id:?}: {transfer:?}"));
     }
+    // Of the last one, by when the link and the engine are known. Its prefill takes what the plain engine takes, or longer.
+    let plain = asks.last().map_or(Duration::ZERO, |(_, expected)| expected.ttft);
+    let alone = bytes / asks.len() as f64 / BYTES_PER_SECOND as f64;
     line.figure("transfers", ids.len()).figure("equal", equal).figure("waited_ms", (waited * 1e3) as u64);
+    line.figure("plain_ms", plain.as_millis() as u64).figure("transfer_alone_ms", (alone * 1e3) as u64);
+    line.figure("handoff_ms", last.as_millis() as u64);
     Ok(line)
 }
