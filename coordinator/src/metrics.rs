@@ -151,6 +151,8 @@ pub struct Metrics {
     pub index_dropped: Gauge,
     /// Handoffs and pulls that went on without a plan.
     pub handoff_fallbacks: Reasons,
+    /// Handoffs whose answer was asked for while the prompt was computed.
+    pub handoffs_overlapped: Counter,
     /// By term: the running means of what was seen, of the error of predictions, and of its size.
     predictions: [[SecondsGauge; 3]; Term::ALL.len()],
     /// Requests that had to wait for room.
@@ -226,6 +228,12 @@ impl Metrics {
             "Handoffs and pulls that went on without a plan, the engine that answers computing",
             handoff_fallbacks.0.clone(),
         );
+        let handoffs_overlapped = Counter::default();
+        registry.register(
+            "handoffs_overlapped",
+            "Handoffs whose answer was asked for while the prompt was computed",
+            handoffs_overlapped.clone(),
+        );
         let predictions = Family::<TermLabel, SecondsGauge>::default();
         registry.register(
             "prediction_seconds",
@@ -290,6 +298,7 @@ impl Metrics {
             index_blocks,
             index_dropped,
             handoff_fallbacks,
+            handoffs_overlapped,
             predictions: Term::ALL.map(|term| {
                 ["seen", "error", "absolute_error"]
                     .map(|of| predictions.get_or_create(&TermLabel { term: term.name(), of }).clone())

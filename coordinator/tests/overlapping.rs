@@ -67,6 +67,7 @@ async fn the_answer_is_asked_for_while_the_prompt_is_computed() {
     assert_eq!(header(&response, "x-baton-mode"), "disaggregated");
     assert_eq!(header(&response, "x-baton-transfer-id"), handoff.transfer_id);
     assert!(response.text().await.unwrap().ends_with("data: [DONE]\n\n"));
+    assert_eq!(handoff.fleet.metric("baton_handoffs_overlapped_total").await, 1.0);
     let counted = "baton_requests_total{mode=\"disaggregated\",outcome=\"ok\"}";
     handoff.fleet.until_metric(counted, 1.0).await;
     let mut prefill = handoff.prefill;

@@ -81,6 +81,7 @@ impl Flow<'_> {
                 };
             }
         };
+        self.coordinator.metrics.handoffs_overlapped.inc();
         // The pull waits for the prefill.
         let longer = Duration::from_secs_f64(placed.priced.longer_pull_seconds());
         let body = self.pull_body(&held, &holding, longer);

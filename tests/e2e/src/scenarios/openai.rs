@@ -293,7 +293,7 @@ async fn disconnect(bed: &mut Bed) -> anyhow::Result<Line> {
             format!("{policy}: {generated} of {LONG_ANSWER} tokens were still generated")
         });
     }
-    // During the prefill leg: the decode engine never hears of it, and no hold stays.
+    // During the prefill leg: no hold stays, and the decode engine, if it has been asked already, gets nothing.
     let ask = bed.fresh_ask(bed.scale.longest).await?;
     let before = bed.counters().await?;
     let (coordinator, sent) = (bed.coordinator(), ask.clone());
@@ -313,8 +313,12 @@ async fn disconnect(bed: &mut Bed) -> anyhow::Result<Line> {
     prefill?;
     bed.settled().await.context("after a disconnect during prefill")?;
     let after = bed.counters().await?;
-    let pulls: f64 = [0, 1].iter().map(|&i| after.agent(&before, i, "baton_agent_pulls_total", &[])).sum();
-    line.check(pulls == 0.0, || format!("{pulls} pulls followed a disconnect during prefill"));
+    let completed = [("result", "completed")];
+    let pulls: f64 =
+        [0, 1].iter().map(|&i| after.agent(&before, i, "baton_agent_pulls_total", &completed)).sum();
+    line.check(pulls == 0.0, || {
+        format!("{pulls} pulls were completed for a client that left during prefill")
+    });
     line.figure("most_tokens_generated", most).figure("of", LONG_ANSWER);
     bed.empty_caches().await?;
     Ok(line)
