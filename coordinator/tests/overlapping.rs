@@ -22,8 +22,15 @@ impl Handoff {
         let fleet = Fleet::start("").await;
         let engine = Engine::start().await;
         let chunked = v1::Register { chunk_tokens: 64, ..register("e0", &engine.url()) };
-        let prefill = (engine, Agent::connect(&fleet, chunked).await);
+        let mut prefill = (engine, Agent::connect(&fleet, chunked).await);
         let decode = fleet.engine("e1").await;
+        // Until a prefill was measured none is predicted.
+        let mut other = completion();
+        other["prompt"] = json!("another one ".repeat(100));
+        let first = fleet.complete("disaggregated", &other).await;
+        assert_eq!(header(&first, "x-baton-prefill"), "e0");
+        prefill.1.released().await;
+        assert_eq!(fleet.metric("baton_handoffs_overlapped_total").await, 0.0);
         prefill.0.behave(prefill_does);
         decode.0.behave(decode_does);
         let mut body = completion();
@@ -31,7 +38,7 @@ impl Handoff {
         let request = fleet.http.post(fleet.url("/v1/completions")).header("x-baton-policy", "disaggregated");
         let request = request.json(&body);
         let response = tokio::spawn(async move { request.send().await.unwrap() });
-        prefill.0.until_requests(1).await;
+        prefill.0.until_requests(2).await;
         let plan = &prefill.0.last()["kv_transfer_params"]["baton"];
         let transfer_id = plan["transfer_id"].as_str().unwrap().to_owned();
         Self { fleet, prefill, decode, response, transfer_id }
@@ -53,7 +60,7 @@ fn header(response: &reqwest::Response, name: &str) -> String {
 async fn the_answer_is_asked_for_while_the_prompt_is_computed() {
     let handoff = Handoff::begin(Behaviour::Step, Behaviour::Step).await;
     handoff.taken().await;
-    handoff.decode.0.until_requests(1).await;
+    handoff.decode.0.until_requests(2).await;
     let plan: Value = handoff.decode.0.last()["kv_transfer_params"]["baton"].clone();
     assert_eq!((&plan["action"], &plan["num_tokens"]), (&json!("pull"), &json!(201)));
     assert_eq!(plan["transfer_id"], handoff.transfer_id);
@@ -69,7 +76,7 @@ async fn the_answer_is_asked_for_while_the_prompt_is_computed() {
     assert!(response.text().await.unwrap().ends_with("data: [DONE]\n\n"));
     assert_eq!(handoff.fleet.metric("baton_handoffs_overlapped_total").await, 1.0);
     let counted = "baton_requests_total{mode=\"disaggregated\",outcome=\"ok\"}";
-    handoff.fleet.until_metric(counted, 1.0).await;
+    handoff.fleet.until_metric(counted, 2.0).await;
     let mut prefill = handoff.prefill;
     assert_eq!(prefill.1.released().await.to_string(), handoff.transfer_id);
 }
@@ -89,7 +96,7 @@ async fn an_answer_that_outruns_the_prefills_own_is_whole() {
 async fn a_prefill_that_fails_under_way_gives_its_hold_up() {
     let handoff = Handoff::begin(Behaviour::StepToFail, Behaviour::Step).await;
     handoff.taken().await;
-    handoff.decode.0.until_requests(1).await;
+    handoff.decode.0.until_requests(2).await;
     handoff.prefill.0.step(1);
     let mut agent = handoff.prefill.1;
     // The pull ends with the hold, and the engine that answers computes.
@@ -101,7 +108,7 @@ async fn a_prefill_that_fails_under_way_gives_its_hold_up() {
         ("colocated".into(), "e1".into())
     );
     assert!(response.text().await.unwrap().ends_with("data: [DONE]\n\n"));
-    assert_eq!(handoff.decode.0.bodies().len(), 1, "it is asked once");
+    assert_eq!(handoff.decode.0.bodies().len(), 2, "it is asked once");
     handoff.fleet.until_metric("baton_handoff_fallbacks_total{reason=\"prefill_refused\"}", 1.0).await;
 }
 
@@ -109,7 +116,7 @@ async fn a_prefill_that_fails_under_way_gives_its_hold_up() {
 async fn a_client_that_leaves_ends_both_legs() {
     let handoff = Handoff::begin(Behaviour::Step, Behaviour::Step).await;
     handoff.taken().await;
-    handoff.decode.0.until_requests(1).await;
+    handoff.decode.0.until_requests(2).await;
     handoff.response.abort();
     let mut agent = handoff.prefill.1;
     assert_eq!(agent.released().await.to_string(), handoff.transfer_id);

@@ -33,10 +33,12 @@ MAX_EARLY = 4096
 OVERDUE_S = 5.0
 # Between two looks at the clock while a preempted request is waited for.
 PREEMPTED_WAIT_MS = 100
-# How long a step without anything to compute may wait for the agent. Such steps follow one another as fast as the
-# engine can make them; this makes them few, and leaves the processor to the transfer. A request that arrives
-# meanwhile waits that much longer.
+# How long a step without anything to compute may wait for the agent: the first ones in a row, and later ones. Such steps
+# follow one another as fast as the engine can make them; this makes them few, and leaves the processor to others, most of all where a
+# pull waits for a prompt that another engine is computing. A request that arrives meanwhile waits that much longer.
 IDLE_WAIT_MS = 2
+IDLE_STEPS = 50
+LONG_IDLE_WAIT_MS = 10
 
 
 @dataclass
@@ -86,6 +88,8 @@ class Worker:
         self._computed: list[ComputedBlocks] = []
         self._done = Done()
         self._overdue_s = 0.0
+        # In a row, up to now.
+        self._idle_steps = 0
 
     @property
     def epoch(self) -> int:
@@ -153,8 +157,9 @@ class Worker:
     def end_step(self, idle: bool = False) -> Done:
         """What was done since the last call. `idle`: the step computed nothing, so there is time to wait."""
         if self._pulls or self._holds:
+            self._idle_steps = self._idle_steps + 1 if idle else 0
             if idle and self.link is not None and self._done == Done():
-                self.link.wait(IDLE_WAIT_MS)
+                self.link.wait(IDLE_WAIT_MS if self._idle_steps <= IDLE_STEPS else LONG_IDLE_WAIT_MS)
             self._listen()
         if self._pulls and time.monotonic() > self._overdue_s:
             # Its blocks cannot be given back before the agent answers or hangs up: it may still write to them.

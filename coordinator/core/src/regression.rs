@@ -53,6 +53,11 @@ pub(crate) struct Regression {
 }
 
 impl Regression {
+    /// Whether anything was measured.
+    pub(crate) fn has_samples(&self) -> bool {
+        self.samples > 0
+    }
+
     /// Starts at these coefficients, which must be positive.
     pub(crate) fn new(prior: [f64; N]) -> Self {
         Self {

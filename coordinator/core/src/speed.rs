@@ -180,6 +180,11 @@ impl SpeedEstimate {
         (self.answers.1 > 0).then_some(self.answers.0)
     }
 
+    /// Whether a prefill was measured: until then what is predicted of one has a shape, and no level.
+    pub fn knows_prefill(&self) -> bool {
+        self.prefill.has_samples()
+    }
+
     /// The estimates; what was never measured has the prior's shape.
     pub fn speed(&self) -> Speed {
         let [request_seconds, token_seconds, attention_seconds] = self.prefill.coefficients();

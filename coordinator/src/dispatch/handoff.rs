@@ -63,7 +63,8 @@ impl Flow<'_> {
         let began = Instant::now();
         let (prefill_engine, endpoint) = (holding.engine.clone(), self.wanted.endpoint);
         let mut prefill = pin!(self.ask_to_hold(&prefill_engine, endpoint, body, &PREFILL));
-        let after = placed.priced.answer_after_seconds().map(Duration::from_secs_f64);
+        let after = placed.priced.answer_after_seconds().filter(|_| prefill_engine.knows_prefill());
+        let after = after.map(Duration::from_secs_f64);
         let held = match until_asked(&mut prefill, taken, after).await {
             Prefill::UnderWay(held) => held,
             Prefill::Over(over) => {

@@ -173,6 +173,11 @@ impl Entry {
         teach(&mut self.speed.lock().expect(POISON));
     }
 
+    /// See [`SpeedEstimate::knows_prefill`].
+    pub fn knows_prefill(&self) -> bool {
+        self.speed.lock().expect(POISON).knows_prefill()
+    }
+
     /// It refused a connection: for a moment it is not chosen.
     pub fn suspect(&self, now: Instant) {
         self.live.write().expect(POISON).suspect_until = Some(now + SUSPICION);

@@ -11,6 +11,8 @@
 //! # When the answer is asked for
 //! The decode engine takes room for all of the prompt when it begins to pull. So it is asked as late as it can be: when the prompt's first chunk was
 //! scheduled `P - `[`EARLIER`]`·(min(early, W + T) + queue + request)` seconds ago, or at once, with the time that the request waits there behind others and what it takes itself.
+//! Where no prefill of its engine was measured yet, `P` says nothing, and the answer is asked for when the prompt is computed
+//! ([`crate::speed::SpeedEstimate::knows_prefill`]).
 //! Of a prompt of one part nothing moves before the end of its prefill, and only the request's own time is hidden.
 
 use super::{Plan, Priced, Term};

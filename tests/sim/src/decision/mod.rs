@@ -426,6 +426,7 @@ impl Placer for Production {
         let chosen = &decision.chosen;
         let overlap = chosen
             .answer_after_seconds()
+            .filter(|_| self.members[plan.prefill() as usize].estimate.knows_prefill())
             .map(|after| Overlap { after: nanos(after), more_time: nanos(chosen.longer_pull_seconds()) });
         let prefill = &mut self.members[plan.prefill() as usize];
         prefill.estimate.observe_prompt(u64::from(request.prompt_tokens), chosen.hit_tokens);
