@@ -169,7 +169,7 @@ impl Placed {
 }
 
 /// An answer that has begun.
-pub(super) struct Begun {
+pub(super) struct Answer {
     pub(super) response: http::response::Parts,
     /// Its first frame, and the rest.
     pub(super) first: (Option<Frame<Bytes>>, Incoming),
@@ -310,10 +310,10 @@ impl Flow<'_> {
     ) -> Result<Response, (Failure, Account)> {
         account.mode = Mode::Colocated;
         let answer = placed.answer.clone();
-        let begun = match placed.holder.clone().map(Holding::on) {
+        let answered = match placed.holder.clone().map(Holding::on) {
             None => {
                 let body = self.wanted.body.bytes().clone();
-                self.answer_leg(&mut placed, &answer, body).await.map(|begun| (begun, None))
+                self.answer_leg(&mut placed, &answer, body).await.map(|answered| (answered, None))
             }
             Some((holding, _)) if matches!(placed.priced.plan, Plan::Pull { .. }) => {
                 let (body, holding) = match self.source_leg(&mut placed, &account, &holding).await {
@@ -323,12 +323,12 @@ impl Flow<'_> {
                         (self.wanted.body.bytes().clone(), None)
                     }
                 };
-                self.answer_leg(&mut placed, &answer, body).await.map(|begun| (begun, holding))
+                self.answer_leg(&mut placed, &answer, body).await.map(|answered| (answered, holding))
             }
             Some(hold) => self.hand_off(&mut placed, &account, hold).await,
         };
-        match begun {
-            Ok((begun, holding)) => Ok(self.respond(placed, account, holding, begun)),
+        match answered {
+            Ok((answered, holding)) => Ok(self.respond(placed, account, holding, answered)),
             Err(failure) => Err((failure, account)),
         }
     }
@@ -362,11 +362,11 @@ impl Flow<'_> {
         placed: &mut Placed,
         engine: &Arc<Entry>,
         body: Bytes,
-    ) -> Result<Begun, Failure> {
+    ) -> Result<Answer, Failure> {
         placed.decode_reservation.sent();
         let asked = Some(Instant::now());
         let (response, first) = self.ask_for_answer(engine, body).await?;
-        Ok(Begun { response, first, asked })
+        Ok(Answer { response, first, asked })
     }
 
     /// Asks for the answer and waits for its first byte.
@@ -407,9 +407,9 @@ impl Flow<'_> {
         placed: Placed,
         mut account: Account,
         holding: Option<Holding>,
-        begun: Begun,
+        answer: Answer,
     ) -> Response {
-        let Begun { response: mut parts, first: (first, inner), asked } = begun;
+        let Answer { response: mut parts, first: (first, inner), asked } = answer;
         if holding.is_some() {
             account.mode = match placed.priced.plan {
                 Plan::Pull { .. } => Mode::Pull,

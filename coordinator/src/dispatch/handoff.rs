@@ -15,7 +15,7 @@ use tokio::time::{Instant, sleep};
 use tracing::warn;
 
 use super::account::Account;
-use super::flow::{Begun, Failure, Flow, Placed};
+use super::flow::{Answer, Failure, Flow, Placed};
 use super::hold::{Holding, PREFILL};
 use super::legs;
 
@@ -56,7 +56,7 @@ impl Flow<'_> {
         placed: &mut Placed,
         account: &Account,
         (holding, taken): (Holding, oneshot::Receiver<Held>),
-    ) -> Result<(Begun, Option<Holding>), Failure> {
+    ) -> Result<(Answer, Option<Holding>), Failure> {
         let (answer, transfer_id) = (placed.answer.clone(), holding.transfer_id);
         let lease_ms = self.coordinator.config.limits.hold_lease_ms;
         let body = legs::prefill_body(&self.wanted.body, transfer_id, lease_ms);
@@ -64,7 +64,8 @@ impl Flow<'_> {
         let (prefill_engine, endpoint) = (holding.engine.clone(), self.wanted.endpoint);
         let mut prefill = pin!(self.ask_to_hold(&prefill_engine, endpoint, body, &PREFILL));
         let after = placed.priced.answer_after_seconds().filter(|_| prefill_engine.knows_prefill());
-        let after = after.map(Duration::from_secs_f64);
+        // What no clock can wait for is not overlapped.
+        let after = after.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
         let held = match until_asked(&mut prefill, taken, after).await {
             Prefill::UnderWay(held) => held,
             Prefill::Over(over) => {
@@ -84,7 +85,8 @@ impl Flow<'_> {
         };
         self.coordinator.metrics.handoffs_overlapped.inc();
         // The pull waits for the prefill.
-        let longer = Duration::from_secs_f64(placed.priced.longer_pull_seconds());
+        let longer =
+            Duration::try_from_secs_f64(placed.priced.longer_pull_seconds()).unwrap_or(Duration::MAX);
         let body = self.pull_body(&held, &holding, longer);
         placed.decode_reservation.sent();
         let mut asked = pin!(self.ask_for_answer(&answer, body));
@@ -99,10 +101,10 @@ impl Flow<'_> {
                         over.map_err(|reason| self.goes_on_without(placed, reason)).is_ok()
                     });
                 }
-                begun = &mut asked => break begun?,
+                answer = &mut asked => break answer?,
             }
         };
-        Ok((Begun { response, first, asked: handed_over }, holding))
+        Ok((Answer { response, first, asked: handed_over }, holding))
     }
 
     /// The prefill engine has answered: what it holds, and what is learnt from that.

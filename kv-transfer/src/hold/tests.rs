@@ -7,7 +7,7 @@ use baton_kernels::MemoryError;
 use bytes::Bytes;
 use proptest::prelude::*;
 
-use baton_proto::wire::LayoutFingerprint;
+use baton_proto::wire::{LayoutFingerprint, PullHeader, WireDtype};
 
 use super::*;
 

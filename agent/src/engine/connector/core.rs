@@ -7,30 +7,30 @@
 //! its connections are closed. That is how the connectors learn that their blocks are theirs again.
 
 mod hello;
+mod holds;
 mod interface;
+mod pulls;
+#[cfg(test)]
+mod tests;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use baton_kernels::BlockMemory;
-use baton_kv_transfer::checksum::Checksums;
-use baton_kv_transfer::{
-    GrowError, Growth, Hold as HeldRequest, HoldEnd as TableEnd, HoldError, HoldTable, Peer, PullError,
-    PullReport, PullRequest, RankHold,
-};
-use baton_proto::connector::{Computed, Hello, Hold, Pull, Side, ToAgent, ToConnector, VERSION};
-use baton_proto::control::v1;
-use baton_proto::wire::{ErrorCode, WireDtype};
-use baton_proto::{BlockHash, Epoch, TransferId};
+use baton_kv_transfer::HoldTable;
+use baton_proto::connector::{Computed, Hello, Side, ToAgent, ToConnector, VERSION};
+use baton_proto::wire::WireDtype;
+use baton_proto::{Epoch, TransferId};
 
 use self::interface::kind;
 pub use self::interface::{
     Action, Attachment, ChecksumJob, ConnId, EngineShape, Extra, Input, Mapped, Now, PullId, Storages,
 };
+use self::pulls::Running;
 use super::outcomes::Outcomes;
 use crate::layout::{self, RankLayout};
-use crate::metrics::{HoldEnd, Metrics};
+use crate::metrics::Metrics;
 
 /// Most requests held at a time; more are given back at once.
 pub const MAX_HOLDS: usize = 4096;
@@ -40,12 +40,6 @@ pub const MAX_PULLS: usize = 1024;
 pub const MAX_STORAGES: usize = 4096;
 /// Longest lease and deadline; longer ones are cut.
 pub const MAX_LEASE: Duration = Duration::from_secs(600);
-/// Most cancelled requests that are remembered, the latest.
-const MAX_CANCELLED: usize = 1024;
-/// Most messages of workers about requests that are not held that are kept.
-const MAX_EARLY: usize = 256;
-/// Most requests that the engine wants held before its workers have registered their memory.
-const MAX_UNHELD: usize = 16 << 10;
 
 struct Life {
     epoch: Epoch,
@@ -98,18 +92,6 @@ enum Stage {
     Worker { rank: u32, storages: Storages, layout: Option<RankLayout> },
     /// Part of a life that ends; what it says has no effect.
     Ending,
-}
-
-struct Running {
-    epoch: Epoch,
-    conn: ConnId,
-    rank: u32,
-    ranks: u32,
-    request_id: String,
-    transfer_id: TransferId,
-    source: String,
-    block_ids: Vec<u32>,
-    started: Instant,
 }
 
 /// See the module.
@@ -396,277 +378,9 @@ impl Core {
             }
         }
     }
-
-    fn hold(&mut self, now: Now, hold: Hold, hashes: Vec<BlockHash>) {
-        let Some(life) = &mut self.life else { return };
-        if life.ranks().is_none() {
-            if life.unheld.len() == MAX_UNHELD {
-                return self.end_life(now, "too many holds came before all workers");
-            }
-            self.metrics.hold_ended(HoldEnd::Dropped);
-            let ready = life.workers.values().filter(|worker| worker.ready.is_some());
-            for worker in ready {
-                let released = ToConnector::Released { request_ids: vec![hold.request_id.clone()] };
-                self.actions.push(Action::Send(worker.conn, released));
-            }
-            life.unheld.push(hold.request_id);
-            return;
-        }
-        let Some(ranks) = life.ranks() else { return };
-        let num_blocks = life.shape.num_blocks;
-        let epoch = life.epoch;
-        let workers = &life.workers;
-        let Hold { request_id, transfer_id, lease_ms, block_ids, content } = hold;
-        let problem = beyond(&block_ids, num_blocks);
-        let grows = block_ids.len() < hashes.len();
-        let ranks: Vec<_> = ranks
-            .iter()
-            .map(|rank| RankHold {
-                memory: rank.memory.clone(),
-                layout: rank.layout.blocks.clone(),
-                checksums: Checksums::pending(hashes.len()),
-            })
-            .collect();
-        let lease = Duration::from_millis(lease_ms.into()).min(MAX_LEASE);
-        let taken = match problem {
-            Some(problem) => Err(problem),
-            None => {
-                let request_id = request_id.clone();
-                let held = HeldRequest { request_id, transfer_id, hashes, block_ids, ranks };
-                let inserted = lock(&self.table).insert(now.instant, held, lease);
-                if let Err(HoldError::DuplicateRequest(_)) = inserted {
-                    // To say `Released` would free the blocks of the hold that there is.
-                    return self.end_life(now, "a request was held twice");
-                }
-                inserted.map_err(|error| error.to_string())
-            }
-        };
-        match taken {
-            Ok(making) => {
-                self.holds.insert(transfer_id, epoch);
-                let taken = now.instant;
-                self.actions
-                    .extend(making.into_iter().map(|making| Action::Checksum(ChecksumJob { making, taken })));
-                if grows {
-                    self.actions.push(Action::HoldTaken(v1::HoldTaken {
-                        transfer_id: transfer_id.as_bytes().to_vec().into(),
-                        epoch: epoch.0,
-                        num_tokens: (content.tokens.len() / 4) as u32,
-                    }));
-                    self.take_early(now, &request_id);
-                }
-            }
-            Err(error) => {
-                tracing::warn!(%transfer_id, request_id, error, "blocks cannot be held");
-                self.metrics.hold_ended(HoldEnd::Dropped);
-                for worker in workers.values() {
-                    let released = ToConnector::Released { request_ids: vec![request_id.clone()] };
-                    self.actions.push(Action::Send(worker.conn, released));
-                }
-            }
-        }
-    }
-
-    /// A rank has computed more of a held prompt.
-    fn computed(&mut self, now: Now, conn: ConnId, rank: u32, computed: Computed) {
-        let Some(life) = &mut self.life else { return };
-        if let Some(problem) = beyond(&computed.block_ids, life.shape.num_blocks) {
-            return self.refuse(now, conn, format!("computed.block_ids: {problem}"));
-        }
-        let growth = Growth { first: computed.first_block as usize, block_ids: computed.block_ids.clone() };
-        let grown = lock(&self.table).grow(now.instant, &computed.request_id, rank, growth);
-        match grown {
-            Ok(making) => {
-                let job = making.map(|making| ChecksumJob { making, taken: now.instant });
-                self.actions.extend(job.map(Action::Checksum));
-            }
-            Err(GrowError::Unknown(_)) => {
-                if life.early.len() == MAX_EARLY {
-                    life.early.pop_front();
-                }
-                life.early.push_back((rank, computed));
-            }
-            Err(error) => self.refuse(now, conn, format!("computed: {error}")),
-        }
-    }
-
-    /// A request came to be held of which workers have spoken already.
-    fn take_early(&mut self, now: Now, request_id: &str) {
-        let Some(life) = &mut self.life else { return };
-        let early = std::mem::take(&mut life.early);
-        let (of_it, others) = early.into_iter().partition(|(_, early)| early.request_id == request_id);
-        life.early = others;
-        let of_it: VecDeque<(u32, Computed)> = of_it;
-        for (rank, computed) in of_it {
-            let conn = self.life.as_ref().and_then(|life| life.workers.get(&rank)).map(|worker| worker.conn);
-            if let Some(conn) = conn {
-                self.computed(now, conn, rank, computed);
-            }
-        }
-    }
-
-    fn pull(&mut self, now: Now, conn: ConnId, rank: u32, pull: Pull, hashes: Vec<BlockHash>) {
-        let Some(life) = &self.life else { return };
-        let Some(ready) = life.workers.get(&rank).and_then(|worker| worker.ready.as_ref()) else {
-            return self.refuse(now, conn, "pull: came before this worker's memory was accepted".into());
-        };
-        let Pull { request_id, transfer_id, source, deadline_ms, first_block, block_ids, .. } = pull;
-        let wanted = hashes.len().saturating_sub(first_block as usize);
-        let num_blocks = life.shape.num_blocks;
-        let problem = if life.cancelled.contains(&request_id) {
-            Some((ErrorCode::Cancelled, "the request is over".to_owned()))
-        } else if block_ids.is_empty() || wanted != block_ids.len() {
-            let problem = format!("{} blocks from {first_block} of {}", block_ids.len(), hashes.len());
-            Some((ErrorCode::Range, problem))
-        } else if let Some(block) = block_ids.iter().find(|block| u64::from(**block) >= num_blocks) {
-            Some((ErrorCode::Range, format!("block {block} of {num_blocks}")))
-        } else if self.pulls.len() >= MAX_PULLS {
-            Some((ErrorCode::Busy, format!("{MAX_PULLS} pulls are under way")))
-        } else {
-            None
-        };
-        let (Some(last_hash), None) = (hashes.last(), &problem) else {
-            let (code, problem) = problem.unwrap_or((ErrorCode::Range, "no content".to_owned()));
-            let error = format!("{}: {problem}", code.name());
-            tracing::warn!(%transfer_id, request_id, error, "pull refused");
-            self.metrics.pull_ended(code.name(), Duration::ZERO, Duration::ZERO);
-            let done = ToConnector::PullDone { request_id, failed_blocks: block_ids, error };
-            self.actions.push(Action::Send(conn, done));
-            return;
-        };
-        let id = PullId(self.next_pull);
-        self.next_pull += 1;
-        let request = PullRequest {
-            peer: Peer { engine_id: source.engine_id.clone(), address: source.address },
-            transfer_id,
-            epoch: source.epoch,
-            layout: ready.layout.blocks.clone(),
-            dtype: self.dtype,
-            first_block,
-            last_hash: *last_hash,
-            rank,
-            ranks: life.shape.tp_size,
-            deadline: Duration::from_millis(deadline_ms.into()).min(MAX_LEASE),
-        };
-        self.actions.push(Action::Pull(id, request, ready.memory.clone(), block_ids.clone()));
-        let running = Running {
-            epoch: life.epoch,
-            conn,
-            rank,
-            ranks: life.shape.tp_size,
-            request_id,
-            transfer_id,
-            source: source.engine_id.into(),
-            block_ids,
-            started: now.instant,
-        };
-        self.pulls.insert(id, running);
-    }
-
-    fn cancel(&mut self, request_id: String) {
-        let Some(life) = &mut self.life else { return };
-        lock(&self.table).cancel(&request_id);
-        for (id, pull) in &self.pulls {
-            if pull.epoch == life.epoch && pull.request_id == request_id {
-                self.actions.push(Action::CancelPull(*id));
-            }
-        }
-        if life.cancelled.len() == MAX_CANCELLED {
-            life.cancelled.pop_front();
-        }
-        life.cancelled.push_back(request_id);
-    }
-
-    fn pull_ended(&mut self, now: Now, id: PullId, result: Result<PullReport, PullError>) {
-        let Some(pull) = self.pulls.remove(&id) else { return };
-        let elapsed = now.instant.saturating_duration_since(pull.started);
-        let (name, error, failed_blocks, bytes) = match &result {
-            Ok(report) if report.failed.is_empty() => ("", String::new(), Vec::new(), report.bytes),
-            Ok(report) => {
-                let blocks: Vec<u32> =
-                    report.failed.iter().filter_map(|i| pull.block_ids.get(*i).copied()).collect();
-                let error = format!("{} blocks arrived corrupt, twice", blocks.len());
-                (ErrorCode::CorruptBlock.name(), error, blocks, report.bytes)
-            }
-            Err(error) => (error.name(), error.to_string(), pull.block_ids.clone(), 0),
-        };
-        let (transfer_id, request_id) = (pull.transfer_id, &pull.request_id);
-        if name.is_empty() {
-            tracing::debug!(%transfer_id, request_id, rank = pull.rank, bytes, ?elapsed, "pulled");
-        } else {
-            tracing::warn!(%transfer_id, request_id, rank = pull.rank, source = pull.source, error, "pull failed");
-        }
-        let waited = result.as_ref().map_or(Duration::ZERO, |report| report.waited);
-        self.metrics.pull_ended(name, elapsed, waited);
-        if let Ok(report) = &result
-            && report.bytes > 0
-        {
-            self.actions.push(Action::Link(v1::LinkSample {
-                source: pull.source.clone(),
-                bytes: report.bytes,
-                seconds: report.elapsed.saturating_sub(report.waited).as_secs_f64(),
-                rtt_seconds: report.rtt.as_secs_f64(),
-            }));
-        }
-        let outcome = self.outcomes.rank_ended(transfer_id, pull.ranks, bytes, elapsed, name);
-        self.actions.extend(outcome.map(Action::Outcome));
-        if self.connections.contains_key(&pull.conn) {
-            let done = ToConnector::PullDone { request_id: pull.request_id, failed_blocks, error };
-            self.actions.push(Action::Send(pull.conn, done));
-        }
-    }
-
-    fn poll_holds(&mut self, now: Now) {
-        let (released, live) = {
-            let mut table = lock(&self.table);
-            (table.poll(now.instant), table.len())
-        };
-        self.metrics.set_holds(live);
-        let current = self.life.as_ref().map(|life| life.epoch);
-        let mut request_ids = Vec::new();
-        for hold in released {
-            let epoch = self.holds.remove(&hold.transfer_id);
-            let end = match hold.end {
-                TableEnd::Finished | TableEnd::Released => HoldEnd::Released,
-                TableEnd::Expired => HoldEnd::Expired,
-                TableEnd::Dropped => HoldEnd::Dropped,
-            };
-            tracing::debug!(transfer_id = %hold.transfer_id, request_id = hold.request_id, end = end.label(), "hold ended");
-            self.metrics.hold_ended(end);
-            if hold.end == TableEnd::Expired {
-                self.actions.push(Action::Outcome(v1::TransferOutcome {
-                    transfer_id: hold.transfer_id.as_bytes().to_vec().into(),
-                    state: v1::TransferState::Expired.into(),
-                    bytes: 0,
-                    seconds: 0.0,
-                    error: hold.end.code().name().to_owned(),
-                }));
-            }
-            // The connectors of an ended life take all back when they are cut off.
-            if epoch.is_some() && epoch == current {
-                request_ids.push(hold.request_id);
-            }
-        }
-        if request_ids.is_empty() {
-            return;
-        }
-        for worker in self.life.iter().flat_map(|life| life.workers.values()) {
-            let released = ToConnector::Released { request_ids: request_ids.clone() };
-            self.actions.push(Action::Send(worker.conn, released));
-        }
-    }
-}
-
-/// What is wrong with these blocks of an engine that has so many.
-fn beyond(block_ids: &[u32], num_blocks: u64) -> Option<String> {
-    let block = block_ids.iter().find(|block| u64::from(**block) >= num_blocks)?;
-    Some(format!("block {block} of {num_blocks}"))
 }
 
 /// A panic elsewhere leaves the table as it was between two of its calls.
 pub(super) fn lock(table: &Mutex<HoldTable>) -> std::sync::MutexGuard<'_, HoldTable> {
     table.lock().unwrap_or_else(PoisonError::into_inner)
 }
-
-#[cfg(test)]
-mod tests;

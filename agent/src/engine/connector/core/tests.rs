@@ -1,13 +1,16 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use baton_kernels::{Guard, MemoryError};
-use baton_kv_transfer::Claim;
+use baton_kv_transfer::{Claim, Growth, PullError, PullReport, PullRequest};
+use baton_proto::BlockHash;
 use baton_proto::block_hash::BlockHasher;
-use baton_proto::connector::{Content, Layout};
+use baton_proto::connector::{Computed, Content, Hold, Layout, Pull};
+use baton_proto::control::v1;
 use baton_proto::plan::Source;
-use baton_proto::wire::{BlockForm, LayoutFingerprint, PullHeader, WireDtype};
+use baton_proto::wire::{BlockForm, ErrorCode, LayoutFingerprint, PullHeader, WireDtype};
 use bytes::Bytes;
 
+use super::holds::MAX_EARLY;
 use super::*;
 
 mod gpu;
