@@ -464,18 +464,24 @@ impl Session {
         let (endpoint, measured) = (self.wiring.endpoint.clone(), self.measured.0.clone());
         tokio::spawn(async move {
             let peer = Peer { engine_id, address };
-            match endpoint.probe(&peer, PROBE).await {
-                Ok(path) => {
-                    let sample = v1::LinkSample {
-                        source: peer.engine_id.into(),
-                        bytes: path.bytes,
-                        seconds: path.elapsed.as_secs_f64(),
-                        rtt_seconds: path.rtt.as_secs_f64(),
-                    };
-                    let _ = measured.send(Report::Link(sample)).await;
+            let began = Instant::now();
+            let path = endpoint.probe(&peer, PROBE).await;
+            let source = peer.engine_id.into();
+            let sample = match path {
+                Ok(path) => v1::LinkSample {
+                    source,
+                    bytes: path.bytes,
+                    seconds: path.elapsed.as_secs_f64(),
+                    rtt_seconds: path.rtt.as_secs_f64(),
+                    given_up: false,
+                },
+                Err(error) => {
+                    tracing::debug!(%error, "probe");
+                    let seconds = began.elapsed().as_secs_f64();
+                    v1::LinkSample { source, bytes: 0, seconds, rtt_seconds: 0.0, given_up: true }
                 }
-                Err(error) => tracing::debug!(%error, "probe"),
-            }
+            };
+            let _ = measured.send(Report::Link(sample)).await;
             drop(permit);
         });
     }

@@ -245,9 +245,13 @@ impl Coordinator {
         let source = sample.source.parse::<EngineId>().ok().and_then(|id| self.registry.get(&id));
         if let Some(source) = source {
             let mut links = self.links.write().expect(POISON);
+            let (now, link) = (self.decisions.now_seconds(), (source.slot, entry.slot));
+            if sample.given_up {
+                links.observe_given_up(now, link, sample.bytes, sample.seconds);
+                return self.registry.doubted(source.slot, entry.slot);
+            }
             let predicted = links.alone(source.slot, entry.slot, sample.bytes);
             self.seen(Term::Transfer, predicted, sample.seconds);
-            let (now, link) = (self.decisions.now_seconds(), (source.slot, entry.slot));
             links.observe(now, link, sample.bytes, sample.seconds, sample.rtt_seconds);
             self.registry.measured(source.slot, entry.slot, Instant::now());
         }

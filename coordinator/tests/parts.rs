@@ -1,11 +1,11 @@
-//! The planner in a running coordinator: engines are given parts while SLOs are missed, requests are placed by them, and they are taken back.
+//! The planner in a running coordinator: engines are given parts while SLOs are missed, and requests are placed by them.
 
 mod support;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use baton_proto::control::v1::{self, Role, agent_message::Message as Said};
 use futures::StreamExt;
@@ -20,26 +20,12 @@ const GAUGE: &str = "baton_engines_decode_only";
 /// For what must come true under load, on a slow machine.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Requests of one kind, one after each pause.
-#[derive(Clone, Copy)]
-struct Traffic {
-    pause: Duration,
-    prompt: u32,
-    answer: u32,
-    slos: &'static [(&'static str, &'static str)],
-}
-
-/// A prompt takes 36 ms, a step 12 ms. Two engines that do both compute prompts for a good third of their time, so that tokens come
-/// every 18 ms; with one for prompts and one for answers they come every 12 ms.
-const LONG: Traffic = Traffic {
-    pause: Duration::from_millis(50),
-    prompt: 500,
-    answer: 24,
-    slos: &[("x-baton-ttft-ms", "1000"), ("x-baton-itl-ms", "14.5")],
-};
-/// An engine computes such a prompt in 17 ms: a little more than one can serve.
-const SHORT: Traffic =
-    Traffic { pause: Duration::from_millis(16), prompt: 160, answer: 1, slos: &[("x-baton-ttft-ms", "500")] };
+/// A request comes after each of these. Its prompt takes 36 ms, a step 12 ms: two engines that do both compute prompts for a good third of
+/// their time, so that tokens come every 18 ms; with one for prompts and one for answers they come every 12 ms.
+const PAUSE: Duration = Duration::from_millis(50);
+const PROMPT: u32 = 500;
+const ANSWER: u32 = 24;
+const SLOS: [(&str, &str); 2] = [("x-baton-ttft-ms", "1000"), ("x-baton-itl-ms", "14.5")];
 
 /// Two engines and their agents.
 struct Pair {
@@ -52,7 +38,7 @@ struct Pair {
 
 impl Pair {
     async fn start() -> Self {
-        Self::of([paced::start().await.url, paced::start().await.url]).await
+        Self::of([paced::start().await, paced::start().await]).await
     }
 
     async fn of(engines: [String; 2]) -> Self {
@@ -84,10 +70,10 @@ impl Pair {
     }
 
     /// A request whose prompt begins like no other one.
-    async fn ask(&self, traffic: &Traffic, headers: &[(&str, &str)]) -> reqwest::Response {
+    async fn ask(&self, headers: &[(&str, &str)]) -> reqwest::Response {
         let number = self.requests.fetch_add(1, Ordering::Relaxed);
-        let prompt: Vec<u32> = std::iter::once(number).chain(1..traffic.prompt).collect();
-        let body = json!({ "model": "m", "prompt": prompt, "max_tokens": traffic.answer, "stream": true });
+        let prompt: Vec<u32> = std::iter::once(number).chain(1..PROMPT).collect();
+        let body = json!({ "model": "m", "prompt": prompt, "max_tokens": ANSWER, "stream": true });
         let mut request = self.fleet.http.post(self.fleet.url("/v1/completions")).json(&body);
         for (name, value) in headers {
             request = request.header(*name, *value);
@@ -96,15 +82,15 @@ impl Pair {
     }
 
     /// Requests come, each whether those before it are over or not, until that is true.
-    async fn busy_until(&self, traffic: Traffic, what: &str, mut holds: impl AsyncFnMut() -> bool) {
+    async fn busy_until(&self, what: &str, mut holds: impl AsyncFnMut() -> bool) {
         let requests = async {
-            let mut ticks = interval(traffic.pause);
+            let mut ticks = interval(PAUSE);
             ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
             let mut asked = FuturesUnordered::new();
             loop {
                 tokio::select! {
                     _ = ticks.tick() => {
-                        asked.push(async { self.ask(&traffic, traffic.slos).await.bytes().await });
+                        asked.push(async { self.ask(&SLOS).await.bytes().await });
                     }
                     Some(_) = asked.next() => {}
                 }
@@ -141,11 +127,11 @@ fn header(response: &reqwest::Response, name: &str) -> String {
 async fn engines_get_parts_that_requests_are_placed_by_unless_an_operator_has_split_them() {
     let mut pair = Pair::start().await;
     pair.register("e1", Role::Decode).await;
-    pair.busy_until(LONG, "requests", async || pair.requests.load(Ordering::Relaxed) >= 150).await;
+    pair.busy_until("requests", async || pair.requests.load(Ordering::Relaxed) >= 150).await;
     assert_eq!((pair.decode_only().await, pair.parts().await), (0.0, [Role::Unspecified; 2]));
     // But for that role there was cause enough.
     pair.register("e1", Role::Both).await;
-    pair.busy_until(LONG, "an engine only decodes", async || pair.decode_only().await == 1.0).await;
+    pair.busy_until("an engine only decodes", async || pair.decode_only().await == 1.0).await;
 
     let (prefill, decode) = match pair.parts().await {
         [Role::Decode, Role::Prefill] => ("e1", "e0"),
@@ -153,7 +139,7 @@ async fn engines_get_parts_that_requests_are_placed_by_unless_an_operator_has_sp
         parts => panic!("{parts:?}"),
     };
     for _ in 0..5 {
-        let response = pair.ask(&LONG, &[("x-baton-explain", "1")]).await;
+        let response = pair.ask(&[("x-baton-explain", "1")]).await;
         let names = ["x-baton-mode", "x-baton-prefill", "x-baton-decode"];
         assert_eq!(names.map(|name| header(&response, name)), ["disaggregated", prefill, decode]);
         let explained: Value = serde_json::from_str(&header(&response, "x-baton-explain")).unwrap();
@@ -162,7 +148,7 @@ async fn engines_get_parts_that_requests_are_placed_by_unless_an_operator_has_sp
         assert_eq!(whole.unwrap()["why_not"], "its engine only decodes for the time being");
     }
     // Who asks for a policy of its own gets what that says.
-    let response = pair.ask(&LONG, &[("x-baton-policy", "colocated")]).await;
+    let response = pair.ask(&[("x-baton-policy", "colocated")]).await;
     assert_eq!(header(&response, "x-baton-mode"), "colocated");
 
     pair.register("e1", Role::Decode).await;
@@ -171,40 +157,12 @@ async fn engines_get_parts_that_requests_are_placed_by_unless_an_operator_has_sp
 }
 
 #[tokio::test]
-async fn parts_are_taken_back_where_handoffs_have_become_slow() {
-    let engines = [paced::start().await, paced::start().await];
-    let pair = Pair::of(engines.clone().map(|engine| engine.url)).await;
-    pair.busy_until(LONG, "an engine only decodes", async || pair.decode_only().await == 1.0).await;
-    // With nothing new, nothing changes.
-    sleep(Duration::from_millis(2500)).await;
-    assert_eq!(pair.decode_only().await, 1.0);
-    // A prompt of 160 tokens, 40 KiB, takes a second from now on.
-    engines.iter().for_each(|engine| engine.transfer_ms.store(1000, Ordering::Relaxed));
-    for (id, source) in [("e0", "e1"), ("e1", "e0")] {
-        let (bytes, seconds) = (1 << 20, 25.6);
-        let sample = v1::LinkSample { source: source.into(), bytes, seconds, rtt_seconds: 0.001 };
-        pair.agents[id].0.say(Said::Link(sample)).await;
-    }
-    // The engine that only decodes serves them whole, but for those that are too many for one engine.
-    for pause in [16, 15] {
-        let traffic = Traffic { pause: Duration::from_millis(pause), ..SHORT };
-        let since = Instant::now();
-        let is_over = async || since.elapsed().as_secs() >= 25 || pair.decode_only().await == 0.0;
-        pair.busy_until(traffic, "every engine does both", is_over).await;
-    }
-    assert_eq!(pair.decode_only().await, 0.0);
-    assert_eq!(pair.parts().await, [Role::Unspecified; 2]);
-    let response = pair.ask(&SHORT, &[]).await;
-    assert_eq!(header(&response, "x-baton-mode"), "colocated");
-}
-
-#[tokio::test]
 async fn requests_that_find_no_room_in_time_count_as_missed() {
     let engines = [Engine::start().await, Engine::start().await];
     engines.iter().for_each(|engine| engine.behave(Behaviour::Hang));
     let pair = Pair::of(engines.map(|engine| engine.url())).await;
     // The first ones never end, and those behind them are turned away: nothing else says that anything is missed.
-    pair.busy_until(LONG, "an engine only decodes", async || pair.decode_only().await == 1.0).await;
+    pair.busy_until("an engine only decodes", async || pair.decode_only().await == 1.0).await;
     let turned_away = pair.fleet.metric("baton_requests_total{mode=\"none\",outcome=\"no_room\"}").await;
     assert!(turned_away >= 40.0, "{turned_away}");
 }

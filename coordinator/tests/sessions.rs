@@ -152,7 +152,8 @@ async fn links_that_nothing_crosses_are_measured() {
     assert_eq!(a2.asked_to_probe().await, ("e0".into(), "e0.example:7420".into()));
     assert_eq!(a0.asked_to_probe().await, ("e2".into(), "e2.example:7420".into()));
     let (bytes, seconds, rtt_seconds) = (1 << 20, 0.5, 0.001);
-    a0.say(Said::Link(v1::LinkSample { source: "e2".into(), bytes, seconds, rtt_seconds })).await;
+    a0.say(Said::Link(v1::LinkSample { source: "e2".into(), bytes, seconds, rtt_seconds, given_up: false }))
+        .await;
     let slot = |id: &str| fleet.server.coordinator.registry.get(&id.parse().unwrap()).unwrap().slot;
     eventually("the placement counts on what was measured", async || {
         let coordinator = &fleet.server.coordinator;
@@ -160,6 +161,13 @@ async fn links_that_nothing_crosses_are_measured() {
         link.measured && (link.bytes_per_second - bytes as f64 / 0.498).abs() < 1.0
     })
     .await;
+    // One that was given up says how much less it carries, and that it is to be measured again, long before its turn would come.
+    let given_up = v1::LinkSample { source: "e2".into(), seconds: 3.0, given_up: true, ..Default::default() };
+    a0.say(Said::Link(given_up)).await;
+    assert_eq!(a0.asked_to_probe().await.0, "e2");
+    let coordinator = &fleet.server.coordinator;
+    let link = coordinator.fleet(coordinator.config.policy.0).links().get(slot("e2"), slot("e0"));
+    assert!(link.bytes_per_second < 1.0, "{link:?}");
     // What it was told arrives in order, so by now a probe would have.
     a1.events(1, 1, true, &[]).await;
     a1.ack().await;

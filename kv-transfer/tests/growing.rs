@@ -51,7 +51,7 @@ async fn blocks_come_as_they_are_computed() {
 
 #[tokio::test]
 async fn a_request_that_ends_early_ends_the_pull_of_its_prompt() {
-    for two in both() {
+    for (two, direct) in both().into_iter().zip([false, true]) {
         two.source.take(id(1), &two.theirs, two.shape, (vec![], 2), LEASE);
         let pull = two.puller.pull(two.request(1, 0, 2), two.ours.clone(), vec![0, 1]);
         let computing = async {
@@ -61,7 +61,38 @@ async fn a_request_that_ends_early_ends_the_pull_of_its_prompt() {
             two.source.released().await
         };
         let (result, released) = tokio::join!(pull, computing);
-        assert_eq!(result, Err(PullError::Refused(ErrorCode::Released.into())));
+        let refused = PullError::Refused(ErrorCode::Released.into());
+        match direct {
+            true => assert_eq!(result, Err(refused)),
+            // What has travelled is kept.
+            false => {
+                let report = result.unwrap();
+                assert_eq!((report.stopped, report.failed), (Some(refused), vec![1]));
+                assert!(read(&two.ours, 0) == read(&two.theirs, 7));
+            }
+        }
         assert_eq!(released.end, HoldEnd::Released);
     }
+}
+
+#[tokio::test]
+async fn what_came_before_the_deadline_is_kept() {
+    let [two, _] = both();
+    two.source.take(id(1), &two.theirs, two.shape, (vec![], 4), LEASE);
+    let mut request = two.request(1, 0, 4);
+    request.deadline = Duration::from_millis(500);
+    let pull = two.puller.pull(request, two.ours.clone(), vec![10, 11, 12, 13]);
+    let computing = async { two.source.grow(id(1), 0, vec![40, 41]) };
+    let (report, ()) = tokio::join!(pull, computing);
+    let report = report.unwrap();
+    assert_eq!(report.stopped, Some(PullError::Stopped(ErrorCode::Deadline.into())));
+    assert_eq!((report.failed, report.bytes), (vec![2, 3], 2 * SHAPE.block_bytes() as u64));
+    assert_eq!(report.checksums[2..], [0, 0]);
+    for (from, to) in [(40, 10), (41, 11)] {
+        assert!(read(&two.ours, to) == read(&two.theirs, from), "block {from} at {to}");
+    }
+    // The link is not to blame.
+    let on_the_way = report.elapsed - report.waited;
+    assert!(on_the_way < Duration::from_millis(250), "{:?} of {:?}", report.waited, report.elapsed);
+    assert_eq!(two.source.released().await.end, HoldEnd::Finished, "the puller does not come back");
 }

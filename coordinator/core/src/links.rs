@@ -8,7 +8,8 @@
 //! what was carried there.
 //!
 //! `W` is what transfers over the link reached where little else was on the way: what they reach beside others is less, and is
-//! what the cards are counted for. Of a card `way` tells how its width is learnt. Two round trips are a pull's request and its confirmation.
+//! what the cards are counted for. A transfer that was given up outweighs all before it: what had come of it in its time is what the link carries, until
+//! another one comes to its end. Of a card `way` tells how its width is learnt. Two round trips are a pull's request and its confirmation.
 //! A link that was never measured is taken for the narrower of its two cards, or for the stated prior where nothing is known of
 //! them; a card that was never measured, for as wide as the link.
 
@@ -26,6 +27,8 @@ pub const PRIOR_BYTES_PER_SECOND: f64 = 1e9;
 pub const PRIOR_RTT_SECONDS: f64 = 1e-3;
 /// A transfer smaller than this says little about bandwidth: round trips dominate it.
 pub const SMALLEST_BANDWIDTH_SAMPLE: u64 = 256 * 1024;
+/// One that was given up says something of a link however little had come, if it had so long.
+const LONG_SECONDS: f64 = 1.0;
 /// Round trips that a pull spends besides its bytes: its request, and the confirmation.
 const ROUND_TRIPS: f64 = 2.0;
 
@@ -99,6 +102,15 @@ pub(crate) struct AtLeast {
 struct Estimate {
     bytes_per_second: Ewma,
     rtt_seconds: Ewma,
+    /// What came of the last transfer, in bytes per second, where that was given up.
+    given_up: Option<f64>,
+}
+
+impl Estimate {
+    /// Bytes per second.
+    fn width(&self) -> Option<f64> {
+        self.given_up.or(self.bytes_per_second.mean())
+    }
 }
 
 /// What is known of one engine's links.
@@ -205,6 +217,62 @@ impl Links {
         seconds: f64,
         rtt_seconds: f64,
     ) {
+        let estimate = self.estimate(source, destination);
+        estimate.rtt_seconds.observe(rtt_seconds);
+        let rtt = estimate.rtt_seconds.mean().unwrap_or(PRIOR_RTT_SECONDS);
+        // Never charge more than half the time to round trips: the smoothed RTT may lag behind.
+        let streaming = (seconds - ROUND_TRIPS * rtt).max(seconds / 2.0);
+        let speed = bytes as f64 / streaming;
+        let says_bandwidth = bytes >= SMALLEST_BANDWIDTH_SAMPLE && speed.is_finite() && speed > 0.0;
+        if says_bandwidth {
+            if estimate.given_up.take().is_some() {
+                // The link is not what it was.
+                estimate.bytes_per_second = Ewma::default();
+            }
+            estimate.bytes_per_second.observe_upper(speed);
+        }
+        self.summarise_row(destination);
+        if says_bandwidth {
+            self.crossed(now, (source, destination), streaming, bytes);
+        }
+        self.summarise();
+    }
+
+    /// A transfer from `source` to `destination` was given up now, when so many bytes had come in so many seconds. Nothing is taken from one that had neither
+    /// much time nor much that came.
+    pub fn observe_given_up(
+        &mut self,
+        now: f64,
+        (source, destination): (Slot, Slot),
+        bytes: u64,
+        seconds: f64,
+    ) {
+        let says_bandwidth = bytes >= SMALLEST_BANDWIDTH_SAMPLE || seconds >= LONG_SECONDS;
+        if !(says_bandwidth && seconds.is_finite() && seconds > 0.0) {
+            return;
+        }
+        // Of a link that is not there a transfer takes very long, but not for ever.
+        let bytes = bytes.max(1);
+        self.estimate(source, destination).given_up = Some(bytes as f64 / seconds);
+        self.summarise_row(destination);
+        self.crossed(now, (source, destination), seconds, bytes);
+        self.summarise();
+    }
+
+    /// Bytes went over the ways of a link.
+    fn crossed(&mut self, now: f64, (source, destination): (Slot, Slot), seconds: f64, bytes: u64) {
+        let (from, to) = (self.host(source), self.host(destination));
+        if from == to {
+            self.host_mut(from).within.observe(now, seconds, bytes);
+        } else {
+            self.host_mut(from).out.observe(now, seconds, bytes);
+            self.host_mut(to).into.observe(now, seconds, bytes);
+            self.summarise_host(to);
+        }
+        self.summarise_host(from);
+    }
+
+    fn estimate(&mut self, source: Slot, destination: Slot) -> &mut Estimate {
         let row = self.row(destination);
         let at = match row.from.binary_search_by_key(&source, |entry| entry.0) {
             Ok(at) => at,
@@ -213,29 +281,7 @@ impl Links {
                 at
             }
         };
-        let estimate = &mut row.from[at].1;
-        estimate.rtt_seconds.observe(rtt_seconds);
-        let rtt = estimate.rtt_seconds.mean().unwrap_or(PRIOR_RTT_SECONDS);
-        // Never charge more than half the time to round trips: the smoothed RTT may lag behind.
-        let streaming = (seconds - ROUND_TRIPS * rtt).max(seconds / 2.0);
-        let speed = bytes as f64 / streaming;
-        let says_bandwidth = bytes >= SMALLEST_BANDWIDTH_SAMPLE && speed.is_finite() && speed > 0.0;
-        if says_bandwidth {
-            estimate.bytes_per_second.observe_upper(speed);
-        }
-        self.summarise_row(destination);
-        if says_bandwidth {
-            let (from, to) = (self.host(source), self.host(destination));
-            if from == to {
-                self.host_mut(from).within.observe(now, streaming, bytes);
-            } else {
-                self.host_mut(from).out.observe(now, streaming, bytes);
-                self.host_mut(to).into.observe(now, streaming, bytes);
-                self.summarise_host(to);
-            }
-            self.summarise_host(from);
-        }
-        self.summarise();
+        &mut row.from[at].1
     }
 
     /// The link's estimates, or the stated prior.
@@ -247,7 +293,7 @@ impl Links {
             Some(row.from[at].1)
         });
         let estimate = estimate.unwrap_or_default();
-        let measured = estimate.bytes_per_second.mean();
+        let measured = estimate.width();
         let prior = || match self.ways(source, destination, Queued::default()).map(|(_, width)| width) {
             [Some(a), Some(b)] => a.min(b),
             [Some(way), None] | [None, Some(way)] => way,
@@ -258,6 +304,13 @@ impl Links {
             rtt_seconds: estimate.rtt_seconds.mean().unwrap_or(PRIOR_RTT_SECONDS),
             measured: measured.is_some(),
         }
+    }
+
+    /// Bytes per second between two engines where nothing else is on the way: through the narrowest of the link and the two cards.
+    pub(crate) fn width(&self, source: Slot, destination: Slot) -> f64 {
+        let link = self.get(source, destination).bytes_per_second;
+        let ways = self.ways(source, destination, Queued::default());
+        ways.into_iter().filter_map(|(_, width)| width).fold(link, f64::min)
     }
 
     /// Predicted seconds to pull this many bytes where nothing else is on the way.
@@ -354,7 +407,7 @@ impl Links {
     pub(crate) fn known(&self) -> impl Iterator<Item = (Slot, Slot, Option<f64>, Option<f64>)> + '_ {
         self.rows.iter().enumerate().flat_map(|(destination, row)| {
             row.from.iter().map(move |(source, estimate)| {
-                let means = (estimate.bytes_per_second.mean(), estimate.rtt_seconds.mean());
+                let means = (estimate.width(), estimate.rtt_seconds.mean());
                 (*source, Slot(destination as u32), means.0, means.1)
             })
         })
@@ -433,7 +486,7 @@ impl Links {
     fn summarise_row(&mut self, slot: Slot) {
         let row = self.row(slot);
         let estimates = || row.from.iter().map(|(_, estimate)| estimate);
-        row.fastest = estimates().filter_map(|e| e.bytes_per_second.mean()).reduce(f64::max);
+        row.fastest = estimates().filter_map(Estimate::width).reduce(f64::max);
         row.shortest_rtt = estimates().filter_map(|e| e.rtt_seconds.mean()).reduce(f64::min);
     }
 

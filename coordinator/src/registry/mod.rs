@@ -450,6 +450,11 @@ impl Registry {
         self.probing.lock().expect(POISON).measured(source, destination, now);
     }
 
+    /// A transfer over a link was given up: it is probed as soon as it is idle.
+    pub fn doubted(&self, source: Slot, destination: Slot) {
+        self.probing.lock().expect(POISON).doubted(source, destination);
+    }
+
     /// Asks agents to measure idle links, each at most one. To be called about once a second.
     pub fn probe(&self, now: Instant) {
         let peers = self.peers.borrow().clone();

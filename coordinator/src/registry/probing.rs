@@ -41,6 +41,11 @@ impl Probing {
         self.measured.insert((destination, source), now);
     }
 
+    /// What was measured there holds no longer.
+    pub(super) fn doubted(&mut self, source: Slot, destination: Slot) {
+        self.measured.remove(&(destination, source));
+    }
+
     /// The links to measure now, as places of destination and source among the candidates. An engine is at most once a
     /// destination and at most once a source.
     pub(super) fn due(&mut self, candidates: &[Candidate<'_>], now: Instant) -> Vec<(usize, usize)> {

@@ -2,8 +2,6 @@
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use axum::Router;
 use axum::body::{Body, Bytes};
@@ -14,7 +12,7 @@ use futures::StreamExt;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
-use tokio::time::{Duration, Instant, sleep, sleep_until};
+use tokio::time::{Duration, Instant, sleep_until};
 use tokio_stream::wrappers::UnboundedReceiverStream;
 
 /// A request on the engine.
@@ -28,25 +26,16 @@ struct Sequence {
     pulled: bool,
 }
 
-/// An engine.
-#[derive(Clone)]
-pub struct Paced {
-    pub url: String,
-    /// What it takes to bring a prompt's blocks here from the engine that computed it, milliseconds.
-    pub transfer_ms: Arc<AtomicU64>,
-}
-
-/// Starts one. It computes one prompt in a step, and gives each sequence that decodes a token with each step: so these are
+/// Starts one, and gives its URL. It computes one prompt in a step, and gives each sequence that decodes a token with each step: so these are
 /// held up by prompts.
-pub async fn start() -> Paced {
+pub async fn start() -> String {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
-    let transfer_ms = Arc::new(AtomicU64::new(0));
     let (arriving, came) = unbounded_channel();
     tokio::spawn(compute(came));
-    let app = Router::new().fallback(answer).with_state((arriving, transfer_ms.clone()));
+    let app = Router::new().fallback(answer).with_state(arriving);
     tokio::spawn(async move { axum::serve(listener, app).await });
-    Paced { url, transfer_ms }
+    url
 }
 
 async fn compute(mut arriving: UnboundedReceiver<Sequence>) {
@@ -85,18 +74,13 @@ async fn compute(mut arriving: UnboundedReceiver<Sequence>) {
     }
 }
 
-type Engine = (UnboundedSender<Sequence>, Arc<AtomicU64>);
-
-async fn answer(State((engine, transfer_ms)): State<Engine>, body: Bytes) -> Response {
+async fn answer(State(engine): State<UnboundedSender<Sequence>>, body: Bytes) -> Response {
     let request: Value = serde_json::from_slice(&body).unwrap();
     let plan = &request["kv_transfer_params"]["baton"];
     let prompt = request["prompt"].as_array().map_or(1, Vec::len) as u64;
     let (tokens, given) = unbounded_channel();
     let left = request["max_tokens"].as_u64().unwrap_or(16);
     let pulled = plan["action"] == "pull";
-    if pulled {
-        sleep(Duration::from_millis(transfer_ms.load(Ordering::Relaxed))).await;
-    }
     engine.send(Sequence { prompt, left, tokens, pulled }).unwrap();
     let mut given = UnboundedReceiverStream::new(given);
     if request["stream"] == true {

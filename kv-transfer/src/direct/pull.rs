@@ -123,7 +123,8 @@ pub(crate) async fn attempt(
     job.shared.counters.corrupt.fetch_add(u64::from(corrupt), Ordering::Relaxed);
     job.shared.counters.direct.fetch_add(bytes, Ordering::Relaxed);
     let (elapsed, form) = (job.started.elapsed(), BlockForm::AsItLies);
-    Ok(PullReport { bytes, elapsed, waited, rtt, corrupt, failed, checksums, form, direct: true })
+    let stopped = None;
+    Ok(PullReport { bytes, elapsed, waited, rtt, corrupt, failed, stopped, checksums, form, direct: true })
 }
 
 /// Waits for a device's copies, and looks at what lies there now.

@@ -113,16 +113,16 @@ pub enum ReceiverAction {
     Done(Result<Received, Stop>),
 }
 
-/// A pull that came to its end.
+/// What a pull brought.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Received {
     /// KV bytes, repetitions included.
     pub bytes: u64,
     /// Blocks that arrived corrupt, repetitions included.
     pub corrupt: u32,
-    /// Blocks that arrived corrupt twice, in ascending order.
+    /// Blocks that arrived corrupt twice, or not at all, in ascending order.
     pub failed: Vec<usize>,
-    /// As the holder sent them, in order of blocks.
+    /// As the holder sent them, in order of blocks; 0 for those that did not arrive.
     pub checksums: Vec<u64>,
     /// How long the holder had nothing to send, since the next block was not held yet.
     pub waited: Duration,
@@ -176,6 +176,22 @@ impl Receiver {
     /// The form of the blocks' bytes, once the holder has accepted.
     pub fn form(&self) -> BlockForm {
         self.form
+    }
+
+    /// What has come, of a pull that did not come to its end. Blocks that came whole and hold what they should may be used.
+    pub fn so_far(&mut self, now: Instant) -> Received {
+        let mut failed = std::mem::take(&mut self.failed);
+        failed.extend(self.again.iter().map(|index| *index as usize));
+        failed.extend(self.next as usize..self.pull.blocks as usize);
+        failed.sort_unstable();
+        let waiting = self.later.map_or(Duration::ZERO, |since| now.saturating_duration_since(since));
+        Received {
+            bytes: self.bytes,
+            corrupt: self.corrupt,
+            failed,
+            checksums: std::mem::take(&mut self.checksums),
+            waited: self.waited + waiting,
+        }
     }
 
     /// Bytes of a block in a form; `None` where it was not asked for, or cannot be copied from place to place.

@@ -150,7 +150,7 @@ pub struct PullRequest {
     pub deadline: Duration,
 }
 
-/// A pull that came to its end.
+/// What a pull brought: all that it was to, unless [`Self::stopped`] says otherwise.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PullReport {
     /// KV bytes received, as they travelled, repetitions included.
@@ -163,10 +163,12 @@ pub struct PullReport {
     pub rtt: Duration,
     /// Blocks that arrived corrupt, repetitions included.
     pub corrupt: u32,
-    /// Indices into the block ids of blocks that arrived corrupt twice: they do not hold what they should. Empty when
-    /// all went well.
+    /// Indices into the block ids, in ascending order, of blocks that do not hold what they should: they arrived corrupt twice, or not at
+    /// all. Empty when all went well.
     pub failed: Vec<usize>,
-    /// Checksums of all blocks, in order, as the holder sent them.
+    /// Why it ended before all blocks had come, if it did. Those that are not among [`Self::failed`] may be used.
+    pub stopped: Option<PullError>,
+    /// Checksums of all blocks, in order, as the holder sent them; 0 for those that did not come.
     pub checksums: Vec<u64>,
     /// The form of the blocks that these are of. Of packed ones they are of the packed bytes, and the blocks that lie in
     /// memory now are not, bit by bit, those of the holder.
@@ -175,7 +177,7 @@ pub struct PullReport {
     pub direct: bool,
 }
 
-/// A pull that did not come to its end: none of its blocks may be used.
+/// Why a pull did not come to its end. Where it is all that is said of a pull, none of its blocks may be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PullError {
     /// The peer's address does not resolve, or no connection came about.

@@ -190,6 +190,11 @@ async fn end(writes: Writes, result: Result<PullReport, PullError>) -> Result<Pu
     }
 }
 
+/// Whether a pull ended since its time was over.
+fn is_late(error: WireError) -> bool {
+    matches!(error.code, ErrorCode::Deadline | ErrorCode::Stalled)
+}
+
 /// A pull that broke, and whether asking again on another connection may help.
 struct Broken {
     error: PullError,
@@ -213,6 +218,7 @@ impl Job {
                 rtt: Duration::ZERO,
                 corrupt: 0,
                 failed: Vec::new(),
+                stopped: None,
                 checksums: Vec::new(),
                 form: BlockForm::AsItLies,
                 direct: false,
@@ -349,10 +355,14 @@ impl Job {
         );
         let mut memory_error = None;
         let result = self.drive(&mut receiver, &mut send, &mut recv, &mut memory_error).await;
-        let unanswered = !receiver.answered();
-        let Received { bytes, corrupt, failed, checksums, waited } = match result {
-            Ok(received) => received,
+        let (received, stopped) = match result {
+            Ok(received) => (received, None),
             Err(stop) => {
+                // Both sides have the same deadline, and see that nothing moves: it is the same whose clock is ahead.
+                let stop = match stop {
+                    Stop::ByPeer(error) if is_late(error) => Stop::Here(error),
+                    stop => stop,
+                };
                 let code = match stop {
                     Stop::ByPeer(error) | Stop::Here(error) => error.code,
                     Stop::Lost => ErrorCode::Cancelled,
@@ -361,8 +371,15 @@ impl Job {
                 if code == ErrorCode::Stalled {
                     connection.close(0u8.into(), b"stalled");
                 }
-                let unanswered = unanswered
-                    && matches!(stop, Stop::Lost | Stop::Here(WireError { code: ErrorCode::Stalled, .. }));
+                let stalled = matches!(stop, Stop::Here(WireError { code: ErrorCode::Stalled, .. }));
+                let unanswered = !receiver.answered() && (stop == Stop::Lost || stalled);
+                let received = receiver.so_far(Instant::now());
+                let brought = match stop {
+                    // What has come says how fast, even where it is nothing.
+                    Stop::Here(error) => is_late(error),
+                    Stop::ByPeer(_) | Stop::Lost => received.failed.len() < self.block_ids.len(),
+                };
+                let brought = brought && memory_error.is_none() && !unanswered;
                 let error = match (memory_error, stop) {
                     (Some(error), _) => PullError::Memory(error),
                     (None, Stop::ByPeer(error)) => PullError::Refused(error),
@@ -371,9 +388,13 @@ impl Job {
                         connection.close_reason().map_or("stream closed".into(), |reason| reason.to_string()),
                     ),
                 };
-                return Err(Broken { error, unanswered });
+                if !brought {
+                    return Err(Broken { error, unanswered });
+                }
+                (received, Some(error))
             }
         };
+        let Received { bytes, corrupt, failed, checksums, waited } = received;
         let counters = &self.shared.counters;
         counters.corrupt.fetch_add(u64::from(corrupt), Ordering::Relaxed);
         Ok(PullReport {
@@ -383,6 +404,7 @@ impl Job {
             rtt: connection.rtt(),
             corrupt,
             failed,
+            stopped,
             checksums,
             form: receiver.form(),
             direct: false,

@@ -15,6 +15,7 @@ use baton_sim::sim::{
 use baton_sim::trace::{First, Generator, Length, Shape};
 use baton_sim::{Nanos, SECOND, seconds};
 use proptest::prelude::*;
+use support::watched::{watched, watched_box};
 use support::{FixedSplit, RoundRobin};
 
 fn promised() -> Fleet {
@@ -42,66 +43,6 @@ fn production(fleet: &Fleet, policy: &str) -> Production {
 fn accounts_are_whole(report: &Report) {
     let ended = report.finished + report.refused + report.too_long + report.failed + report.unfinished;
     assert_eq!(report.requests, ended);
-}
-
-/// Another placer, watched.
-struct Watched {
-    placer: Box<dyn Placer>,
-    placed: Vec<(Nanos, Plan)>,
-    health: Vec<(Nanos, u32, Health)>,
-    attempts: usize,
-    /// Each request's: how it went on.
-    progress: Vec<(Nanos, u32, Progress)>,
-}
-
-fn watched(placer: impl Placer + 'static) -> Watched {
-    watched_box(Box::new(placer))
-}
-
-fn watched_box(placer: Box<dyn Placer>) -> Watched {
-    Watched { placer, placed: Vec::new(), health: Vec::new(), attempts: 0, progress: Vec::new() }
-}
-
-impl Placer for Watched {
-    fn place(&mut self, now: Nanos, request: &Request<'_>) -> Answer {
-        let answer = self.placer.place(now, request);
-        let plan = match answer {
-            Answer::Goes(plan) | Answer::Overlaps(plan, _) => Some(plan),
-            Answer::Waits | Answer::Refused => None,
-        };
-        self.placed.extend(plan.map(|plan| (now, plan)));
-        self.attempts = self.attempts.max(request.avoid.len() + 1);
-        if let (Some(plan), false) = (plan, request.avoid.is_empty()) {
-            assert!(!request.avoid.contains(&plan.decode()), "{:?} {plan:?}", request.avoid);
-        }
-        answer
-    }
-    fn turn(&mut self, now: Nanos) -> Option<Turn> {
-        self.placer.turn(now)
-    }
-    fn next_turn(&self) -> Option<Nanos> {
-        self.placer.next_turn()
-    }
-    fn wants_kv_events(&self) -> bool {
-        self.placer.wants_kv_events()
-    }
-    fn kv_events(&mut self, now: Nanos, engine: u32, events: &baton_sim::engine::events::KvEvents) {
-        self.placer.kv_events(now, engine, events);
-    }
-    fn load(&mut self, now: Nanos, engine: u32, report: &baton_sim::sim::LoadReport) {
-        self.placer.load(now, engine, report);
-    }
-    fn loads_reported(&mut self, now: Nanos) {
-        self.placer.loads_reported(now);
-    }
-    fn health(&mut self, now: Nanos, engine: u32, health: Health) {
-        self.health.push((now, engine, health));
-        self.placer.health(now, engine, health);
-    }
-    fn progress(&mut self, now: Nanos, key: u32, progress: &Progress) {
-        self.progress.push((now, key, *progress));
-        self.placer.progress(now, key, progress);
-    }
 }
 
 fn observe(

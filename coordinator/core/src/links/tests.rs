@@ -36,6 +36,47 @@ fn bandwidth_is_learned_per_direction_and_from_large_transfers_only() {
     assert!(widths(&links, 0).out.is_some(), "the other host is still there");
 }
 
+#[test]
+fn a_transfer_that_was_given_up_outweighs_all_before_it_until_another_one_ends() {
+    let link = (Slot(0), Slot(1));
+    let seen = |given_up: &[(u64, f64)]| {
+        let mut links = Links::default();
+        for n in 0..20 {
+            links.observe(f64::from(n), link, GIGABYTE, 0.1 + 2e-4, 1e-4);
+        }
+        given_up.iter().for_each(|(bytes, seconds)| links.observe_given_up(30.0, link, *bytes, *seconds));
+        links
+    };
+    let width = |links: &Links| links.get(link.0, link.1).bytes_per_second;
+    assert!((width(&seen(&[])) / 1e10 - 1.0).abs() < 1e-9);
+    let mut slow = seen(&[(GIGABYTE, 10.0)]);
+    assert_eq!(width(&slow), 1e8);
+    assert!(slow.alone(link.0, link.1, GIGABYTE) > 9.9);
+    // Nothing came, or too little in too short a time.
+    assert!((0.0..1.0).contains(&width(&seen(&[(0, 10.0)]))));
+    for nothing in [(1024, 0.5), (0, 0.0), (GIGABYTE, 0.0), (GIGABYTE, f64::INFINITY), (GIGABYTE, f64::NAN)] {
+        assert!((width(&seen(&[nothing])) / 1e10 - 1.0).abs() < 1e-9, "{nothing:?}");
+    }
+    // The link is slower for good: what it was before is forgotten.
+    slow.observe(31.0, link, GIGABYTE, 2.0 + 2e-4, 1e-4);
+    assert!((width(&slow) / 5e8 - 1.0).abs() < 1e-6, "{}", width(&slow));
+}
+
+#[test]
+fn a_card_is_as_narrow_as_what_was_given_up_on_it_lately_says() {
+    let (mut links, mut now) = (Links::default(), 0.0);
+    for _ in 0..40 {
+        cross(&mut links, &mut now, (0, 1), 1e10);
+    }
+    // One after another, with none that comes to its end; one that did may be remembered.
+    for n in 1..=7 {
+        assert!(links.width(Slot(0), Slot(2)) > 9e9, "{n}");
+        now += 10.0;
+        links.observe_given_up(now, (Slot(0), Slot(1)), GIGABYTE, 10.0);
+    }
+    assert!((links.width(Slot(0), Slot(2)) / 1e8 - 1.0).abs() < 1e-9, "a link that nothing crossed");
+}
+
 /// A transfer of a gigabyte at this rate, long after the last one.
 fn cross(links: &mut Links, now: &mut f64, link: (u32, u32), bytes_per_second: f64) {
     *now += 1e3;

@@ -3,7 +3,7 @@
 //! A transfer that shares the way with others is slower than the way is, so its own speed says little. What all that were under way
 //! during its time moved together says it, as long as one of them wanted more than it got. Some want less, being held up elsewhere, and when
 //! others ended is known but roughly; so the width is taken from the upper part of what the last transfers saw: a way that has become slower is
-//! believed to be once most of those were made anew.
+//! believed to be once most of those were made anew, or are old.
 
 use std::collections::VecDeque;
 
@@ -11,6 +11,8 @@ use std::collections::VecDeque;
 const REMEMBERED: usize = 32;
 /// One of so many is taken for a wrong one that says too much.
 const ONE_WRONG_OF: usize = 8;
+/// Those that ended so long before the last one are forgotten as long as [`ONE_WRONG_OF`] stay: a way may have become slower since.
+const OLD_SECONDS: f64 = 30.0;
 /// Reports of transfers are late by different times: those that met for less than this, in seconds, may not have met.
 const UNSURE_SECONDS: f64 = 5e-3;
 
@@ -58,9 +60,9 @@ impl Way {
     pub(super) fn observe(&mut self, ended: f64, seconds: f64, bytes: u64) {
         let bytes = bytes as f64;
         let mut new = Crossing { ended, seconds, bytes, moved: bytes };
-        if self.crossings.len() >= REMEMBERED {
-            self.crossings.pop_front();
-        }
+        let old = self.crossings.partition_point(|old| old.ended < ended - OLD_SECONDS);
+        let gone = old.min((self.crossings.len() + 1).saturating_sub(ONE_WRONG_OF));
+        self.crossings.drain(..gone.max((self.crossings.len() + 1).saturating_sub(REMEMBERED)));
         // They lie in the order in which they ended; the first ones did so before this one began.
         let met = self.crossings.partition_point(|old| old.ended <= new.began() + UNSURE_SECONDS);
         for old in self.crossings.range_mut(met..) {

@@ -309,9 +309,11 @@ fn roads(fleet: &Fleet, order: &[u32]) -> Roads {
     let mut hosts = vec![None; fleet.engines().len()];
     order.iter().for_each(|at| hosts[*at as usize] = Some(fleet.hot()[*at as usize].host));
     let host = |slot: Slot| hosts[fleet.place_of(slot)? as usize];
+    let links = fleet.links();
     let (mut between, mut within, mut round_trips) = (None, None, 0.0f64);
-    for (source, destination, width, rtt) in fleet.links().known() {
-        if let (Some(from), Some(to), Some(width)) = (host(source), host(destination), width) {
+    for (source, destination, measured, rtt) in links.known() {
+        if let (Some(from), Some(to), Some(_)) = (host(source), host(destination), measured) {
+            let width = links.width(source, destination);
             let road: &mut Option<f64> = if from == to { &mut within } else { &mut between };
             *road = Some(road.map_or(width, |known| known.max(width)));
             round_trips = round_trips.max(2.0 * rtt.unwrap_or(0.0));

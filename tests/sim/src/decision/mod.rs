@@ -256,6 +256,7 @@ impl Production {
     /// Measures links of idle engines, one of each engine's in turn, as a coordinator has agents do every second.
     fn probe(&mut self, now: Nanos) {
         const BYTES: u64 = 1 << 20;
+        const PATIENCE_SECONDS: f64 = 3.0;
         let engines = self.members.len();
         let idle = |at: usize| {
             let reserved = self.members[at].load.reserved();
@@ -271,12 +272,12 @@ impl Production {
                     true => net.local_gbit,
                     false => card(from).min(card(to)) * net.efficiency,
                 };
-                // A probe that does not get through says nothing.
+                let link = (Slot(from as u32), Slot(to as u32));
                 if gbit == 0.0 {
+                    self.links.observe_given_up(crate::seconds(now), link, 0, PATIENCE_SECONDS);
                     continue;
                 }
                 let seconds = 2.0 * rtt + BYTES as f64 / (gbit * 1e9 / 8.0);
-                let link = (Slot(from as u32), Slot(to as u32));
                 self.links.observe(crate::seconds(now), link, BYTES, seconds, rtt);
             }
         }
@@ -547,6 +548,10 @@ impl Placer for Production {
                 if let Some(live) = self.live.get_mut(key as usize).and_then(Option::as_mut) {
                     (live.transfer, live.hold) = (None, None);
                 }
+            }
+            Progress::GivenUp { source, destination, bytes, seconds } => {
+                let link = (Slot(source), Slot(destination));
+                self.links.observe_given_up(crate::seconds(now), link, bytes, seconds);
             }
             Progress::FirstToken => {
                 self.prefilled(now, key, progress);

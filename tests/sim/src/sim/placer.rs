@@ -152,6 +152,17 @@ pub enum Progress {
         /// A round trip.
         rtt_seconds: f64,
     },
+    /// They were still on their way when the time for it was over.
+    GivenUp {
+        /// Who sent.
+        source: u32,
+        /// Who received.
+        destination: u32,
+        /// How much had come.
+        bytes: u64,
+        /// For how long any were on their way.
+        seconds: f64,
+    },
     /// The client has the first token.
     FirstToken,
     /// The client has the last token.

@@ -108,21 +108,30 @@ impl Simulation<'_> {
         self.await_transfers();
     }
 
-    /// A transfer ends before its time; the whole blocks that have come are used.
-    pub(super) fn cut_short(&mut self, key: u32) {
-        let Some(left) = self.network.cancel(self.now, u64::from(key)) else { return };
-        let (bytes_per_token, block_tokens) = (self.kv_bytes_per_token, self.block_tokens);
+    /// A transfer ends before its time; the whole blocks that have come are used. Returns the bytes that had come.
+    pub(super) fn cut_short(&mut self, key: u32) -> Option<f64> {
+        let left = self.network.cancel(self.now, u64::from(key))?;
+        let (now, bytes_per_token, block_tokens) = (self.now, self.kv_bytes_per_token, self.block_tokens);
         let fetch = &mut self.flight(key).fetch;
         let came = f64::from(fetch.came + std::mem::take(&mut fetch.going)) - left / bytes_per_token;
-        fetch.came = came.max(0.0) as u32 / block_tokens * block_tokens;
+        let came = came.max(0.0);
+        fetch.came = came as u32 / block_tokens * block_tokens;
+        fetch.took += now - fetch.since;
         self.await_transfers();
+        Some(came * bytes_per_token)
     }
 
     /// Blocks have been on their way for as long as they may.
     pub(super) fn late(&mut self, key: u32, attempt: u64) {
         let Some(flight) = self.attempt(key, attempt) else { return };
         if flight.fetch.lacks() {
-            self.cut_short(key);
+            let came = self.cut_short(key);
+            let flight = self.flight(key);
+            if let (Some(bytes), Some((source, destination))) = (came, flight.plan.transfer()) {
+                let (bytes, seconds) = (bytes as u64, seconds(flight.fetch.took));
+                let given_up = Progress::GivenUp { source, destination, bytes, seconds };
+                self.placer.progress(self.now, key, &given_up);
+            }
             self.fetched(key, attempt);
         }
     }

@@ -2,6 +2,8 @@
 
 #![allow(dead_code, reason = "no test uses all of it")]
 
+pub(crate) mod watched;
+
 use baton_sim::Nanos;
 use baton_sim::fleet::Fleet;
 use baton_sim::sim::{Answer, Placer, Plan, Request};

@@ -102,13 +102,18 @@ impl Core {
     pub(super) fn pull_ended(&mut self, now: Now, id: PullId, result: Result<PullReport, PullError>) {
         let Some(pull) = self.pulls.remove(&id) else { return };
         let elapsed = now.instant.saturating_duration_since(pull.started);
-        let (name, error, failed_blocks, bytes) = match &result {
+        let blocks =
+            |failed: &[usize]| failed.iter().filter_map(|i| pull.block_ids.get(*i).copied()).collect();
+        let (name, error, failed_blocks, bytes): (_, _, Vec<u32>, _) = match &result {
+            Ok(PullReport { stopped: Some(stopped), failed, bytes, .. }) => {
+                let error =
+                    format!("{stopped}; {} of {} blocks did not come", failed.len(), pull.block_ids.len());
+                (stopped.name(), error, blocks(failed), *bytes)
+            }
             Ok(report) if report.failed.is_empty() => ("", String::new(), Vec::new(), report.bytes),
-            Ok(report) => {
-                let blocks: Vec<u32> =
-                    report.failed.iter().filter_map(|i| pull.block_ids.get(*i).copied()).collect();
-                let error = format!("{} blocks arrived corrupt, twice", blocks.len());
-                (ErrorCode::CorruptBlock.name(), error, blocks, report.bytes)
+            Ok(PullReport { failed, bytes, .. }) => {
+                let error = format!("{} blocks arrived corrupt, twice", failed.len());
+                (ErrorCode::CorruptBlock.name(), error, blocks(failed), *bytes)
             }
             Err(error) => (error.name(), error.to_string(), pull.block_ids.clone(), 0),
         };
@@ -120,21 +125,35 @@ impl Core {
         }
         let waited = result.as_ref().map_or(Duration::ZERO, |report| report.waited);
         self.metrics.pull_ended(name, elapsed, waited);
-        if let Ok(report) = &result
-            && report.bytes > 0
-        {
-            self.actions.push(Action::Link(v1::LinkSample {
-                source: pull.source.clone(),
-                bytes: report.bytes,
-                seconds: report.elapsed.saturating_sub(report.waited).as_secs_f64(),
-                rtt_seconds: report.rtt.as_secs_f64(),
-            }));
-        }
+        self.actions.extend(link_sample(&pull.source, elapsed, &result).map(Action::Link));
         let outcome = self.outcomes.rank_ended(transfer_id, pull.ranks, bytes, elapsed, name);
         self.actions.extend(outcome.map(Action::Outcome));
         if self.connections.contains_key(&pull.conn) {
             let done = ToConnector::PullDone { request_id: pull.request_id, failed_blocks, error };
             self.actions.push(Action::Send(pull.conn, done));
         }
+    }
+}
+
+/// What a pull says of the link that it crossed.
+fn link_sample(
+    source: &str,
+    elapsed: Duration,
+    result: &Result<PullReport, PullError>,
+) -> Option<v1::LinkSample> {
+    let sample = |bytes, took: Duration, rtt: Duration, given_up| v1::LinkSample {
+        source: source.to_owned(),
+        bytes,
+        seconds: took.as_secs_f64(),
+        rtt_seconds: rtt.as_secs_f64(),
+        given_up,
+    };
+    match result {
+        Ok(PullReport { bytes, elapsed, waited, rtt, stopped, .. }) => {
+            let given_up = matches!(stopped, Some(PullError::Stopped(_)));
+            (*bytes > 0 || given_up).then(|| sample(*bytes, elapsed.saturating_sub(*waited), *rtt, given_up))
+        }
+        Err(PullError::Unreachable { .. }) => Some(sample(0, elapsed, Duration::ZERO, true)),
+        Err(_) => None,
     }
 }

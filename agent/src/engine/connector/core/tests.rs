@@ -265,6 +265,7 @@ fn report(bytes: u64, failed: Vec<usize>) -> PullReport {
         rtt: Duration::from_millis(1),
         corrupt: 2 * failed.len() as u32,
         failed,
+        stopped: None,
         checksums: vec![],
         form: BlockForm::AsItLies,
         direct: false,
@@ -587,6 +588,38 @@ fn a_pull_goes_out_and_its_end_comes_back() {
         (bed.outcomes()[0].state(), &bed.outcomes()[0].error[..]),
         (v1::TransferState::Failed, "corrupt_block")
     );
+
+    // Its time is over: what has come is kept, and the link was that slow.
+    bed.done.clear();
+    bed.pull(1, 0, vec![5, 6], 1, 10);
+    let (id, ..) = bed.pulls()[0];
+    let stopped = Some(PullError::Stopped(ErrorCode::Deadline.into()));
+    bed.input(Input::PullEnded(id, Ok(PullReport { stopped, ..report(8, vec![1]) })));
+    assert_eq!(bed.sent(), [done(vec![6], "deadline (0); 1 of 2 blocks did not come")]);
+    assert_eq!(
+        (bed.outcomes()[0].state(), &bed.outcomes()[0].error[..]),
+        (v1::TransferState::Failed, "deadline")
+    );
+    let links = |bed: &Bed| -> Vec<(u64, bool)> {
+        let link = |action: &Action| match action {
+            Action::Link(sample) => Some((sample.bytes, sample.given_up)),
+            _ => None,
+        };
+        bed.done.iter().filter_map(link).collect()
+    };
+    assert_eq!(links(&bed), [(8, true)]);
+
+    // The peer cannot be reached, or says no: only one of these is about the link.
+    let (peer, address, reason) = ("p0".parse().unwrap(), String::new(), String::new());
+    let unreachable = PullError::Unreachable { peer, address, reason };
+    let refused = PullError::Refused(ErrorCode::Busy.into());
+    for (error, said) in [(unreachable, vec![(0, true)]), (refused, vec![])] {
+        bed.done.clear();
+        bed.pull(1, 0, vec![5, 6], 1, 10);
+        let (id, ..) = bed.pulls()[0];
+        bed.input(Input::PullEnded(id, Err(error.clone())));
+        assert_eq!((bed.sent(), links(&bed)), (vec![done(vec![5, 6], &error.to_string())], said));
+    }
 
     bed.done.clear();
     bed.pull(1, 0, vec![5, 6], 1, 10);
