@@ -47,6 +47,8 @@ pub enum Scenario {
     WireFlip,
     /// The lease is over before the pull.
     LeaseExpired,
+    /// The time for a transfer is over in the middle of it.
+    Late,
     /// The client goes away in the middle of a transfer.
     ClientGone,
     /// The coordinator restarts, and etcd goes away.
@@ -57,7 +59,7 @@ pub enum Scenario {
 
 impl Scenario {
     /// All of them, in order: the ones that break something come last.
-    pub const ALL: [Scenario; 17] = [
+    pub const ALL: [Scenario; 18] = [
         Scenario::Identity,
         Scenario::Ttft,
         Scenario::Sim,
@@ -71,6 +73,7 @@ impl Scenario {
         Scenario::WireFlip,
         Scenario::CorruptBlock,
         Scenario::LeaseExpired,
+        Scenario::Late,
         Scenario::ClientGone,
         Scenario::AgentKilled,
         Scenario::Store,
@@ -94,6 +97,7 @@ impl Scenario {
             Scenario::CorruptBlock => "fault.corrupt_block",
             Scenario::WireFlip => "fault.wire_flip",
             Scenario::LeaseExpired => "fault.lease_expired",
+            Scenario::Late => "fault.late",
             Scenario::ClientGone => "fault.client_gone",
             Scenario::Store => "store",
             Scenario::EngineRestart => "fault.engine_restart",
@@ -117,6 +121,7 @@ impl Scenario {
             Scenario::CorruptBlock => faults::corrupt_block(bed).await,
             Scenario::WireFlip => faults::wire_flip(bed).await,
             Scenario::LeaseExpired => faults::lease_expired(bed).await,
+            Scenario::Late => faults::late(bed).await,
             Scenario::ClientGone => faults::client_gone(bed).await,
             Scenario::Store => store::run(bed).await,
             Scenario::EngineRestart => faults::engine_restart(bed).await,

@@ -3,7 +3,9 @@
 use anyhow::Context as _;
 use baton_fleet::Part;
 
-use super::{LONG_LEASE_MS, conclude, expect_completed_pull, expect_failed_pull, slow_relay, start_pull};
+use super::{
+    LONG_DEADLINE, LONG_LEASE_MS, conclude, expect_completed_pull, expect_failed_pull, slow_relay, start_pull,
+};
 use crate::bed::Bed;
 use crate::report::Line;
 
@@ -14,7 +16,7 @@ pub(in crate::scenarios) async fn run(bed: &mut Bed) -> anyhow::Result<Vec<Line>
     let before = bed.counters().await?;
     let held = bed.hold(Bed::PREFILL, &ask, LONG_LEASE_MS).await?;
     let (relay, third) = slow_relay(bed, expected.prompt_tokens).await?;
-    let pull = start_pull(bed, &ask, &held, &relay)?;
+    let pull = start_pull(bed, &ask, &held, &relay, LONG_DEADLINE)?;
     relay.passed(third, bed.scale.patience).await?;
     bed.fleet.kill(Part::Agent(Bed::PREFILL));
     killed.figure("bytes_before", relay.bytes_to_client());

@@ -1,6 +1,6 @@
 //! The decode engine's client goes away in the middle of a transfer.
 
-use super::{conclude, slow_relay, start_pull};
+use super::{LONG_DEADLINE, conclude, slow_relay, start_pull};
 use crate::bed::Bed;
 use crate::report::Line;
 
@@ -13,7 +13,7 @@ pub(in crate::scenarios) async fn run(bed: &mut Bed) -> anyhow::Result<Vec<Line>
     let before = bed.counters().await?;
     let held = bed.hold(Bed::PREFILL, &ask, LEASE_MS).await?;
     let (relay, third) = slow_relay(bed, expected.prompt_tokens).await?;
-    let pull = start_pull(bed, &ask, &held, &relay)?;
+    let pull = start_pull(bed, &ask, &held, &relay, LONG_DEADLINE)?;
     relay.passed(third, bed.scale.patience).await?;
     pull.abort();
     line.figure("bytes_before", relay.bytes_to_client());

@@ -7,12 +7,14 @@ mod agent_killed;
 mod client_gone;
 mod corrupt;
 mod engine_restart;
+mod late;
 mod lease;
 
 pub(super) use agent_killed::run as agent_killed;
 pub(super) use client_gone::run as client_gone;
 pub(super) use corrupt::{block as corrupt_block, wire as wire_flip};
 pub(super) use engine_restart::run as engine_restart;
+pub(super) use late::run as late;
 pub(super) use lease::run as lease_expired;
 
 use std::time::Duration;
@@ -24,6 +26,9 @@ use crate::report::Line;
 
 /// A lease that does not end during a test.
 const LONG_LEASE_MS: u32 = 300_000;
+
+/// Longer than any transfer takes.
+const LONG_DEADLINE: Duration = Duration::from_secs(15);
 
 /// How long a whole transfer over a slow link would take: long enough to hit its middle.
 const SLOW_TRANSFER: Duration = Duration::from_secs(4);
@@ -69,14 +74,16 @@ async fn slow_relay(bed: &Bed, prompt_tokens: u64) -> anyhow::Result<(Relay, u64
     Ok((Relay::start(bed.transfer_address(Bed::PREFILL), weather).await?, bytes / 3))
 }
 
-/// Sends the pull leg in the background.
+/// Sends the pull leg in the background, with so much time for the transfer.
 fn start_pull(
     bed: &Bed,
     ask: &Ask,
     held: &crate::legs::HeldPrompt,
     relay: &Relay,
+    deadline: Duration,
 ) -> anyhow::Result<tokio::task::JoinHandle<anyhow::Result<Answer>>> {
-    let ask = crate::legs::pulling(ask, held, &relay.address().to_string(), 15_000)?;
+    let deadline_ms = u32::try_from(deadline.as_millis())?;
+    let ask = crate::legs::pulling(ask, held, &relay.address().to_string(), deadline_ms)?;
     let engine = bed.engine(Bed::DECODE);
     Ok(tokio::spawn(async move { ask.send(&engine, &[]).await }))
 }
