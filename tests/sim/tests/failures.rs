@@ -9,8 +9,7 @@ use baton_sim::decision::{Production, Speeds};
 use baton_sim::engine::speed::known;
 use baton_sim::fleet::{Card, Fleet, Outage};
 use baton_sim::sim::{
-    Answer, Health, MAX_ATTEMPTS, Outcome, Placer, Plan, Progress, Report, Request, Turn, Window, run,
-    run_observed,
+    Answer, Health, MAX_ATTEMPTS, Outcome, Placer, Plan, Progress, Report, Request, Window, run, run_observed,
 };
 use baton_sim::trace::{First, Generator, Length, Shape};
 use baton_sim::{Nanos, SECOND, seconds};
