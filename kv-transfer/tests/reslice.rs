@@ -302,8 +302,10 @@ impl Bed {
     fn new() -> Self {
         let authority = Authority::new();
         let source = TableSource::new(1);
-        let holder = endpoint(authority.issue("holder"), source.clone(), Limits::default());
-        let puller = endpoint(authority.issue("puller"), TableSource::new(1), Limits::default());
+        // What is copied directly goes as it lies.
+        let limits = Limits { direct: false, ..Limits::default() };
+        let holder = endpoint(authority.issue("holder"), source.clone(), limits.clone());
+        let puller = endpoint(authority.issue("puller"), TableSource::new(1), limits);
         Self { source, holder, puller }
     }
 }
