@@ -252,10 +252,12 @@ impl Links {
             return;
         }
         // Of a link that is not there a transfer takes very long, but not for ever.
-        let bytes = bytes.max(1);
-        self.estimate(source, destination).given_up = Some(bytes as f64 / seconds);
+        self.estimate(source, destination).given_up = Some(bytes.max(1) as f64 / seconds);
         self.summarise_row(destination);
-        self.crossed(now, (source, destination), seconds, bytes);
+        // Where next to nothing came, the one at the other end may be gone: that is not the cards' fault.
+        if bytes >= SMALLEST_BANDWIDTH_SAMPLE {
+            self.crossed(now, (source, destination), seconds, bytes);
+        }
         self.summarise();
     }
 

@@ -47,6 +47,6 @@ fn parts_are_given_and_taken_back_when_handoffs_have_become_slow() {
         assert!(handed_off(100.0, SLOW_SECONDS) > 0.99);
         // Transfers that were given up are learnt from: nearly nobody's is tried any more.
         assert!(handed_off(SLOW_SECONDS + 60.0, 500.0) < 0.005);
-        assert!(report.refused < 400 && report.failed_transfers < 150, "{report:?}");
+        assert!(report.refused < 450 && report.failed_transfers < 150, "{report:?}");
     }
 }
