@@ -388,4 +388,27 @@ mod tests {
         assert!(!same(&json!([1, 2]), &json!([1])));
         assert!(!same(&json!(1.0), &json!(1)));
     }
+
+    #[test]
+    fn events_are_the_same_however_many_tokens_each_has() {
+        let event = |text: &str, tokens: &[u64], end: Option<&str>| json!({"model": "m", "choices": [{"index": 0, "delta": {"content": text}, "token_ids": tokens, "finish_reason": end}]});
+        let begin =
+            json!({"model": "m", "choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]});
+        let usage = json!({"model": "m", "choices": [], "usage": {"completion_tokens": 3}});
+        let of = |middle: Vec<Value>| [vec![begin.clone()], middle, vec![usage.clone()]].concat();
+        let single =
+            of(vec![event("a", &[1], None), event("b", &[2], None), event("c", &[3], Some("length"))]);
+        let two = of(vec![event("a", &[1], None), event("bc", &[2, 3], Some("length"))]);
+        assert_eq!(same_events(&joined(&single), &joined(&two)), Ok(()));
+        assert_eq!(joined(&two), of(vec![event("abc", &[1, 2, 3], Some("length"))]));
+        let others = [
+            event("b", &[2, 3], Some("length")),
+            event("bc", &[3, 2], Some("length")),
+            event("bc", &[2, 3], Some("stop")),
+        ];
+        for other in others {
+            let other = of(vec![event("a", &[1], None), other]);
+            assert!(same_events(&joined(&single), &joined(&other)).is_err());
+        }
+    }
 }
